@@ -1,0 +1,44 @@
+"""Durable files: a name holds either the old content or the whole new one, also after a power cut."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_durably(path: Path | str, content: bytes | str | Callable[[BinaryIO], object]) -> Path:
+    """The path, after its content was replaced whole: temporary file, fsync, rename, fsync of the folder.
+
+    content: bytes, text (written as UTF-8) or a function that writes to an open binary file.
+    Raises OSError (disk full, no permission); the old content is then still there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600, which another user of a shared run could not read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+    return path
+
+
+def fsync_directory(path: Path) -> None:
+    """Makes the names in a folder survive a power cut, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,253 @@
+"""Configuration: typed, frozen, read once from YAML; an unknown key is an error that names the nearest known one."""
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+
+DEFAULT = "digits-lt"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Which images, how they are split and made long-tailed (METHODS: data and protocol)."""
+
+    source: Literal["digits", "cifar10", "cifar100", "npz", "folder", "list"]
+    path: Path | None = None
+    download: bool = False
+    train_list: Path | None = None
+    val_list: Path | None = None
+    test_list: Path | None = None
+    class_names: Path | None = None
+    subset: Literal["exponential", "step", "none"] = "none"
+    imbalance_factor: float = Field(100.0, ge=1)
+    max_per_class: int | None = Field(None, ge=1)
+    val_per_class: int = Field(20, ge=0)
+    test_per_class: int = Field(20, ge=0)
+    subset_seed: int = Field(0, ge=0)
+    image_size: int | None = Field(None, ge=1)
+    augment: Literal["crop-flip", "crop", "resized-crop-flip", "none"] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    workers: int = Field(default_factory=lambda: min(8, os.cpu_count() or 1), ge=0)
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.source in ("npz", "folder") and self.path is None:
+            raise ValueError(f"source {self.source} needs data.path")
+        if self.source == "list" and self.train_list is None:
+            raise ValueError("source list needs data.train_list (lines `relative/path label`)")
+        return self
+
+
+class BackboneConfig(Section):
+    """Stage 1: the network and its training with cross-entropy."""
+
+    model: str = "cifar_resnet32"
+    width: float = Field(1.0, gt=0)
+    pretrained: bool = False
+    epochs: int = Field(200, ge=1)
+    batch_size: int = Field(64, ge=2)
+    lr: float = Field(0.01, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-3, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0)
+    seed: int = Field(0, ge=0)
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    validate_every: int = Field(1, ge=1)
+    save_every_minutes: float = Field(10.0, gt=0)
+
+
+class DumpConfig(Section):
+    """The feature store: how many views, in which precision."""
+
+    views: int = Field(11, ge=1)
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    batch_size: int = Field(256, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class RebalanceConfig(Section):
+    """Stage 2: which heads are fitted on the cached features (METHODS §1); None = what the formulation says."""
+
+    method: tuple[str, ...] = ("iwb",)
+    lam: str = "auto"
+    loss: Literal["cb", "ce"] = "cb"
+    formulation: Literal["paper", "code"] = "paper"
+    cb: Literal["softmax", "bce"] | None = None
+    beta: float = Field(0.9999, ge=0, lt=1)
+    log_base: Literal["2", "e"] | None = None
+    divergence: Literal["kl", "mse"] = "kl"
+    direction: Literal["norms-to-target", "target-to-norms"] | None = None
+    kl_weight: float | Literal["batch"] | None = None
+    detach_target: bool | None = None
+    hardness: Literal["vector", "scalar", "none"] = "vector"
+    number: bool = True
+    views: Literal["augmented", "clean"] = "augmented"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = Field(10, ge=1)
+    lr: float = Field(0.005, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(64, ge=1)
+    select_on: Literal["val", "kfold"] = "val"
+
+    @field_validator("lam", mode="before")
+    @classmethod
+    def _lam_text(cls, value: Any) -> Any:
+        """YAML numbers and lists are taken as the text one would type after --lam."""
+        if isinstance(value, list | tuple):
+            return ",".join(str(v) for v in value)
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("log_base", mode="before")
+    @classmethod
+    def _log_base_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value
+
+    @field_validator("kl_weight")
+    @classmethod
+    def _kl_weight_not_negative(cls, value: Any) -> Any:
+        if isinstance(value, float) and value < 0:
+            raise ValueError("must be 0 or more")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _some_seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or len(set(value)) != len(value) or min(value) < 0:
+            raise ValueError("needs one or more different seeds, each 0 or more")
+        return value
+
+
+class Config(Section):
+    """One runnable experiment: what `pipeline run` does from images to report."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: DataConfig
+    backbone: BackboneConfig = BackboneConfig()
+    dump: DumpConfig = DumpConfig()
+    rebalance: RebalanceConfig = RebalanceConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path("runs") / self.name
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name → file of every configuration that travels with the installation."""
+    here = Path(__file__).resolve().parent
+    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), here / "configs")
+    return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+
+
+def find_config(name: str | None) -> Path:
+    """The file a CONFIG argument means: a path, a shipped name, else ./pipeline.yaml, else the embedded default.
+
+    Raises ConfigError where there is no such file or name.
+    """
+    shipped = shipped_configs()
+    if name is None:
+        here = Path("pipeline.yaml")
+        return here if here.is_file() else shipped[DEFAULT]
+    path = Path(name)
+    if path.is_file():
+        return path
+    stem = str(path.with_suffix("")).removeprefix("configs/") if path.suffix in (".yaml", ".yml") else name
+    if stem in shipped and not path.is_absolute():
+        return shipped[stem]
+    raise ConfigError(
+        f"no configuration {name}: neither a file nor a shipped name{nearest(name, shipped)}; "
+        f"shipped: {', '.join(sorted(shipped))}"
+    )
+
+
+def load_config(path: Path, settings: Iterable[str] = ()) -> Config:
+    """The configuration in a YAML file with `a.b=c` settings laid over it; relative data paths are relative to the file.
+
+    Raises ConfigError naming the file, the key and the nearest known key.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys such as `name:` and `data:`, got {type(tree).__name__}")
+    tree.setdefault("name", path.stem)
+    data = tree.get("data")
+    if isinstance(data, dict):
+        for key in ("path", "train_list", "val_list", "test_list", "class_names"):
+            value = data.get(key)
+            if isinstance(value, str) and not Path(value).expanduser().is_absolute():
+                data[key] = str((path.parent / value)) if path not in shipped_configs().values() else value
+    for setting in settings:
+        lay_over(tree, setting)
+    return make_config(tree, str(path))
+
+
+def make_config(tree: dict, origin: str) -> Config:
+    """The typed configuration of a plain tree; ConfigError names origin and what is wrong, nearest key included."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(origin, e) for e in error.errors())) from error
+
+
+def lay_over(tree: dict, setting: str) -> None:
+    """Sets `a.b=c` in a tree of dictionaries; the value is read as YAML, so 1e-3, true, null and [1, 2] mean what they say."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {setting}: expected KEY=VALUE, for example --set backbone.epochs=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting}: the value is not YAML") from error
+    if isinstance(value, str):
+        try:
+            value = float(value)  # YAML 1.1 takes 1e-3 for text
+        except ValueError:
+            pass
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {setting}: {parent} is not a section")
+    tree[last] = value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean …?`, or nothing where no known word is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain(origin: str, error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal[", "float", "tuple")))
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        return f"{origin}: unknown key {where}{nearest(str(error['loc'][-1]), known)}; known here: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{origin}: {where} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{origin}: {where or 'configuration'}: {message}{shown}"
+
+
+def _fields_at(location: tuple) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,27 @@
+"""What can go wrong, each with the exit code it ends the command with."""
+
+OK, FAILED, USAGE, DATA, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+class PipelineError(Exception):
+    """An error whose message names the cause and the next thing to type; it is shown without a traceback."""
+
+    exit_code = FAILED
+
+
+class ConfigError(PipelineError):
+    """The command line or a configuration is wrong."""
+
+    exit_code = USAGE
+
+
+class DataError(PipelineError):
+    """Images, lists, checkpoints or stores are missing, damaged or do not belong together."""
+
+    exit_code = DATA
+
+
+class Terminated(PipelineError):
+    """SIGTERM arrived; what was done so far is saved and the same command continues it."""
+
+    exit_code = TERMINATED

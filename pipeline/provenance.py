@@ -1,0 +1,43 @@
+"""What made an artefact: command, configuration, versions, machine, time."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("iwb-pipeline", "torch", "torchvision", "timm", "zarr", "numpy")
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """JSON-ready description of this process, plus the given facts (config, device, seed, made_from, …)."""
+    return {
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git": git_revision(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        "platform": platform.platform(),
+        **facts,
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the source tree this package runs from, `+` behind it where files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
