@@ -1,0 +1,87 @@
+"""Images, labels, class names and counts from every supported source."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from pipeline.config import DataConfig
+from pipeline.data import sources
+from pipeline.data.dataset import Dataset, Split, check_classes
+from pipeline.data.subset import class_sizes, hold_out, long_tail
+from pipeline.errors import ConfigError
+
+SOURCES = {
+    "digits": sources.digits,
+    "cifar10": sources.cifar,
+    "cifar100": sources.cifar,
+    "npz": sources.npz,
+    "folder": sources.folder,
+    "list": sources.image_list,
+}
+
+__all__ = ["Dataset", "Split", "load_dataset"]
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """The images a configuration means: long-tailed as asked, with validation and test splits.
+
+    Validation is the source's own, else what the subset left over, else min(val_per_class, N_c // 5) images of each
+    class held out of training; a test split that is missing is held out the same way, and a note says so.
+    Raises DataError naming the file, sample or class that is wrong, ConfigError for an impossible subset.
+    """
+    found = SOURCES[config.source](config)
+    classes, notes = len(found.class_names), list(found.notes)
+    train, val, test = found.train, found.val, found.test
+    if test is None and config.test_per_class:
+        keep, held = hold_out(train.labels, per_class=config.test_per_class, seed=config.subset_seed, classes=classes)
+        train, test = train.take(keep), train.take(held)
+        notes.append(f"no test split: {len(held)} training images were held out as one")
+    if config.subset != "none":
+        train, left = _subset(config, train, classes)
+        val = val or left
+    elif val is None and config.val_per_class:
+        keep, held = hold_out(train.labels, per_class=config.val_per_class, seed=config.subset_seed + 1, classes=classes)
+        train, val = train.take(keep), train.take(held)
+        notes.append(f"no validation split: {len(held)} training images were held out as one")
+    dataset = check_classes(Dataset(config.source, found.class_names, train, val, test, tuple(notes)))
+    without = [n for n, c in zip(found.class_names, np.bincount(val.labels, minlength=classes), strict=True) if not c] if val else []
+    if val is not None and without:
+        note = f"{len(without)} class(es) without a validation image, left out of balanced validation accuracy: {', '.join(without[:5])}"
+        dataset = replace(dataset, notes=(*dataset.notes, note))
+    if config.image_size is not None:
+        dataset = _resized(dataset, config.image_size)
+    return dataset
+
+
+def _subset(config: DataConfig, pool: Split, classes: int) -> tuple[Split, Split | None]:
+    available = np.bincount(pool.labels, minlength=classes)
+    spare = config.val_per_class if config.subset == "step" else 0  # every class of a step subset keeps its validation images
+    largest = config.max_per_class or int(available.min()) - spare
+    if largest < 1:
+        raise ConfigError(f"data.subset={config.subset}: the smallest class has {available.min()} images, none left to draw")
+    sizes = class_sizes(classes=classes, largest=largest, imbalance=config.imbalance_factor, shape=config.subset)
+    short = np.flatnonzero(sizes > available)
+    if len(short):
+        raise ConfigError(
+            f"data.max_per_class={largest}: class {short[0]} would need {sizes[short[0]]} images and has {available[short[0]]}; "
+            f"set it to {available.min()} or less"
+        )
+    kept, left = long_tail(pool.labels, sizes, val_per_class=config.val_per_class, seed=config.subset_seed)
+    return pool.take(kept), pool.take(left) if len(left) else None
+
+
+def _resized(dataset: Dataset, size: int) -> Dataset:
+    """The data set with in-memory images resized to size × size (antialiased bilinear); files are resized when read."""
+    import torch
+    from torchvision.transforms.v2 import functional
+
+    def resize(split: Split | None) -> Split | None:
+        if split is None or split.images is None or split.images.shape[1:3] == (size, size):
+            return split
+        chunks = np.array_split(split.images, max(1, len(split) // 4096))
+        done = [functional.resize(torch.from_numpy(c).permute(0, 3, 1, 2), [size, size], antialias=True) for c in chunks]
+        return replace(split, images=torch.cat(done).permute(0, 2, 3, 1).contiguous().numpy())
+
+    train = resize(dataset.train)
+    assert train is not None
+    return replace(dataset, train=train, val=resize(dataset.val), test=resize(dataset.test))

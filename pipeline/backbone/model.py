@@ -1,0 +1,111 @@
+"""Any timm model with one linear classifier, or a CIFAR network, as encoder + classifier."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.backbone import cifar
+from pipeline.config import BackboneConfig, DataConfig, nearest
+from pipeline.data.dataset import Split
+from pipeline.data.transform import IMAGENET_MEAN, IMAGENET_STD, Transform, channel_statistics
+from pipeline.errors import ConfigError, DataError
+from pipeline.seeds import derive
+
+
+def build_model(config: BackboneConfig, *, num_classes: int, size: tuple[int, int] | None = None) -> nn.Module:
+    """A model with `num_classes` logits, its fresh parameters a function of config.seed alone.
+
+    Raises ConfigError for an unknown name, a width the model does not take, or a classifier that is not one nn.Linear.
+    """
+    import timm
+
+    name = config.model
+    if not timm.is_model(name.split(".")[0]):
+        raise ConfigError(f"backbone.model={name}: unknown to timm{nearest(name, timm.list_models())}")
+    extra: dict[str, Any] = {}
+    if cifar.takes_width(name):
+        extra["width"] = config.width
+    elif config.width != 1:
+        raise ConfigError(f"backbone.width={config.width}: {name} has no width multiplier; leave it at 1")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(config.seed, "init"))
+        try:
+            model = timm.create_model(name, pretrained=config.pretrained, num_classes=num_classes, **extra)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            if config.pretrained:
+                raise ConfigError(f"backbone.model={name}: no pretrained weights to be had ({reason}); set backbone.pretrained=false") from error
+            raise ConfigError(f"backbone.model={name}: timm cannot build it ({reason})") from error
+    classifier(model)
+    return model
+
+
+def classifier(model: nn.Module) -> nn.Linear:
+    """The model's one linear classifier; ConfigError for distilled, cosine, convolutional or missing heads."""
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    if not isinstance(head, nn.Linear):
+        kind = type(head).__name__ if head is not None else "none"
+        raise ConfigError(f"{type(model).__name__}: its classifier is {kind}, not one nn.Linear; choose another backbone.model, such as resnet50")
+    return head
+
+
+def encode(model: nn.Module, images: Tensor) -> Tensor:
+    """Features (B, D) of images (B, 3, H, W): exactly what the classifier is applied to."""
+    return model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+
+
+def network_facts(config: BackboneConfig, model: nn.Module) -> dict[str, Any]:
+    """What every number must stand beside: network, parameters, feature width."""
+    width = "" if config.width == 1 else f" ×{config.width:g}"
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"network": f"{config.model}{width}", "parameters": parameters, "feature_width": classifier(model).in_features}
+
+
+def input_transform(data: DataConfig, backbone: BackboneConfig, train: Split) -> Transform:
+    """How pixels become input: the pretrained model's own statistics, else the training images', else ImageNet's."""
+    if train.images is not None:
+        height, width = train.images.shape[1:3]
+        size, augmentation = (int(height), int(width)), data.augment or "crop-flip"
+        if augmentation == "resized-crop-flip":
+            raise ConfigError("data.augment=resized-crop-flip is for image files; for arrays take crop-flip, crop or none")
+    else:
+        size, augmentation = (data.image_size or 224,) * 2, data.augment or "resized-crop-flip"
+    facts: dict[str, Any] = {"crop_pct": 0.875, "interpolation": "bilinear"}
+    mean: Any = IMAGENET_MEAN
+    std: Any = IMAGENET_STD
+    if not cifar.is_cifar(backbone.model):
+        import timm
+        from timm.data import resolve_data_config
+
+        known = timm.get_pretrained_cfg(backbone.model)
+        wanted = resolve_data_config({}, pretrained_cfg=known.to_dict()) if known else {}
+        if wanted:
+            facts = {"crop_pct": wanted["crop_pct"], "interpolation": wanted["interpolation"]}
+            mean, std = wanted["mean"], wanted["std"]
+            if train.images is None and data.image_size is None:
+                size = tuple(wanted["input_size"][1:])
+    if facts["interpolation"] not in ("nearest", "bilinear", "bicubic"):
+        facts["interpolation"] = "bicubic"
+    if train.images is not None and not backbone.pretrained:
+        mean, std = channel_statistics(train.images)
+    return Transform(size=size, mean=tuple(data.mean or mean), std=tuple(data.std or std), augment=augmentation, **facts)
+
+
+@torch.inference_mode()
+def check_input(model: nn.Module, transform: Transform, device: torch.device) -> None:
+    """Raises DataError if the model cannot take images of this size."""
+    was_training = model.training
+    try:
+        model.eval()(torch.zeros(1, 3, *transform.size, device=device))
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"the model cannot take {transform.size[0]}×{transform.size[1]} images ({reason}); set data.image_size") from error
+    finally:
+        model.train(was_training)
+
+
+def class_accuracy(correct: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """(C,) accuracy in 0…1 per class, nan where nothing was seen."""
+    return np.where(seen > 0, correct / np.maximum(seen, 1), np.nan)

@@ -1,0 +1,143 @@
+"""A data set in memory or as file names: labels, ids, class names, counts, fingerprint."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+CONTENT_LIMIT = 1 << 30  # bytes of image files up to which the fingerprint reads their contents
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Samples of one split: labels (n,) int64, ids (n,) int64, and either images (n, H, W, 3) uint8 or n file names."""
+
+    labels: np.ndarray
+    ids: np.ndarray
+    images: np.ndarray | None = None
+    paths: Sequence[str] | None = None
+    root: Path = Path()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> "Split":
+        """The samples at the given positions, in that order."""
+        return replace(
+            self,
+            labels=self.labels[rows],
+            ids=self.ids[rows],
+            images=None if self.images is None else self.images[rows],
+            paths=None if self.paths is None else [self.paths[i] for i in rows],
+        )
+
+    def name_of(self, row: int) -> str:
+        """What a person calls sample `row`: its file, else its number in the source."""
+        return f"image {self.ids[row]}" if self.paths is None else str(self.root / self.paths[row])
+
+    def digest(self) -> tuple[str, str]:
+        """(sha256 over labels, ids and images in order; what of the images went into it)."""
+        sha = hashlib.sha256()
+        for array in (self.labels, self.ids):
+            sha.update(np.ascontiguousarray(array, dtype="<i8"))
+        if self.paths is None:
+            assert self.images is not None
+            sha.update(repr(self.images.shape).encode())
+            sha.update(np.ascontiguousarray(self.images))
+            return sha.hexdigest(), "pixels"
+        sizes = [os.stat(self.root / p).st_size for p in self.paths]
+        contents = sum(sizes) <= CONTENT_LIMIT
+        for path, size in zip(self.paths, sizes, strict=True):
+            sha.update(f"{path}\0{size}\0".encode())
+            if contents:
+                sha.update((self.root / path).read_bytes())
+        return sha.hexdigest(), "file contents" if contents else "file names and sizes"
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training samples, and validation and test samples where there are any; notes say what a person should know."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split | None = None
+    test: Split | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        found = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in found.items() if split is not None and len(split)}
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(C,) int64: training images per class."""
+        return np.bincount(self.train.labels, minlength=len(self.class_names))
+
+    @cached_property
+    def _digests(self) -> dict[str, tuple[str, str]]:
+        return {name: split.digest() for name, split in self.splits.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over class names and every split's labels, ids and images."""
+        parts = [self.class_names, sorted((name, digest) for name, (digest, _) in self._digests.items())]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
+    def fingerprint_covers(self) -> str:
+        """What of the images the fingerprint saw: pixels, file contents, or file names and sizes."""
+        return ", ".join(sorted({covers for _, covers in self._digests.values()}))
+
+    def summary(self) -> dict:
+        """JSON-ready facts: sizes, counts per class, fingerprint."""
+        return {
+            "name": self.name,
+            "classes": len(self.class_names),
+            **{name: len(split) for name, split in self.splits.items()},
+            "counts": self.counts.tolist(),
+            "imbalance_factor": round(float(self.counts.max() / self.counts.min()), 2),
+            "fingerprint": self.fingerprint,
+            "fingerprint_covers": self.fingerprint_covers,
+            "notes": list(self.notes),
+        }
+
+
+def check_labels(labels: np.ndarray, classes: int, origin: str) -> np.ndarray:
+    """The labels as int64, each in 0 … classes−1; DataError names the first that is not."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{origin}: labels must be whole numbers of shape (N,), got {labels.dtype} {labels.shape}")
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise DataError(
+            f"{origin}: label {labels[wrong[0]]} of sample {wrong[0]} is outside 0…{classes - 1} "
+            f"({len(wrong)} such); labels count from 0 and class_names must name every class"
+        )
+    return labels.astype(np.int64)
+
+
+def check_classes(dataset: Dataset) -> Dataset:
+    """The data set, if every class has a training image; single-image classes become a note. DataError otherwise."""
+    counts = dataset.counts
+    empty = np.flatnonzero(counts == 0)
+    if len(dataset.class_names) < 2:
+        raise DataError(f"{dataset.name}: only one class ({dataset.class_names[0]}); a classifier needs at least two")
+    if len(empty):
+        names = ", ".join(dataset.class_names[c] for c in empty[:5])
+        raise DataError(
+            f"{dataset.name}: {len(empty)} class(es) without a training image: {names}; "
+            "add images to them or take the class away"
+        )
+    single = [dataset.class_names[c] for c in np.flatnonzero(counts == 1)]
+    if not single:
+        return dataset
+    note = f"{len(single)} class(es) with a single training image: {', '.join(single[:5])}"
+    return replace(dataset, notes=(*dataset.notes, note))

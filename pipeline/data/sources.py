@@ -1,0 +1,220 @@
+"""One function per source: what it holds, before any subset is drawn."""
+
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import DataConfig
+from pipeline.data.dataset import Split, check_labels
+from pipeline.data.images import EXTENSIONS
+from pipeline.errors import DataError
+
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Splits as found: `train` is the pool that a subset and missing splits are drawn from."""
+
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split | None = None
+    test: Split | None = None
+    notes: tuple[str, ...] = ()
+
+
+def digits(config: DataConfig) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8×8 grey: 40 test and 20 validation images a class, the rest a pool."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = as_rgb(np.round(bunch.images * (255 / 16)).astype(np.uint8), "digits")
+    labels = bunch.target.astype(np.int64)
+    random = np.random.RandomState(0)
+    parts: dict[str, list[np.ndarray]] = {"test": [], "val": [], "train": []}
+    for c in range(10):
+        order = np.flatnonzero(labels == c)
+        random.shuffle(order)
+        for name, rows in zip(parts, np.split(order, [40, 60]), strict=True):
+            parts[name].append(rows)
+    splits = {name: _rows(images, labels, np.concatenate(rows)) for name, rows in parts.items()}
+    return Source(class_names=tuple("0123456789"), **splits)
+
+
+def cifar(config: DataConfig) -> Source:
+    """CIFAR-10 or CIFAR-100 from torchvision's files under data.path (default ./data), downloaded when asked."""
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.source]
+    root = config.path or Path("data")
+    try:
+        train = kind(root, train=True, download=config.download)
+        test = kind(root, train=False, download=False)
+    except RuntimeError as error:
+        raise DataError(
+            f"{config.source}: not found or damaged under {root}; fetch it with --set data.download=true, or name its folder "
+            "with --set data.path=DIR"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{config.source}: the download into {root} failed ({error}); fetch the files by hand and set data.path") from error
+    every = [_rows(s.data, np.array(s.targets, dtype=np.int64), np.arange(len(s.data))) for s in (train, test)]
+    return Source(class_names=tuple(train.classes), train=every[0], test=every[1])
+
+
+def npz(config: DataConfig) -> Source:
+    """Arrays in one .npz: train_images, train_labels, optional val_*, test_*, class_names; or images, labels.
+
+    Images uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W). `train_index` and the like become the ids where present.
+    """
+    path = _required(config.path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; set data.path to an .npz with train_images and train_labels")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(
+            f"{path}: cannot be read as .npz ({error}); it must hold plain arrays, class_names as text, not Python objects"
+        ) from error
+    prefix = "train_" if "train_images" in arrays else ""
+    if f"{prefix}images" not in arrays or f"{prefix}labels" not in arrays:
+        raise DataError(f"{path}: needs train_images and train_labels (or images and labels); found {', '.join(arrays) or 'nothing'}")
+    labels = arrays[f"{prefix}labels"]
+    if "class_names" in arrays:
+        names = tuple(str(n) for n in arrays["class_names"])
+    else:
+        top = int(labels.max()) if labels.size and np.issubdtype(labels.dtype, np.integer) else 0
+        names = tuple(str(c) for c in range(top + 1))
+
+    def split(prefix: str) -> Split | None:
+        if f"{prefix}images" not in arrays:
+            return None
+        origin = f"{path} ({prefix}labels)"
+        images = as_rgb(arrays[f"{prefix}images"], f"{path} ({prefix}images)")
+        if f"{prefix}labels" not in arrays:
+            raise DataError(f"{path}: {prefix}images without {prefix}labels")
+        labels = check_labels(arrays[f"{prefix}labels"], len(names), origin)
+        if len(labels) != len(images):
+            raise DataError(f"{origin}: {len(labels)} labels for {len(images)} images")
+        ids = arrays.get(f"{prefix}index", np.arange(len(labels))).astype(np.int64)
+        if ids.shape != labels.shape:
+            raise DataError(f"{path} ({prefix}index): {ids.shape} for {len(labels)} images")
+        return Split(labels=labels, ids=ids, images=images)
+
+    train = split(prefix)
+    assert train is not None
+    shapes = {s.images.shape[1:] for s in (train, split("val_"), split("test_")) if s is not None and s.images is not None}
+    if len(shapes) > 1:
+        raise DataError(f"{path}: splits differ in image size: {sorted(shapes)}; save them at one size")
+    return Source(class_names=names, train=train, val=split("val_"), test=split("test_"))
+
+
+def folder(config: DataConfig) -> Source:
+    """PATH/train/CLASS/*.jpg and the like, with optional val and test; or PATH/CLASS/*.jpg, to be split."""
+    root = _required(config.path)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; set data.path to a folder with train/CLASS/*.jpg or CLASS/*.jpg")
+    places = {s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in SPLIT_FOLDERS.items()}
+    if places["train"] is None:
+        if places["val"] or places["test"]:
+            raise DataError(f"{root}: has {places['val'] or places['test']} but no train folder")
+        places = {"train": root, "val": None, "test": None}
+    train_root = places["train"]
+    assert train_root is not None
+    names = tuple(sorted(p.name for p in train_root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not names:
+        raise DataError(f"{train_root}: no class folders in it; expected {train_root}/CLASS/*.jpg")
+    notes: list[str] = []
+    splits = {s: _class_folders(root, place, names, notes) if place else None for s, place in places.items()}
+    assert splits["train"] is not None
+    return Source(class_names=names, train=splits["train"], val=splits["val"], test=splits["test"], notes=tuple(notes))
+
+
+def image_list(config: DataConfig) -> Source:
+    """Lines `relative/path label` (ImageNet-LT, iNaturalist2018, Places-LT), paths relative to data.path or the list's folder."""
+    lists = {"train": config.train_list, "val": config.val_list, "test": config.test_list}
+    found = {s: _read_list(path, config.path or path.parent) for s, path in lists.items() if path is not None}
+    classes = int(found["train"].labels.max()) + 1
+    names = tuple(str(c) for c in range(classes))
+    if config.class_names is not None:
+        try:
+            names = tuple(config.class_names.read_text(encoding="utf-8").splitlines())
+        except OSError as error:
+            raise DataError(f"{config.class_names}: cannot be read ({error.strerror}); one class name a line") from error
+    for s, split in found.items():
+        check_labels(split.labels, len(names), str(lists[s]))
+    return Source(class_names=names, train=found["train"], val=found.get("val"), test=found.get("test"))
+
+
+def as_rgb(images: np.ndarray, origin: str) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 from (N, H, W), (N, H, W, 1) or (N, H, W, 3); DataError for anything else."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise DataError(f"{origin}: expected uint8 of shape (N, H, W, 3) or (N, H, W), got {images.dtype} {images.shape}")
+    if 0 in images.shape:
+        raise DataError(f"{origin}: no images in it ({images.shape})")
+    images = images[..., None] if images.ndim == 3 else images
+    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+
+
+def _rows(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Split:
+    return Split(labels=labels[rows], ids=rows.astype(np.int64), images=images[rows])
+
+
+def _required(path: Path | None) -> Path:
+    assert path is not None  # the configuration has checked it
+    return path.expanduser()
+
+
+def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[str]) -> Split:
+    strangers = sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in names)
+    if strangers:
+        raise DataError(f"{place}: class folder {strangers[0]} is not among the training classes; rename it or add it to train")
+    paths: list[str] = []
+    labels: list[int] = []
+    ignored: list[str] = []
+    for label, name in enumerate(names):
+        for folder, below, files in os.walk(place / name, followlinks=True):
+            below.sort()
+            for file in sorted(files):
+                if file.startswith("."):
+                    continue
+                path = os.path.join(os.path.relpath(folder, root), file)
+                if os.path.splitext(file)[1].lower() in EXTENSIONS:
+                    paths.append(path)
+                    labels.append(label)
+                else:
+                    ignored.append(path)
+    if ignored:
+        notes.append(f"{len(ignored)} file(s) under {place} are no images by their ending and were left out: {', '.join(ignored[:3])}")
+    if not paths:
+        raise DataError(f"{place}: no images in its class folders (known endings: {' '.join(sorted(EXTENSIONS))})")
+    return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(paths)), paths=paths, root=root)
+
+
+def _read_list(path: Path, root: Path) -> Split:
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); set data.train_list and the like") from error
+    paths, labels = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.lstrip("-").isdigit():
+            raise DataError(f"{path}, line {number}: expected `relative/path label`, got {line[:80]!r}")
+        paths.append(name.strip())
+        labels.append(int(label))
+    if not paths:
+        raise DataError(f"{path}: no lines in it; expected `relative/path label`")
+    missing = [p for p in paths if not os.path.isfile(root / p)]
+    if missing:
+        raise DataError(
+            f"{path}: {len(missing)} of {len(paths)} files are missing under {root}, the first is {missing[0]}; "
+            "set data.path to the folder that the paths are relative to"
+        )
+    return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(paths)), paths=paths, root=root)

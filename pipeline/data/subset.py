@@ -1,0 +1,47 @@
+"""Long-tailed and step subsets and held-out samples: pure functions of labels and a seed."""
+
+import numpy as np
+
+
+def class_sizes(*, classes: int, largest: int, imbalance: float, shape: str) -> np.ndarray:
+    """(classes,) int64 images to keep of each class, class order = label order.
+
+    exponential: int(largest · imbalance^(−c/(C−1))) (Cui et al., CVPR 2019); step: the first half keeps `largest`, the
+    second largest / imbalance (Buda et al., 2018); none: all `largest`. Never less than one.
+    """
+    c = np.arange(classes)
+    if shape == "exponential":
+        sizes = [int(largest * imbalance ** (-k / max(classes - 1, 1))) for k in c]
+    elif shape == "step":
+        sizes = [largest if k < classes // 2 else int(largest / imbalance) for k in c]
+    else:
+        sizes = [largest] * classes
+    return np.maximum(np.array(sizes, dtype=np.int64), 1)
+
+
+def long_tail(labels: np.ndarray, sizes: np.ndarray, *, val_per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(positions of the subset, positions of a validation set from what is left over), both in class order.
+
+    RandomState(seed), classes in order, shuffle the class's positions, keep the first sizes[c], validate on the next
+    val_per_class: the public CIFAR-LT recipe. A class with fewer left over gives what it has.
+    """
+    random = np.random.RandomState(seed)
+    kept, left = [], []
+    for c, size in enumerate(sizes):
+        order = np.flatnonzero(labels == c)
+        random.shuffle(order)
+        kept.append(order[:size])
+        left.append(order[size : size + val_per_class])
+    return np.concatenate(kept), np.concatenate(left)
+
+
+def hold_out(labels: np.ndarray, *, per_class: int, seed: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(positions that stay, positions held out): min(per_class, N_c // 5) of each class, none of classes under 5."""
+    random = np.random.RandomState(seed)
+    held = []
+    for c in range(classes):
+        order = np.flatnonzero(labels == c)
+        random.shuffle(order)
+        held.append(order[: min(per_class, len(order) // 5)])
+    taken = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), taken), taken

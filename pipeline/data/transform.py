@@ -1,0 +1,173 @@
+"""From stored pixels to network input, the same in training, dumping and prediction; augmentation keyed per sample."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, v2
+
+from pipeline.data.dataset import Split
+from pipeline.data.images import read_image
+from pipeline.errors import DataError
+from pipeline.seeds import derive, uniform
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """height, width of the input; mean, std per channel in 0…1; which augmentation; how files are resized."""
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    augment: str
+    crop_pct: float = 0.875
+    interpolation: str = "bilinear"
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> "Transform":
+        return cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in facts.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @property
+    def padding(self) -> int:
+        """Pixels added to each side before a random crop: 4 at size 32."""
+        return max(1, max(self.size) // 8)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → float32, channels at mean 0 and standard deviation 1."""
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (self.mean, self.std))
+        return images.float().sub_(mean).div_(std)
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel of (N, H, W, 3) uint8, in 0…1, rounded to 4 digits."""
+    pixels = images.reshape(-1, 3)
+    counts = np.stack([np.bincount(pixels[:, c], minlength=256) for c in range(3)]).astype(np.float64)
+    values = np.arange(256) / 255
+    mean = counts @ values / len(pixels)
+    std = np.sqrt(np.maximum(counts @ values**2 / len(pixels) - mean**2, 1e-8))
+    return tuple(float(m) for m in mean.round(4)), tuple(float(s) for s in std.round(4).clip(1e-4))
+
+
+def augment(images: Tensor, *, padding: int, flip: bool, ids: np.ndarray, key: int) -> Tensor:
+    """Random crop after zero padding, and horizontal flip, of images (B, H, W, 3) uint8: one gather for the batch.
+
+    Sample i is moved by a function of (key, ids[i]) alone, so neither batch nor rank nor worker changes it.
+    """
+    batch, height, width, _ = images.shape
+    draws = uniform(key, ids, 3)
+    shift = torch.from_numpy((draws[:, :2] * (2 * padding + 1)).astype(np.int64)).to(images.device)
+    rows = torch.arange(height, device=images.device) + shift[:, :1]
+    columns = torch.arange(width, device=images.device).expand(batch, width)
+    if flip:
+        mirrored = torch.from_numpy(draws[:, 2] < 0.5).to(images.device)
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    columns = columns + shift[:, 1:]
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    return padded[torch.arange(batch, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+class Loader:
+    """Batches of one split, normalised, on a device. In-memory images stay there as uint8; files are decoded in workers."""
+
+    def __init__(self, split: Split, transform: Transform, *, device: torch.device, workers: int = 0):
+        self.split, self.transform, self.device = split, transform, device
+        self._plan = _Plan()
+        if split.images is not None:
+            self._images = torch.from_numpy(split.images).to(device)
+        else:
+            self._files = DataLoader(
+                _Files(split, transform),
+                batch_sampler=self._plan,
+                collate_fn=collate,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=device.type == "cuda",
+                multiprocessing_context="forkserver" if workers else None,
+            )
+
+    def batches(self, rows: Sequence[np.ndarray], key: int | None = None) -> Iterator[Tensor]:
+        """Normalised images (len(rows[k]), 3, H, W) for each array of positions; key None = evaluation transform.
+
+        With a key, sample i is augmented as a function of (key, id of i). Raises DataError naming an unreadable file.
+        """
+        if self.split.images is not None:
+            for positions in rows:
+                yield self.transform.normalise(self._take(positions, key).permute(0, 3, 1, 2))
+            return
+        self._plan.batches = [[(int(i), key) for i in positions] for positions in rows]
+        for images, errors in self._files:
+            if errors:
+                raise DataError(errors[0])
+            yield self.transform.normalise(images.to(self.device, non_blocking=True))
+
+    def _take(self, positions: np.ndarray, key: int | None) -> Tensor:
+        images = self._images[torch.from_numpy(np.asarray(positions)).to(self.device)]
+        kind = self.transform.augment
+        if key is None or kind == "none":
+            return images
+        return augment(images, padding=self.transform.padding, flip="flip" in kind, ids=self.split.ids[positions], key=key)
+
+
+class _Plan:
+    """What the next pass reads; kept apart so that worker processes outlive an epoch."""
+
+    batches: list[list[tuple[int, int | None]]]
+
+    def __init__(self):
+        self.batches = []
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+class _Files:
+    """Map-style data set over image files; (position, key) → uint8 (3, H, W) or an error text, collated per batch."""
+
+    def __init__(self, split: Split, transform: Transform):
+        self.split, self.size = split, transform.size
+        height, width = transform.size
+        interpolation = InterpolationMode(transform.interpolation)
+        shorter = round(min(height, width) / transform.crop_pct)
+        self.evaluate = v2.Compose([v2.Resize(shorter, interpolation=interpolation), v2.CenterCrop(transform.size), v2.PILToTensor()])
+        moves: dict[str, list] = {
+            "none": [v2.Resize(shorter, interpolation=interpolation), v2.CenterCrop(transform.size)],
+            "resized-crop-flip": [v2.RandomResizedCrop(transform.size, interpolation=interpolation), v2.RandomHorizontalFlip()],
+        }
+        crop = [v2.Resize(transform.size, interpolation=interpolation), v2.RandomCrop(transform.size, padding=transform.padding)]
+        moves |= {"crop": crop, "crop-flip": [*crop, v2.RandomHorizontalFlip()]}
+        self.train = v2.Compose([*moves[transform.augment], v2.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, wanted: list[tuple[int, int | None]]):
+        return [self._one(position, key) for position, key in wanted]
+
+    def _one(self, position: int, key: int | None):
+        try:
+            image = read_image(self.split.name_of(position))
+        except DataError as error:
+            return torch.zeros(3, *self.size, dtype=torch.uint8), str(error)
+        if key is None:
+            return self.evaluate(image), None
+        with torch.random.fork_rng(devices=[]):  # v2 draws from torch's generator: seed it for this sample only
+            torch.manual_seed(derive(key, "augment", int(self.split.ids[position])))
+            return self.train(image), None
+
+
+def collate(samples):
+    """(images (B, 3, H, W) uint8, texts of the samples that could not be read)."""
+    return torch.stack([image for image, _ in samples]), [error for _, error in samples if error]

@@ -1,0 +1,129 @@
+"""Ranks, devices and torchrun: the only user of torch.distributed besides DDP itself."""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import FAILED, INTERRUPTED, OK, TERMINATED, ConfigError
+
+GO_ON, SAVE, STOP = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its fellows."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        self.largest(0)
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """Element-wise sum over ranks, float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def largest(self, value: int) -> int:
+        """The largest value any rank passes."""
+        return int(self._reduce(np.array([value]), dist.ReduceOp.MAX)[0])
+
+    def _reduce(self, values: np.ndarray, operation) -> np.ndarray:
+        if self.world == 1:
+            return np.asarray(values, dtype=np.float64)
+        tensor = torch.tensor(np.asarray(values, dtype=np.float64))
+        dist.all_reduce(tensor, operation)
+        return tensor.numpy()
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """cuda where there is one, else cpu; under torchrun each local rank takes its own GPU. ConfigError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--device {name}: no CUDA device here; take --device cpu")
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs; use --nproc of at most that many")
+        device = torch.device("cuda", index)
+    elif device.type != "cpu":
+        raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    return device
+
+
+@contextmanager
+def ranks(device: str = "auto") -> Iterator[Ranks]:
+    """The process group torchrun asks for (gloo, and NCCL for CUDA tensors), or one lone rank."""
+    chosen = choose_device(device)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield Ranks(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), world, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+class Signals:
+    """While entered, SIGTERM and Ctrl-C are noted, not obeyed, so that work ends at a point that can be saved."""
+
+    received: int = 0
+
+    def __enter__(self) -> "Signals":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _note(self, number, frame) -> None:
+        self.received = number
+
+    @property
+    def exit_code(self) -> int:
+        return INTERRUPTED if self.received == signal.SIGINT else TERMINATED
+
+
+def launch(nproc: int, arguments: Sequence[str]) -> int:
+    """Runs `python -m pipeline ARGUMENTS` in nproc torchrun workers on this host; returns the first failure's exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the worker that failed has said why
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "pipeline", *arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else FAILED
+    except SignalException as error:
+        return INTERRUPTED if error.sigval == signal.SIGINT else TERMINATED
+    return OK
