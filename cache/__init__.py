@@ -1,0 +1,29 @@
+"""A checksummed, resumable store of features: a zarr v3 group that any zarr client can read.
+
+Make one: `create_store` (one process), `open_writer` (others beside it), `Writer.missing`, `write`, `seal`.
+Use one: `open_cache`, then `Cache.read`. Check one: `verify`. Imports neither torch nor zarr: the files are written
+as the zarr v3 specification says, durably, and the chunks are read straight into the caller's memory.
+"""
+
+from cache.files import write_durably
+from cache.layout import CacheError, Chunk, Layout, chunk_rows, owned_chunks
+from cache.reader import Cache, open_cache
+from cache.verify import Damage, verify
+from cache.writer import Split, Writer, create_store, open_writer
+
+__all__ = [
+    "Cache",
+    "CacheError",
+    "Chunk",
+    "Damage",
+    "Layout",
+    "Split",
+    "Writer",
+    "chunk_rows",
+    "create_store",
+    "open_cache",
+    "open_writer",
+    "owned_chunks",
+    "verify",
+    "write_durably",
+]

@@ -1,0 +1,194 @@
+"""What a feature store looks like: names, shapes, chunks and zarr metadata. Pure arithmetic, no files."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT = 1
+CHUNK_BYTES = 16 * 2**20
+CHUNK_ROWS = 8192  # narrow features: no more rows than this are encoded again when a chunk is lost
+
+# zarr has no bfloat16: its bits are stored as uint16, named in the array's attributes
+STORED = {"float16": "<f2", "float32": "<f4", "bfloat16": "<u2", "int64": "<i8"}
+LARGEST = {"float16": 65504.0, "float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38}
+_ZARR_NAME = {"<f2": "float16", "<f4": "float32", "<u2": "uint16", "<i8": "int64"}
+# what a plain zarr client shows where a chunk is missing: not a number, never a plausible zero
+_FILL: dict[str, Any] = {"<f2": "NaN", "<f4": "NaN", "<u2": 0x7FC0, "<i8": -1}
+
+
+class CacheError(Exception):
+    """A store is missing, damaged or not the one asked for; the message names the path and the next thing to type."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows start..stop of one view of one split: the unit that is encoded, written, checked and repaired whole."""
+
+    split: str
+    view: int
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def array(self) -> str:
+        return f"{self.split}/features"
+
+    @property
+    def key(self) -> str:
+        return f"c/{self.view}/{self.index}/0"
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def where(self) -> str:
+        return f"view {self.view}, rows {self.start}–{self.stop - 1}"
+
+    def __str__(self) -> str:
+        return f"{self.split} {self.where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """One zarr array: its shape, the shape of its chunks, and what its numbers are (a key of STORED)."""
+
+    name: str
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: str
+
+    @property
+    def keys(self) -> list[str]:
+        """Chunk keys in row-major order; every array but the features has one chunk, or none where it is empty."""
+        keys = ["c"]
+        for size, step in zip(self.shape, self.chunk, strict=True):
+            keys = [f"{key}/{i}" for key in keys for i in range(-(-size // step))]
+        return keys
+
+    @property
+    def stored(self) -> str:
+        """The numpy type of the bytes on disk, little-endian."""
+        return STORED[self.dtype]
+
+    @property
+    def fill(self) -> Any:
+        return _FILL[self.stored]
+
+    def metadata(self) -> bytes:
+        """The array's zarr.json: no compression, and each chunk ends in the crc32c of its bytes."""
+        document = {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": self.shape,
+            "data_type": _ZARR_NAME[self.stored],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": self.fill,
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "attributes": {"bits_of": "bfloat16"} if self.dtype == "bfloat16" else {},
+            "storage_transformers": [],
+        }
+        return json.dumps(document, indent=2).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Everything about a store's files that follows from a few numbers.
+
+    splits: (name, views, rows) in the order in which they are written; width: D; classes: C; dtype of the features;
+    rows_per_chunk: upper limit R, as `chunk_rows` gives it.
+    """
+
+    splits: tuple[tuple[str, int, int], ...]
+    width: int
+    classes: int
+    dtype: str
+    rows_per_chunk: int
+
+    def features(self, split: str) -> Array:
+        views, rows = self.views(split), self.rows(split)
+        per_chunk = max(1, min(rows, self.rows_per_chunk))
+        return Array(f"{split}/features", (views, rows, self.width), (1, per_chunk, self.width), self.dtype)
+
+    def small(self) -> list[Array]:
+        """Labels and ids of each split and the stage-1 classifier: one chunk each, known when the store is made."""
+        c, d = self.classes, self.width
+        head = [
+            Array("classifier/weight", (c, d), (c, d), "float32"),
+            Array("classifier/bias", (c,), (c,), "float32"),
+        ]
+        per_row = [
+            Array(f"{split}/{name}", (rows,), (max(1, rows),), "int64")
+            for split, _, rows in self.splits
+            for name in ("labels", "ids")
+        ]
+        return per_row + head
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [self.features(split) for split, _, _ in self.splits] + self.small()
+
+    @property
+    def groups(self) -> list[str]:
+        return [split for split, _, _ in self.splits] + ["classifier"]
+
+    def chunks(self) -> list[Chunk]:
+        """Every chunk of features, by split, view and row."""
+        return [c for split, views, _ in self.splits for view in range(views) for c in self.chunks_of(split, view)]
+
+    def chunks_of(self, split: str, view: int) -> Iterator[Chunk]:
+        rows, step = self.rows(split), self.features(split).chunk[1]
+        for index, start in enumerate(range(0, rows, step)):
+            yield Chunk(split, view, index, start, min(start + step, rows))
+
+    def views(self, split: str) -> int:
+        return self._split(split)[1]
+
+    def rows(self, split: str) -> int:
+        return self._split(split)[2]
+
+    def _split(self, name: str) -> tuple[str, int, int]:
+        for split in self.splits:
+            if split[0] == name:
+                return split
+        raise CacheError(f"no split {name}; this store has {', '.join(s for s, _, _ in self.splits)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "splits": [list(split) for split in self.splits],
+            "width": self.width,
+            "classes": self.classes,
+            "dtype": self.dtype,
+            "rows_per_chunk": self.rows_per_chunk,
+        }
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Layout":
+        splits = tuple((str(name), int(views), int(rows)) for name, views, rows in tree["splits"])
+        return cls(splits, tree["width"], tree["classes"], tree["dtype"], tree["rows_per_chunk"])
+
+
+def chunk_rows(*, width: int, itemsize: int) -> int:
+    """Rows of (width,) features that make a chunk of about 16 MiB; at least 1, at most CHUNK_ROWS."""
+    return max(1, min(CHUNK_ROWS, CHUNK_BYTES // (width * itemsize)))
+
+
+def owned_chunks(*, chunks: int, rank: int, world: int) -> range:
+    """Chunk numbers this rank writes: contiguous, whole, every chunk owned once."""
+    return range(chunks * rank // world, chunks * (rank + 1) // world)
+
+
+def group_metadata(attributes: dict[str, Any] | None = None) -> bytes:
+    """A group's zarr.json."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
+    return json.dumps(document, indent=2, allow_nan=False).encode()
+
+
+def canonical(tree: Any) -> bytes:
+    """The one way to write a JSON tree that hashes and checksums are taken of."""
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

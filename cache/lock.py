@@ -1,0 +1,63 @@
+"""One writer at a time: a lock that the system drops with its owner, however that ends."""
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+from cache.layout import CacheError
+
+_held: set[int] = set()
+
+
+class Lock:
+    """The right to write a store, held by one open file in it from `take` to `release`."""
+
+    def __init__(self, store: Path):
+        self._store = store
+        self._file = store / ".lock"
+        self._descriptor: int | None = None
+
+    def take(self) -> "Lock":
+        """Itself, held; CacheError naming the owner where another process holds it."""
+        while self._descriptor is None:
+            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(descriptor, 100, 0).decode(errors="replace") or "unknown"
+                os.close(descriptor)
+                message = f"{self._store}: another process is writing it ({owner}); wait for it or stop it"
+                raise CacheError(message) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self._file).st_ino == os.fstat(descriptor).st_ino:
+                    self._descriptor = descriptor
+            if self._descriptor is None:  # its owner removed the file between our open and our lock
+                os.close(descriptor)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        _held.add(self._descriptor)
+        return self
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            self._file.unlink(missing_ok=True)
+            _held.discard(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> "Lock":
+        return self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _forget() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+# a forked data-loading worker that outlives its killed parent must not keep the lock
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,19 @@
+"""Between the numbers people compute with and the bits a store holds."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def encode(rows: NDArray, dtype: str) -> NDArray:
+    """Finite features as the store keeps them: float16, float32, or the bits of bfloat16 rounded to nearest even."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(rows, {"float16": "<f2", "float32": "<f4"}[dtype])
+    bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
+
+
+def decode(rows: NDArray, dtype: str) -> NDArray:
+    """Stored rows as numbers; bfloat16 becomes float32, which holds each of its values exactly."""
+    if dtype != "bfloat16":
+        return rows
+    return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)

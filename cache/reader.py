@@ -1,0 +1,157 @@
+"""Reading a sealed store: whole chunks straight into the caller's array, each checked against the manifest."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.chunks import Torn
+from cache.layout import CacheError, Chunk
+from cache.numbers import decode
+from cache.root import Root, read_root
+from cache.verify import checked_read, damaged_metadata, padding_bytes, unfinished
+
+
+def open_cache(path: Path | str) -> "Cache":
+    """The sealed store at path, for reading.
+
+    Raises CacheError, naming path, field and what to do, where it is missing, no feature store, not sealed, of another
+    format version, or its metadata is damaged.
+    """
+    path = Path(path)
+    root = read_root(path)
+    if not root.sealed:
+        raise CacheError(unfinished(path))
+    for damage in damaged_metadata(path, root):
+        raise CacheError(f"{path}: {damage}; {_repair(path)}")
+    return Cache(path, root)
+
+
+class Cache:
+    """A sealed feature store. Numbers are read when asked for, never before; nothing is written."""
+
+    def __init__(self, path: Path, root: Root):
+        self.path = path
+        self._root = root
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(name for name, _, _ in self._root.layout.splits)
+
+    @property
+    def width(self) -> int:
+        return self._root.layout.width
+
+    @property
+    def dtype(self) -> str:
+        """float16, float32 or bfloat16, as stored."""
+        return self._root.layout.dtype
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._root.class_names
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Training samples per class, (C,)."""
+        return np.array(self._root.counts, np.int64)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return dict(self._root.fingerprint)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return dict(self._root.provenance)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the content; equal content has an equal digest."""
+        return self._root.digest
+
+    def views(self, split: str) -> int:
+        return self._root.layout.views(split)
+
+    def rows(self, split: str) -> int:
+        return self._root.layout.rows(split)
+
+    def chunks(self, split: str, view: int = 0) -> list[Chunk]:
+        """The chunks of one view in row order, for `read_chunk`."""
+        if not 0 <= view < self.views(split):
+            raise CacheError(f"{self.path}: no view {view} of {split}; it has views 0 to {self.views(split) - 1}")
+        return list(self._root.layout.chunks_of(split, view))
+
+    def read(self, split: str, view: int = 0, out: NDArray | None = None) -> NDArray:
+        """Features (N, D) of one view: float16 or float32 as stored, bfloat16 as float32.
+
+        out: receives them and is returned; of the stored type (uint16 takes the bits of bfloat16) or of a float type
+        that holds it.
+        Raises CacheError naming the rows where a chunk is missing or damaged.
+        """
+        chunks, shape = self.chunks(split, view), (self.rows(split), self.width)
+        if out is None:
+            out = np.empty(shape, np.float32 if self.dtype == "bfloat16" else self._stored(split))
+        if out.shape != shape:
+            raise ValueError(f"out has shape {out.shape}, the features of {split} have {shape}")
+        for chunk in chunks:
+            self.read_chunk(chunk, out[chunk.start : chunk.stop])
+        return out
+
+    def read_bits(self, split: str, view: int = 0) -> NDArray:
+        """Features (N, D) with the bits as stored: uint16 for bfloat16, otherwise what `read` gives."""
+        return self.read(split, view, np.empty((self.rows(split), self.width), self._stored(split)))
+
+    def read_chunk(self, chunk: Chunk, out: NDArray | None = None) -> NDArray:
+        """Features (rows, D) of one chunk, as `read` gives them."""
+        stored = self._stored(chunk.split)
+        if out is not None and out.dtype == stored and out.flags.c_contiguous:
+            self._load(chunk, out)
+            return out
+        rows = np.empty((chunk.rows, self.width), stored)
+        self._load(chunk, rows)
+        numbers = decode(rows, self.dtype)
+        if out is None:
+            return numbers
+        np.copyto(out, numbers, casting="safe")
+        return out
+
+    def labels(self, split: str) -> NDArray[np.int64]:
+        """(N,) class of each sample."""
+        return self._small(f"{split}/labels")
+
+    def ids(self, split: str) -> NDArray[np.int64]:
+        """(N,) the dataset's own number of each sample."""
+        return self._small(f"{split}/ids")
+
+    @property
+    def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Stage-1 weight (C, D) and bias (C,), float32."""
+        return self._small("classifier/weight"), self._small("classifier/bias")
+
+    def _stored(self, split: str) -> np.dtype:
+        return np.dtype(self._root.layout.features(split).stored)
+
+    def _load(self, chunk: Chunk, into: NDArray) -> None:
+        array = self._root.layout.features(chunk.split)
+        padding = padding_bytes(array, chunk.rows)
+        self._checked(array.name, chunk.key, into, padding, f" ({chunk.where})")
+
+    def _small(self, name: str) -> NDArray:
+        array = next((a for a in self._root.layout.small() if a.name == name), None)
+        if array is None:
+            raise CacheError(f"{self.path}: no array {name}; the splits are {', '.join(self.splits)}")
+        into = np.empty(array.shape, array.stored)
+        for key in array.keys:
+            self._checked(array.name, key, into, 0, "")
+        return into
+
+    def _checked(self, array: str, key: str, into: NDArray, padding: int, rows: str) -> None:
+        try:
+            checked_read(self.path, self._root.manifest, array, key, into, padding=padding)
+        except Torn as torn:
+            raise CacheError(f"{self.path}: {array}/{key}{rows} {torn}; {_repair(self.path)}") from torn
+
+
+def _repair(path: Path) -> str:
+    return f"repair it: run the pipeline dump-features … --out {path} that made it again"

@@ -1,0 +1,112 @@
+"""The store's root zarr.json: its state, what it is made of, and the checksums that decide whether it is whole."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cache.chunks import checksum
+from cache.files import write_durably
+from cache.layout import FORMAT, CacheError, Layout, canonical, group_metadata
+
+Manifest = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Root:
+    """The root attributes. manifest: array name → chunk key → crc32c, complete exactly when the store is sealed."""
+
+    layout: Layout
+    class_names: tuple[str, ...]
+    counts: tuple[int, ...]
+    fingerprint: dict[str, Any]
+    provenance: dict[str, Any]
+    state: str = "open"
+    manifest: Manifest = field(default_factory=dict)
+
+    @property
+    def sealed(self) -> bool:
+        return self.state == "sealed"
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all content: equal features, labels, classes and fingerprint have an equal one, whenever made."""
+        return hashlib.sha256(canonical({**self._content(), "manifest": self.manifest})).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT,
+            "layout": self.layout.to_json(),
+            "class_names": list(self.class_names),
+            "counts": list(self.counts),
+            "fingerprint": self.fingerprint,
+        }
+
+    def attributes(self) -> dict[str, Any]:
+        digest = {"digest": self.digest} if self.sealed else {}
+        known = {**self._content(), "state": self.state, "provenance": self.provenance, **digest}
+        known["manifest"] = self.manifest
+        return {**known, "check": checksum(canonical(known))}
+
+
+def write_root(path: Path, root: Root) -> Root:
+    """Replaces the root zarr.json in one atomic step: this is what seals or opens a store."""
+    write_durably(path / "zarr.json", group_metadata(root.attributes()))
+    return root
+
+
+def read_root(path: Path) -> Root:
+    """The root of the store at path, its own checksum verified.
+
+    Raises CacheError for a missing path, something else than a store, another format version, or damage.
+    """
+    file = path / "zarr.json"
+    if not path.exists():
+        raise CacheError(f"{path}: no such feature store; make it: pipeline dump-features … --out {path}")
+    if not file.is_file():
+        raise CacheError(f"{path}: not a feature store (it has no zarr.json)")
+    again = f"dump again: pipeline dump-features … --out {path} --overwrite"
+    damaged = f"{path}: the metadata in zarr.json is damaged; {again}"
+    try:
+        document = json.loads(file.read_bytes())
+        attributes = dict(document["attributes"])
+    except OSError as error:
+        raise CacheError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CacheError(damaged) from error
+    if "format_version" not in attributes and "check" not in attributes:
+        raise CacheError(f"{path}: not a feature store: a zarr {document.get('node_type')} without format_version")
+    check = attributes.pop("check", None)
+    try:
+        is_group = (document["zarr_format"], document["node_type"]) == (3, "group")
+        whole = is_group and check == checksum(canonical(attributes))
+    except (ValueError, KeyError) as error:
+        raise CacheError(damaged) from error
+    if not whole:
+        raise CacheError(damaged)
+    version = attributes["format_version"]
+    if version != FORMAT:
+        raise CacheError(f"{path}: format_version is {version}, this program reads {FORMAT}; {again}")
+    root = Root(
+        Layout.from_json(attributes["layout"]),
+        tuple(attributes["class_names"]),
+        tuple(attributes["counts"]),
+        attributes["fingerprint"],
+        attributes["provenance"],
+        attributes["state"],
+        attributes["manifest"],
+    )
+    if root.sealed and root.digest != attributes.get("digest"):
+        raise CacheError(damaged)
+    return root
+
+
+def reopened(root: Root, damaged: list[tuple[str, str]]) -> Root:
+    """An open root whose manifest still vouches for every chunk but the damaged (array, key) ones."""
+    lost = set(damaged)
+    manifest = {
+        array: {key: crc for key, crc in chunks.items() if (array, key) not in lost}
+        for array, chunks in root.manifest.items()
+    }
+    return replace(root, state="open", manifest=manifest)

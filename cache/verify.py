@@ -1,0 +1,127 @@
+"""Finding what is damaged: one check for `verify`, for resuming an open store and for repairing a sealed one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache.chunks import Torn, read_chunk
+from cache.layout import Array, CacheError, Chunk, group_metadata
+from cache.root import Manifest, Root, read_root
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One file that is not what the store says it is.
+
+    array: such as "train/features"; chunk: its key, or "zarr.json"; rows: in words; what: what is wrong with it.
+    """
+
+    array: str
+    chunk: str
+    rows: str
+    what: str
+
+    def __str__(self) -> str:
+        where = f" ({self.rows})" if self.rows else ""
+        return f"{self.array}/{self.chunk}{where} {self.what}"
+
+
+def verify(path: Path | str) -> list[Damage]:
+    """Every damaged file of a sealed store, after reading all of it; an empty list means whole.
+
+    Repair is `pipeline dump-features` with the same settings: it recomputes just these chunks.
+    Raises CacheError where there is no sealed store, or its root metadata is damaged.
+    """
+    path = Path(path)
+    root = read_root(path)
+    if not root.sealed:
+        raise CacheError(unfinished(path))
+    return damages(path, root)
+
+
+def unfinished(path: Path) -> str:
+    return f"{path}: state is {'open'!r}: its dump did not finish; run the same pipeline dump-features command again"
+
+
+def damages(path: Path, root: Root) -> list[Damage]:
+    """What is wrong in the store's metadata, small arrays and features, in this order."""
+    found = list(damaged_metadata(path, root))
+    found += damaged_small(path, root)
+    for chunk in root.layout.chunks():
+        found += filter(None, [damaged_chunk(path, root, chunk)])
+    return found
+
+
+def damaged_metadata(path: Path, root: Root) -> Iterator[Damage]:
+    """Group and array metadata files that differ from what the layout says."""
+    for name, content in metadata_files(root).items():
+        try:
+            same = (path / name / "zarr.json").read_bytes() == content
+            what = "differs from the layout in the root metadata"
+        except OSError as error:
+            same, what = False, f"cannot be read: {error.strerror}"
+        if not same:
+            yield Damage(name, "zarr.json", "", what)
+
+
+def metadata_files(root: Root) -> dict[str, bytes]:
+    """Name of each group and array below the root → content of its zarr.json."""
+    groups = {name: group_metadata() for name in root.layout.groups}
+    return {**groups, **{array.name: array.metadata() for array in root.layout.arrays}}
+
+
+def damaged_small(path: Path, root: Root) -> list[Damage]:
+    """Damaged labels, ids and classifier; also labels that do not give the class counts."""
+    found, whole = [], {}
+    for array in root.layout.small():
+        for key in array.keys:
+            into = np.empty(array.shape, array.stored)
+            what = _fault(path, root.manifest, array.name, key, into)
+            if what:
+                found.append(Damage(array.name, key, "", what))
+            else:
+                whole[array.name] = into
+    labels = whole.get("train/labels")
+    if labels is not None and not counts_agree(labels, root.counts):
+        found.append(Damage("train/labels", "c/0", "", "does not give the class counts in the root metadata"))
+    return found
+
+
+def counts_agree(labels: np.ndarray, counts: tuple[int, ...]) -> bool:
+    """Whether labels in [0, C) occur as often as counts says."""
+    if labels.size and (labels.min() < 0 or labels.max() >= len(counts)):
+        return False
+    return np.array_equal(np.bincount(labels, minlength=len(counts)), counts)
+
+
+def damaged_chunk(path: Path, root: Root, chunk: Chunk) -> Damage | None:
+    """What is wrong with a chunk of features: its own checksum, and the manifest where that lists it."""
+    array = root.layout.features(chunk.split)
+    what = _fault(path, root.manifest, array.name, chunk.key, np.empty(array.chunk, array.stored))
+    return Damage(array.name, chunk.key, chunk.where, what) if what else None
+
+
+def checked_read(path: Path, manifest: Manifest, array: str, key: str, into: np.ndarray, *, padding: int = 0) -> int:
+    """crc32c of a chunk read into an array; Torn where the file, its checksum or the manifest disagree.
+
+    A chunk that the manifest does not list (an open store) is checked against its own checksum alone.
+    """
+    crc = read_chunk(path / array / key, into, padding=padding)
+    if manifest.get(array, {}).get(key, crc) != crc:
+        raise Torn("holds other content than was sealed")
+    return crc
+
+
+def _fault(path: Path, manifest: Manifest, array: str, key: str, into: np.ndarray) -> str | None:
+    try:
+        checked_read(path, manifest, array, key, into)
+    except Torn as torn:
+        return str(torn)
+    return None
+
+
+def padding_bytes(array: Array, rows: int) -> int:
+    """Bytes behind the given number of rows in a chunk of features; chunks on disk are always whole."""
+    return (array.chunk[1] - rows) * array.chunk[2] * np.dtype(array.stored).itemsize
