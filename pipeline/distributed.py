@@ -5,17 +5,20 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import FAILED, INTERRUPTED, OK, TERMINATED, ConfigError
+from pipeline.errors import FAILED, INTERRUPTED, OK, TERMINATED, ConfigError, Elsewhere, PipelineError
 
 GO_ON, SAVE, STOP = 0, 1, 2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,22 @@ class Ranks:
     def largest(self, value: int) -> int:
         """The largest value any rank passes."""
         return int(self._reduce(np.array([value]), dist.ReduceOp.MAX)[0])
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What make() returns on this rank. Where it raises PipelineError on any rank, the lowest such rank raises it and
+        the others raise Elsewhere, so that nobody waits for the dead and the reason is said once."""
+        failure: PipelineError | None = None
+        try:
+            result = make()
+        except PipelineError as error:
+            failure = error
+        culprit = self.world - self.largest(self.world - self.rank if failure else 0)
+        code = self.largest(failure.exit_code if failure else 0)
+        if failure is not None and culprit == self.rank:
+            raise failure
+        if culprit < self.world:
+            raise Elsewhere(code)
+        return result
 
     def _reduce(self, values: np.ndarray, operation) -> np.ndarray:
         if self.world == 1:

@@ -25,3 +25,11 @@ class Terminated(PipelineError):
     """SIGTERM arrived; what was done so far is saved and the same command continues it."""
 
     exit_code = TERMINATED
+
+
+class Elsewhere(PipelineError):
+    """Another rank failed and has said why; this one ends with the same exit code and says nothing."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("another rank failed")
+        self.exit_code = exit_code

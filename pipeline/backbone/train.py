@@ -34,6 +34,7 @@ from pipeline.metrics import group_means
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
 
+VAL_GROUPS = {"all": "val_accuracy", "many": "val_many", "medium": "val_medium", "few": "val_few"}
 AGREE_EVERY = 20  # steps between two looks at signals and clocks where looking costs a collective
 
 
@@ -94,6 +95,15 @@ class TrainResult:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"checkpoint": str(self.checkpoint)}
 
+    def __str__(self) -> str:
+        line = self.last or {}
+        val = ", ".join(f"{g} {line[k]:.1f}%" for g, k in VAL_GROUPS.items() if line.get(k) is not None)
+        return (
+            f"{self.checkpoint}: {self.network['network']} ({self.network['parameters']:,} parameters), {self.epochs} epochs\n"
+            f"balanced validation accuracy of the last epoch: {val or 'no validation split'}\n"
+            f"next: pipeline dump-features"
+        )
+
 
 Event = Begin | Step | Epoch
 
@@ -108,7 +118,8 @@ def train_backbone(
     """
     started = time.perf_counter()
     with distributed.ranks(device) as ranks, Signals() as signals:
-        trainer = Trainer(config, load_dataset(config.data), out=out, ranks=ranks, signals=signals, overwrite=overwrite)
+        dataset = ranks.together(lambda: load_dataset(config.data))
+        trainer = Trainer(config, dataset, out=out, ranks=ranks, signals=signals, overwrite=overwrite)
         before = trainer.epoch
         for event in trainer.run():
             if ranks.first:

@@ -1,0 +1,117 @@
+"""The one place that prints while work goes on: to stderr, a bar on a terminal, plain lines elsewhere, rank 0 only."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY = 3.0  # seconds between two plain progress lines
+
+
+class Talk:
+    """What a command says to the person who typed it."""
+
+    def __init__(self) -> None:
+        self.quiet = int(os.environ.get("RANK", 0)) > 0
+        self.live = sys.stderr.isatty() and "CI" not in os.environ
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=self.quiet, color_system="auto" if self.live else None)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def error(self, text: str) -> None:
+        rank = os.environ.get("RANK")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"{f'[rank {rank}] ' if rank else ''}Error: {text}", markup=False)
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator["Bar"]:
+        """A bar to be moved with `.move(done, total)`."""
+        if not self.live or self.quiet:
+            yield Bar(self, what, None)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, console=self.console, transient=True) as bars:
+            yield Bar(self, what, bars)
+
+
+class Bar:
+    """Progress of one piece of work."""
+
+    def __init__(self, talk: Talk, what: str, bars: Progress | None):
+        self.talk, self.what, self.bars, self.said_at = talk, what, bars, time.monotonic()
+        self.task = bars.add_task(what, total=None, note="") if bars else None
+
+    def move(self, done: float, total: float, note: str = "") -> None:
+        if self.bars is not None and self.task is not None:
+            self.bars.update(self.task, completed=done, total=total, note=note)
+        elif time.monotonic() - self.said_at >= LINE_EVERY:
+            self.said_at = time.monotonic()
+            self.talk.say(f"{self.what}: {done:g}/{total:g} {note}".rstrip())
+
+
+class TrainingReporter:
+    """A callback for train_backbone's events."""
+
+    def __init__(self, talk: Talk, bar: Bar):
+        self.talk, self.bar, self.epochs, self.said_at = talk, bar, 0, 0.0
+
+    def __call__(self, event: Any) -> None:
+        {"Begin": self._begin, "Step": self._step, "Epoch": self._epoch}[type(event).__name__](event)
+
+    def _begin(self, event: Any) -> None:
+        self.epochs, network = event.epochs, event.network
+        self.talk.say(describe_dataset(event.dataset))
+        self.talk.say(
+            f"network: {network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d features; "
+            f"{event.device}, {event.precision}, {event.ranks} rank(s)"
+        )
+        if event.first_epoch >= event.epochs:
+            self.talk.say("already trained to the end")
+        elif event.first_epoch:
+            self.talk.say(f"continuing after epoch {event.first_epoch}/{event.epochs}")
+
+    def _step(self, event: Any) -> None:
+        self.bar.move(event.epoch * event.steps + event.step, self.epochs * event.steps, f"epoch {event.epoch + 1}")
+
+    def _epoch(self, event: Any) -> None:
+        if event.epoch < event.epochs and event.seconds < LINE_EVERY and time.monotonic() - self.said_at < LINE_EVERY:
+            return  # short epochs: not every one is worth a line, metrics.jsonl has them all
+        self.said_at = self.bar.said_at = time.monotonic()
+        val = "" if event.val_accuracy is None else f"  val {percent(event.val_accuracy)}{groups(event)}"
+        self.talk.say(
+            f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.4f}  train {event.train_accuracy:.1f}%{val}  "
+            f"{event.images_per_s:,.0f} img/s  {clock((event.epochs - event.epoch) * event.seconds)} left"
+        )
+
+
+def describe_dataset(facts: dict[str, Any]) -> str:
+    """Sizes, counts per class, imbalance, fingerprint and notes of a data set's summary, for a person."""
+    counts = facts["counts"]
+    shown = " ".join(map(str, counts)) if len(counts) <= 20 else f"{' '.join(map(str, counts[:8]))} … {' '.join(map(str, counts[-4:]))}"
+    sizes = ", ".join(f"{facts[s]:,} {s}" for s in ("train", "val", "test") if s in facts)
+    lines = [f"data: {facts['name']}, {facts['classes']} classes, {sizes}; imbalance {facts['imbalance_factor']:g}"]
+    lines += [f"images per class: {shown}", f"fingerprint: {facts['fingerprint'][:16]} ({facts['fingerprint_covers']})"]
+    return "\n".join(lines + [f"note: {note}" for note in facts["notes"]])
+
+
+def groups(epoch: Any) -> str:
+    """` (many …, medium …, few …)` of an epoch's validation accuracy, groups that exist."""
+    found = {g: getattr(epoch, f"val_{g}") for g in ("many", "medium", "few")}
+    return " (" + ", ".join(f"{g} {v:.1f}" for g, v in found.items() if v is not None) + ")"
+
+
+def percent(value: float | None) -> str:
+    """`41.3%`, or a dash where there is nothing to measure."""
+    return "–" if value is None else f"{value:.1f}%"
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
