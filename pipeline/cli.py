@@ -39,16 +39,32 @@ def cli() -> None:
 def shared(command: Any) -> Any:
     """The options every command has."""
     command = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")(
+        command
+    )
 
 
 def settings(command: Any) -> Any:
-    return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a configuration key, such as backbone.epochs=10.")(command)
+    return click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a configuration key, such as backbone.epochs=10.",
+    )(command)
 
 
 def workers(command: Any) -> Any:
-    command = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")(command)
-    return click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes on this host (torchrun); one a GPU.")(command)
+    command = click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute."
+    )(command)
+    return click.option(
+        "--nproc",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Processes on this host (torchrun); one a GPU.",
+    )(command)
 
 
 PATH = click.Path(path_type=Path)
@@ -72,7 +88,14 @@ def run_command(config, out, seeds, overwrite, nproc, device, sets, as_json, deb
         return
     from pipeline.run import run_pipeline
 
-    result = run_pipeline(chosen, out=out or chosen.run_dir, seeds=_whole_numbers("--seeds", seeds), device=device, overwrite=overwrite, talk=talk)
+    result = run_pipeline(
+        chosen,
+        out=out or chosen.run_dir,
+        seeds=_whole_numbers("--seeds", seeds),
+        device=device,
+        overwrite=overwrite,
+        talk=talk,
+    )
     _show(result, as_json)
 
 
@@ -104,8 +127,16 @@ def train_command(config, out, overwrite, nproc, device, sets, as_json, debug):
 @click.argument("config", required=False)
 @click.option("--checkpoint", type=PATH, help="The backbone [default: runs/CONFIG-NAME/backbone/last.pt].")
 @click.option("--out", type=PATH, help="The store [default: features.zarr in the backbone's run].")
-@click.option("--views", type=click.IntRange(1), help="Views of each training image: one clean, the rest augmented [default: the configuration's].")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Precision of the stored features [default: the configuration's].")
+@click.option(
+    "--views",
+    type=click.IntRange(1),
+    help="Views of each training image: one clean, the rest augmented [default: the configuration's].",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Precision of the stored features [default: the configuration's].",
+)
 @click.option("--overwrite", is_flag=True, help="Dump anew over a store made from something else.")
 @workers
 @settings
@@ -121,14 +152,18 @@ def dump_command(config, checkpoint, out, views, dtype, overwrite, nproc, device
     if not path.is_file():
         from pipeline.errors import DataError
 
-        raise DataError(f"{path}: no such checkpoint; make one with `pipeline train-backbone{f' {config}' if config else ''}`")
+        raise DataError(
+            f"{path}: no such checkpoint; make one with `pipeline train-backbone{f' {config}' if config else ''}`"
+        )
     if _relaunched(nproc):
         return
     from pipeline.backbone.checkpoint import load_checkpoint
     from pipeline.dump import dump_features
 
     backbone = load_checkpoint(path)
-    chosen = _dump_config(named if config else None, backbone.config, both=bool(config and checkpoint), sets=(*sets, *extra))
+    chosen = _dump_config(
+        named if config else None, backbone.config, both=bool(config and checkpoint), sets=(*sets, *extra)
+    )
     out = out or (path.parent.parent if path.parent.name == "backbone" else path.parent) / "features.zarr"
     talk.say(f"checkpoint: {path}; store: {out}")
     with talk.progress("dumping") as bar:
@@ -139,21 +174,35 @@ def dump_command(config, checkpoint, out, views, dtype, overwrite, nproc, device
 @cli.command("rebalance", cls=Examples, example="pipeline rebalance --lam 0.01:0.5:log:12")
 @click.argument("store", required=False)
 @click.option("--config", help="Take the rebalance settings from this configuration, not from the store's.")
-@click.option("--lam", metavar="LAM", help="0.05 | 0.01,0.05,0.1 | 0.01:0.5:log:32 | auto: λ, the scale of the target P.")
+@click.option(
+    "--lam", metavar="LAM", help="0.05 | 0.01,0.05,0.1 | 0.01:0.5:log:32 | auto: λ, the scale of the target P."
+)
 @click.option("--method", multiple=True, help="iwb (default), cb, ce …; repeatable.")
-@click.option("--loss", type=click.Choice(["cb", "ce"]), help="Class-balanced loss or cross-entropy beside the KL term.")
-@click.option("--formulation", type=click.Choice(["paper", "code"]), help="As the paper writes it, or as its released code does it.")
-@click.option("--cb", type=click.Choice(["softmax", "bce"]), help="Form of the class-balanced loss [default: the formulation's].")
+@click.option(
+    "--loss", type=click.Choice(["cb", "ce"]), help="Class-balanced loss or cross-entropy beside the KL term."
+)
+@click.option(
+    "--formulation",
+    type=click.Choice(["paper", "code"]),
+    help="As the paper writes it, or as its released code does it.",
+)
+@click.option(
+    "--cb", type=click.Choice(["softmax", "bce"]), help="Form of the class-balanced loss [default: the formulation's]."
+)
 @click.option("--hardness", type=click.Choice(["vector", "scalar", "none"]), help="Sample-wise part of the target.")
 @click.option("--number/--no-number", default=None, help="Class-wise part of the target.")
 @click.option("--divergence", type=click.Choice(["kl", "mse"]), help="How far the norms are from the target.")
 @click.option("--kl-weight", metavar="W|batch", help="Weight of the KL term [default: the formulation's].")
-@click.option("--views", type=click.Choice(["augmented", "clean"]), help="Train on the augmented views or on the clean one.")
+@click.option(
+    "--views", type=click.Choice(["augmented", "clean"]), help="Train on the augmented views or on the clean one."
+)
 @click.option("--seeds", metavar="0,1,2", help="Batch orders.")
 @click.option("--epochs", type=click.IntRange(1))
 @click.option("--lr", type=click.FloatRange(0, min_open=True))
 @click.option("--batch-size", type=click.IntRange(1))
-@click.option("--select-on", type=click.Choice(["val", "kfold"]), help="What the choice of λ is made on; never the test split.")
+@click.option(
+    "--select-on", type=click.Choice(["val", "kfold"]), help="What the choice of λ is made on; never the test split."
+)
 @click.option("--out", type=PATH, help="Where results go [default: rebalance/ beside the store].")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
 @settings
@@ -240,7 +289,9 @@ def _relaunched(nproc: int) -> bool:
     from pipeline.distributed import launch
 
     arguments = sys.argv[1:] if _ARGUMENTS is None else _ARGUMENTS
-    kept = [a for i, a in enumerate(arguments) if not a.startswith("--nproc") and (i == 0 or arguments[i - 1] != "--nproc")]
+    kept = [
+        a for i, a in enumerate(arguments) if not a.startswith("--nproc") and (i == 0 or arguments[i - 1] != "--nproc")
+    ]
     code = launch(nproc, kept)
     if code:
         raise click.exceptions.Exit(code)
@@ -276,7 +327,9 @@ def _show(result: Any, as_json: bool) -> None:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 110
-    Console(highlight=False, width=width).print(result if hasattr(result, "__rich__") or hasattr(result, "__rich_console__") else str(result), markup=False)
+    Console(highlight=False, width=width).print(
+        result if hasattr(result, "__rich__") or hasattr(result, "__rich_console__") else str(result), markup=False
+    )
 
 
 _ARGUMENTS: list[str] | None = None
@@ -323,7 +376,10 @@ def _explained(error: Exception) -> tuple[str, int]:
             errno.EROFS: "choose a folder you may write to with --out",
         }.get(error.errno, "see --debug for where it happened")
         return f"{error.filename or 'file system'}: {error.strerror}; {advice}", FAILED
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]} (this should not happen: --debug shows where)", FAILED
+    return (
+        f"{type(error).__name__}: {' '.join(str(error).split())[:400]} (this should not happen: --debug shows where)",
+        FAILED,
+    )
 
 
 def _failed(words: list[str], message: str, code: int, *, told: bool = False) -> int:

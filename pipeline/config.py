@@ -233,7 +233,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _explain(origin: str, error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal[", "float", "tuple")))
+    where = ".".join(
+        str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal[", "float", "tuple"))
+    )
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1])
         return f"{origin}: unknown key {where}{nearest(str(error['loc'][-1]), known)}; known here: {', '.join(known)}"

@@ -19,14 +19,18 @@ class Talk:
     def __init__(self) -> None:
         self.quiet = int(os.environ.get("RANK", 0)) > 0
         self.live = sys.stderr.isatty() and "CI" not in os.environ
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=self.quiet, color_system="auto" if self.live else None)
+        self.console = Console(
+            stderr=True, highlight=False, soft_wrap=True, quiet=self.quiet, color_system="auto" if self.live else None
+        )
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def error(self, text: str) -> None:
         rank = os.environ.get("RANK")
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"{f'[rank {rank}] ' if rank else ''}Error: {text}", markup=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"{f'[rank {rank}] ' if rank else ''}Error: {text}", markup=False
+        )
 
     @contextmanager
     def progress(self, what: str) -> Iterator["Bar"]:
@@ -34,7 +38,13 @@ class Talk:
         if not self.live or self.quiet:
             yield Bar(self, what, None)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=self.console, transient=True) as bars:
             yield Bar(self, what, bars)
 
@@ -92,7 +102,11 @@ class TrainingReporter:
 def describe_dataset(facts: dict[str, Any]) -> str:
     """Sizes, counts per class, imbalance, fingerprint and notes of a data set's summary, for a person."""
     counts = facts["counts"]
-    shown = " ".join(map(str, counts)) if len(counts) <= 20 else f"{' '.join(map(str, counts[:8]))} … {' '.join(map(str, counts[-4:]))}"
+    shown = (
+        " ".join(map(str, counts))
+        if len(counts) <= 20
+        else f"{' '.join(map(str, counts[:8]))} … {' '.join(map(str, counts[-4:]))}"
+    )
     sizes = ", ".join(f"{facts[s]:,} {s}" for s in ("train", "val", "test") if s in facts)
     lines = [f"data: {facts['name']}, {facts['classes']} classes, {sizes}; imbalance {facts['imbalance_factor']:g}"]
     lines += [f"images per class: {shown}", f"fingerprint: {facts['fingerprint'][:16]} ({facts['fingerprint_covers']})"]

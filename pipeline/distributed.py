@@ -82,7 +82,9 @@ def choose_device(name: str = "auto") -> torch.device:
             raise ConfigError(f"--device {name}: no CUDA device here; take --device cpu")
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs; use --nproc of at most that many")
+            raise ConfigError(
+                f"--device {name}: there are {torch.cuda.device_count()} GPUs; use --nproc of at most that many"
+            )
         device = torch.device("cuda", index)
     elif device.type != "cpu":
         raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
@@ -136,7 +138,13 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the worker that failed has said why
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "pipeline", *arguments)

@@ -51,11 +51,15 @@ def read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        raise DataError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:160]}); train again with --overwrite") from error
+        raise DataError(
+            f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:160]}); train again with --overwrite"
+        ) from error
     if not isinstance(state, dict) or not {"format", "model", "config", "transform"} <= state.keys():
         raise DataError(f"{path}: a checkpoint, but not one of `pipeline train-backbone`; give the last.pt of a run")
     if state["format"] != FORMAT:
-        raise DataError(f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; train again with --overwrite")
+        raise DataError(
+            f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; train again with --overwrite"
+        )
     return state
 
 
@@ -68,7 +72,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise DataError(f"{path}: weights do not fit {config.backbone.model}: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(
+            f"{path}: weights do not fit {config.backbone.model}: {' '.join(str(error).split())[:200]}"
+        ) from error
     return Checkpoint(
         path=path,
         model=model.eval(),

@@ -22,7 +22,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride != 1 or self.grown:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.grown // 2, self.grown - self.grown // 2))
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.grown // 2, self.grown - self.grown // 2)
+            )
         return F.relu(y + x)
 
 
@@ -37,7 +39,9 @@ class CifarResNet(nn.Module):
         stages, inputs = [], channels[0]
         for stage, outputs in enumerate(channels):
             strides = [1 if stage == 0 else 2] + [1] * (blocks - 1)
-            stages.append(nn.Sequential(*(Block(inputs if i == 0 else outputs, outputs, s) for i, s in enumerate(strides))))
+            stages.append(
+                nn.Sequential(*(Block(inputs if i == 0 else outputs, outputs, s) for i, s in enumerate(strides)))
+            )
             inputs = outputs
         self.layers = nn.Sequential(*stages)
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, channels[-1], channels[-1]
@@ -111,4 +115,3 @@ def is_cifar(name: str) -> bool:
 def takes_width(name: str) -> bool:
     """Whether the network has a width multiplier."""
     return is_cifar(name) and name != "cifar_resnet34"
-

@@ -36,7 +36,9 @@ def build_model(config: BackboneConfig, *, num_classes: int, size: tuple[int, in
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             if config.pretrained:
-                raise ConfigError(f"backbone.model={name}: no pretrained weights to be had ({reason}); set backbone.pretrained=false") from error
+                raise ConfigError(
+                    f"backbone.model={name}: no pretrained weights to be had ({reason}); set backbone.pretrained=false"
+                ) from error
             raise ConfigError(f"backbone.model={name}: timm cannot build it ({reason})") from error
     classifier(model)
     return model
@@ -47,7 +49,9 @@ def classifier(model: nn.Module) -> nn.Linear:
     head = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     if not isinstance(head, nn.Linear):
         kind = type(head).__name__ if head is not None else "none"
-        raise ConfigError(f"{type(model).__name__}: its classifier is {kind}, not one nn.Linear; choose another backbone.model, such as resnet50")
+        raise ConfigError(
+            f"{type(model).__name__}: its classifier is {kind}, not one nn.Linear; choose another backbone.model, such as resnet50"
+        )
     return head
 
 
@@ -60,7 +64,11 @@ def network_facts(config: BackboneConfig, model: nn.Module) -> dict[str, Any]:
     """What every number must stand beside: network, parameters, feature width."""
     width = "" if config.width == 1 else f" ×{config.width:g}"
     parameters = sum(p.numel() for p in model.parameters())
-    return {"network": f"{config.model}{width}", "parameters": parameters, "feature_width": classifier(model).in_features}
+    return {
+        "network": f"{config.model}{width}",
+        "parameters": parameters,
+        "feature_width": classifier(model).in_features,
+    }
 
 
 def input_transform(data: DataConfig, backbone: BackboneConfig, train: Split) -> Transform:
@@ -69,7 +77,9 @@ def input_transform(data: DataConfig, backbone: BackboneConfig, train: Split) ->
         height, width = train.images.shape[1:3]
         size, augmentation = (int(height), int(width)), data.augment or "crop-flip"
         if augmentation == "resized-crop-flip":
-            raise ConfigError("data.augment=resized-crop-flip is for image files; for arrays take crop-flip, crop or none")
+            raise ConfigError(
+                "data.augment=resized-crop-flip is for image files; for arrays take crop-flip, crop or none"
+            )
     else:
         size, augmentation = (data.image_size or 224,) * 2, data.augment or "resized-crop-flip"
     facts: dict[str, Any] = {"crop_pct": 0.875, "interpolation": "bilinear"}
@@ -90,7 +100,9 @@ def input_transform(data: DataConfig, backbone: BackboneConfig, train: Split) ->
         facts["interpolation"] = "bicubic"
     if train.images is not None and not backbone.pretrained:
         mean, std = channel_statistics(train.images)
-    return Transform(size=size, mean=tuple(data.mean or mean), std=tuple(data.std or std), augment=augmentation, **facts)
+    return Transform(
+        size=size, mean=tuple(data.mean or mean), std=tuple(data.std or std), augment=augmentation, **facts
+    )
 
 
 @torch.inference_mode()
@@ -101,7 +113,9 @@ def check_input(model: nn.Module, transform: Transform, device: torch.device) ->
         model.eval()(torch.zeros(1, 3, *transform.size, device=device))
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"the model cannot take {transform.size[0]}×{transform.size[1]} images ({reason}); set data.image_size") from error
+        raise DataError(
+            f"the model cannot take {transform.size[0]}×{transform.size[1]} images ({reason}); set data.image_size"
+        ) from error
     finally:
         model.train(was_training)
 

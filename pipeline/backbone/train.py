@@ -109,7 +109,12 @@ Event = Begin | Step | Epoch
 
 
 def train_backbone(
-    config: Config, *, out: Path, device: str = "auto", overwrite: bool = False, report: Callable[[Event], None] = lambda event: None
+    config: Config,
+    *,
+    out: Path,
+    device: str = "auto",
+    overwrite: bool = False,
+    report: Callable[[Event], None] = lambda event: None,
 ) -> TrainResult:
     """Trains, or goes on training, the backbone of a configuration; writes last.pt, best.pt, metrics.jsonl and run.json into `out`.
 
@@ -145,14 +150,20 @@ class Trainer:
         self.transform = input_transform(config.data, settings, dataset.train)
         self.facts = dataset.summary()
         if settings.batch_size < ranks.world:
-            raise ConfigError(f"backbone.batch_size={settings.batch_size} is less than the {ranks.world} ranks; take fewer ranks")
+            raise ConfigError(
+                f"backbone.batch_size={settings.batch_size} is less than the {ranks.world} ranks; take fewer ranks"
+            )
         device = ranks.device
         cuda = device.type == "cuda"
         self.precision = choose_precision(settings.precision, device)
         if cuda:
             torch.set_float32_matmul_precision("high")
-        self.memory_format = torch.channels_last if cuda else torch.contiguous_format  # slower on a CPU for small networks
-        self.model = build_model(settings, num_classes=len(dataset.class_names)).to(device, memory_format=self.memory_format)
+        self.memory_format = (
+            torch.channels_last if cuda else torch.contiguous_format
+        )  # slower on a CPU for small networks
+        self.model = build_model(settings, num_classes=len(dataset.class_names)).to(
+            device, memory_format=self.memory_format
+        )
         check_input(self.model, self.transform, device)
         self.network = network_facts(settings, self.model)
         self.optimiser = torch.optim.SGD(
@@ -168,7 +179,9 @@ class Trainer:
                 self.model, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True
             )
         self.train_loader = Loader(dataset.train, self.transform, device=device, workers=config.data.workers)
-        self.val_loader = Loader(dataset.val, self.transform, device=device, workers=config.data.workers) if dataset.val else None
+        self.val_loader = (
+            Loader(dataset.val, self.transform, device=device, workers=config.data.workers) if dataset.val else None
+        )
 
     @property
     def steps(self) -> int:
@@ -185,7 +198,9 @@ class Trainer:
         self.saved_at = time.monotonic()
         cuda = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         while self.epoch < epochs:
-            with torch.random.fork_rng(devices=cuda):  # dropout and the like are seeded per step, nobody else's generator moves
+            with torch.random.fork_rng(
+                devices=cuda
+            ):  # dropout and the like are seeded per step, nobody else's generator moves
                 yield from self._train_epoch()
             yield self._finish_epoch()
 
@@ -213,7 +228,13 @@ class Trainer:
             self.scaler.scale(loss_sum * (ranks.world / len(batch))).backward()  # DDP averages over ranks
             self.scaler.step(self.optimiser)
             self.scaler.update()
-            sums += torch.stack([loss_sum.detach().double(), (logits.argmax(1) == wanted).sum().double(), wanted.new_tensor(len(rows)).double()])
+            sums += torch.stack(
+                [
+                    loss_sum.detach().double(),
+                    (logits.argmax(1) == wanted).sum().double(),
+                    wanted.new_tensor(len(rows)).double(),
+                ]
+            )
             self.step_in_epoch += 1
             _kill_armed_at(step)
             yield Step(self.epoch, self.step_in_epoch, self.steps)
@@ -255,7 +276,9 @@ class Trainer:
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, np.zeros(3)
         better = result.val_accuracy is not None and (self.best is None or result.val_accuracy > self.best)
         self.best = result.val_accuracy if better else self.best
-        if self.ranks.first:  # the line first: a kill between the two only repeats the epoch, and resuming drops its line
+        if (
+            self.ranks.first
+        ):  # the line first: a kill between the two only repeats the epoch, and resuming drops its line
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
         self._save(complete=last, best=better)
@@ -320,14 +343,24 @@ class Trainer:
             }
             if best:
                 checkpoint.save(self.out / "best.pt", state)
-            checkpoint.save(self.out / "last.pt", state | {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()})
+            checkpoint.save(
+                self.out / "last.pt",
+                state | {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()},
+            )
         self.saved_at = time.monotonic()
 
     def _identity(self) -> dict[str, Any]:
         """What decides the result: two checkpoints that differ in any of it are different trainings."""
-        backbone = self.config.backbone.model_dump(mode="json", exclude={"save_every_minutes", "validate_every", "pretrained"})
-        images = {"dataset": self.dataset.fingerprint, "transform": json.dumps(self.transform.to_dict(), sort_keys=True)}
-        return {f"backbone.{key}": value for key, value in backbone.items()} | {f"data ({key})": value for key, value in images.items()}
+        backbone = self.config.backbone.model_dump(
+            mode="json", exclude={"save_every_minutes", "validate_every", "pretrained"}
+        )
+        images = {
+            "dataset": self.dataset.fingerprint,
+            "transform": json.dumps(self.transform.to_dict(), sort_keys=True),
+        }
+        return {f"backbone.{key}": value for key, value in backbone.items()} | {
+            f"data ({key})": value for key, value in images.items()
+        }
 
     def _resume(self, overwrite: bool) -> None:
         """Takes up the checkpoint in `out`, if it is of this configuration; else starts anew there."""
@@ -360,7 +393,9 @@ class Trainer:
         differing = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
         if differing:
             shown = "; ".join(f"{k} was {_short(theirs.get(k))}, now {_short(mine.get(k))}" for k in differing)
-            raise ConfigError(f"{path} is of another training: {shown}. Take another --out, or --overwrite to start anew")
+            raise ConfigError(
+                f"{path} is of another training: {shown}. Take another --out, or --overwrite to start anew"
+            )
 
 
 def learning_rate(step: int, *, steps: int, settings: Any) -> float:

@@ -40,11 +40,17 @@ def load_dataset(config: DataConfig) -> Dataset:
         train, left = _subset(config, train, classes)
         val = val or left
     elif val is None and config.val_per_class:
-        keep, held = hold_out(train.labels, per_class=config.val_per_class, seed=config.subset_seed + 1, classes=classes)
+        keep, held = hold_out(
+            train.labels, per_class=config.val_per_class, seed=config.subset_seed + 1, classes=classes
+        )
         train, val = train.take(keep), train.take(held)
         notes.append(f"no validation split: {len(held)} training images were held out as one")
     dataset = check_classes(Dataset(config.source, found.class_names, train, val, test, tuple(notes)))
-    without = [n for n, c in zip(found.class_names, np.bincount(val.labels, minlength=classes), strict=True) if not c] if val else []
+    without = (
+        [n for n, c in zip(found.class_names, np.bincount(val.labels, minlength=classes), strict=True) if not c]
+        if val
+        else []
+    )
     if val is not None and without:
         note = f"{len(without)} class(es) without a validation image, left out of balanced validation accuracy: {', '.join(without[:5])}"
         dataset = replace(dataset, notes=(*dataset.notes, note))
@@ -55,10 +61,14 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 def _subset(config: DataConfig, pool: Split, classes: int) -> tuple[Split, Split | None]:
     available = np.bincount(pool.labels, minlength=classes)
-    spare = config.val_per_class if config.subset == "step" else 0  # every class of a step subset keeps its validation images
+    spare = (
+        config.val_per_class if config.subset == "step" else 0
+    )  # every class of a step subset keeps its validation images
     largest = config.max_per_class or int(available.min()) - spare
     if largest < 1:
-        raise ConfigError(f"data.subset={config.subset}: the smallest class has {available.min()} images, none left to draw")
+        raise ConfigError(
+            f"data.subset={config.subset}: the smallest class has {available.min()} images, none left to draw"
+        )
     sizes = class_sizes(classes=classes, largest=largest, imbalance=config.imbalance_factor, shape=config.subset)
     short = np.flatnonzero(sizes > available)
     if len(short):
@@ -79,7 +89,9 @@ def _resized(dataset: Dataset, size: int) -> Dataset:
         if split is None or split.images is None or split.images.shape[1:3] == (size, size):
             return split
         chunks = np.array_split(split.images, max(1, len(split) // 4096))
-        done = [functional.resize(torch.from_numpy(c).permute(0, 3, 1, 2), [size, size], antialias=True) for c in chunks]
+        done = [
+            functional.resize(torch.from_numpy(c).permute(0, 3, 1, 2), [size, size], antialias=True) for c in chunks
+        ]
         return replace(split, images=torch.cat(done).permute(0, 2, 3, 1).contiguous().numpy())
 
     train = resize(dataset.train)

@@ -60,7 +60,9 @@ def cifar(config: DataConfig) -> Source:
             "with --set data.path=DIR"
         ) from error
     except OSError as error:
-        raise DataError(f"{config.source}: the download into {root} failed ({error}); fetch the files by hand and set data.path") from error
+        raise DataError(
+            f"{config.source}: the download into {root} failed ({error}); fetch the files by hand and set data.path"
+        ) from error
     every = [_rows(s.data, np.array(s.targets, dtype=np.int64), np.arange(len(s.data))) for s in (train, test)]
     return Source(class_names=tuple(train.classes), train=every[0], test=every[1])
 
@@ -82,7 +84,9 @@ def npz(config: DataConfig) -> Source:
         ) from error
     prefix = "train_" if "train_images" in arrays else ""
     if f"{prefix}images" not in arrays or f"{prefix}labels" not in arrays:
-        raise DataError(f"{path}: needs train_images and train_labels (or images and labels); found {', '.join(arrays) or 'nothing'}")
+        raise DataError(
+            f"{path}: needs train_images and train_labels (or images and labels); found {', '.join(arrays) or 'nothing'}"
+        )
     labels = arrays[f"{prefix}labels"]
     if "class_names" in arrays:
         names = tuple(str(n) for n in arrays["class_names"])
@@ -107,7 +111,9 @@ def npz(config: DataConfig) -> Source:
 
     train = split(prefix)
     assert train is not None
-    shapes = {s.images.shape[1:] for s in (train, split("val_"), split("test_")) if s is not None and s.images is not None}
+    shapes = {
+        s.images.shape[1:] for s in (train, split("val_"), split("test_")) if s is not None and s.images is not None
+    }
     if len(shapes) > 1:
         raise DataError(f"{path}: splits differ in image size: {sorted(shapes)}; save them at one size")
     return Source(class_names=names, train=train, val=split("val_"), test=split("test_"))
@@ -144,7 +150,9 @@ def image_list(config: DataConfig) -> Source:
         try:
             names = tuple(config.class_names.read_text(encoding="utf-8").splitlines())
         except OSError as error:
-            raise DataError(f"{config.class_names}: cannot be read ({error.strerror}); one class name a line") from error
+            raise DataError(
+                f"{config.class_names}: cannot be read ({error.strerror}); one class name a line"
+            ) from error
     for s, split in found.items():
         check_labels(split.labels, len(names), str(lists[s]))
     return Source(class_names=names, train=found["train"], val=found.get("val"), test=found.get("test"))
@@ -153,7 +161,9 @@ def image_list(config: DataConfig) -> Source:
 def as_rgb(images: np.ndarray, origin: str) -> np.ndarray:
     """Images (N, H, W, 3) uint8 from (N, H, W), (N, H, W, 1) or (N, H, W, 3); DataError for anything else."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-        raise DataError(f"{origin}: expected uint8 of shape (N, H, W, 3) or (N, H, W), got {images.dtype} {images.shape}")
+        raise DataError(
+            f"{origin}: expected uint8 of shape (N, H, W, 3) or (N, H, W), got {images.dtype} {images.shape}"
+        )
     if 0 in images.shape:
         raise DataError(f"{origin}: no images in it ({images.shape})")
     images = images[..., None] if images.ndim == 3 else images
@@ -170,9 +180,13 @@ def _required(path: Path | None) -> Path:
 
 
 def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[str]) -> Split:
-    strangers = sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in names)
+    strangers = sorted(
+        p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in names
+    )
     if strangers:
-        raise DataError(f"{place}: class folder {strangers[0]} is not among the training classes; rename it or add it to train")
+        raise DataError(
+            f"{place}: class folder {strangers[0]} is not among the training classes; rename it or add it to train"
+        )
     paths: list[str] = []
     labels: list[int] = []
     ignored: list[str] = []
@@ -189,7 +203,9 @@ def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[st
                 else:
                     ignored.append(path)
     if ignored:
-        notes.append(f"{len(ignored)} file(s) under {place} are no images by their ending and were left out: {', '.join(ignored[:3])}")
+        notes.append(
+            f"{len(ignored)} file(s) under {place} are no images by their ending and were left out: {', '.join(ignored[:3])}"
+        )
     if not paths:
         raise DataError(f"{place}: no images in its class folders (known endings: {' '.join(sorted(EXTENSIONS))})")
     return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(paths)), paths=paths, root=root)
@@ -199,7 +215,9 @@ def _read_list(path: Path, root: Path) -> Split:
     try:
         lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); set data.train_list and the like") from error
+        raise DataError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); set data.train_list and the like"
+        ) from error
     paths, labels = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

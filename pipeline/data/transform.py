@@ -115,7 +115,9 @@ class Loader:
         kind = self.transform.augment
         if key is None or kind == "none":
             return images
-        return augment(images, padding=self.transform.padding, flip="flip" in kind, ids=self.split.ids[positions], key=key)
+        return augment(
+            images, padding=self.transform.padding, flip="flip" in kind, ids=self.split.ids[positions], key=key
+        )
 
 
 class _Plan:
@@ -141,12 +143,20 @@ class _Files:
         height, width = transform.size
         interpolation = InterpolationMode(transform.interpolation)
         shorter = round(min(height, width) / transform.crop_pct)
-        self.evaluate = v2.Compose([v2.Resize(shorter, interpolation=interpolation), v2.CenterCrop(transform.size), v2.PILToTensor()])
+        self.evaluate = v2.Compose(
+            [v2.Resize(shorter, interpolation=interpolation), v2.CenterCrop(transform.size), v2.PILToTensor()]
+        )
         moves: dict[str, list] = {
             "none": [v2.Resize(shorter, interpolation=interpolation), v2.CenterCrop(transform.size)],
-            "resized-crop-flip": [v2.RandomResizedCrop(transform.size, interpolation=interpolation), v2.RandomHorizontalFlip()],
+            "resized-crop-flip": [
+                v2.RandomResizedCrop(transform.size, interpolation=interpolation),
+                v2.RandomHorizontalFlip(),
+            ],
         }
-        crop = [v2.Resize(transform.size, interpolation=interpolation), v2.RandomCrop(transform.size, padding=transform.padding)]
+        crop = [
+            v2.Resize(transform.size, interpolation=interpolation),
+            v2.RandomCrop(transform.size, padding=transform.padding),
+        ]
         moves |= {"crop": crop, "crop-flip": [*crop, v2.RandomHorizontalFlip()]}
         self.train = v2.Compose([*moves[transform.augment], v2.PILToTensor()])
 

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+
+from pipeline.backbone.model import build_model, classifier, encode
+from pipeline.config import BackboneConfig
+from pipeline.errors import ConfigError
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_resnet32_is_the_papers():
+    model = build_model(BackboneConfig(model="cifar_resnet32"), num_classes=100)
+    assert parameters(model) == 470_004
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 31
+    assert not any(m.bias is not None for m in convolutions)
+    assert encode(model, torch.zeros(1, 3, 32, 32)).shape == (1, 64)
+    assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 8, 8)
+
+
+def test_width_multiplies_channels():
+    model = build_model(BackboneConfig(model="cifar_resnet20", width=2), num_classes=10)
+    assert classifier(model).in_features == 128
+
+
+def test_resnet34_keeps_the_small_image():
+    model = build_model(BackboneConfig(model="cifar_resnet34"), num_classes=100)
+    assert round(parameters(model) / 1e6, 1) == 21.3
+    with torch.no_grad():
+        assert model.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar_resnet8", "cifar_resnet34", "resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224"]
+)
+def test_encoder_and_classifier_are_the_whole_model(name):
+    model = build_model(BackboneConfig(model=name), num_classes=7).eval()
+    images = torch.randn(2, 3, *([224, 224] if name.startswith("vit") else [64, 64]))
+    with torch.no_grad():
+        features = encode(model, images)
+        assert features.shape[1] == classifier(model).in_features
+        torch.testing.assert_close(classifier(model)(features), model(images))
+
+
+def test_initial_weights_are_a_function_of_the_seed_and_leave_others_alone():
+    before = torch.get_rng_state()
+    first, again, other = (
+        build_model(BackboneConfig(model="cifar_resnet8", seed=s), num_classes=10) for s in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.conv1.weight, again.conv1.weight)
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "resnet51"}, "did you mean resnet"),
+        ({"model": "resnet18", "width": 2}, "no width multiplier"),
+        ({"model": "deit_tiny_distilled_patch16_224"}, "not one nn.Linear"),
+        ({"model": "cifar_resnet8", "pretrained": True}, "set backbone.pretrained=false"),
+    ],
+)
+def test_a_model_that_will_not_do_is_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        build_model(BackboneConfig(**settings), num_classes=5)

@@ -1,0 +1,50 @@
+"""Shared by all tests: one thread per process (two cores, many processes) and small real runs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads, and for every process that a test starts
+
+
+def digits_tree(**backbone):
+    """Plain tree of a small run on the bundled digits: seconds on one core."""
+    return {
+        "name": "tiny",
+        "data": {
+            "source": "digits",
+            "subset": "exponential",
+            "max_per_class": 110,
+            "imbalance_factor": 22,
+            "augment": "crop",
+        },
+        "backbone": {
+            "model": "cifar_resnet8",
+            "width": 0.25,
+            "epochs": 2,
+            "batch_size": 64,
+            "lr": 0.1,
+            "weight_decay": 5e-4,
+        }
+        | backbone,
+        "dump": {"views": 3},
+        "rebalance": {"lam": "0.05,0.2", "seeds": [0, 1], "epochs": 2},
+    }
+
+
+@pytest.fixture
+def tiny_config():
+    from pipeline.config import make_config
+
+    return make_config(digits_tree(), "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory) -> Path:
+    """last.pt of a two-epoch digits run."""
+    from pipeline.backbone.train import train_backbone
+    from pipeline.config import make_config
+
+    out = tmp_path_factory.mktemp("tiny") / "backbone"
+    return train_backbone(make_config(digits_tree(), "tiny"), out=out).checkpoint
