@@ -1,0 +1,307 @@
+"""The figures of a report. Each function returns a figure, its caption and the table it shows; none touches a file."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.metrics import GROUPS, class_groups
+from pipeline.report import axes as look
+from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
+from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, Backbone, Row, Spread, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AFTER: Row = {"color": BLUE, "linestyle": "-", "marker": "o"}
+BEFORE: Row = {"color": BLACK, "linestyle": ":"}
+ALONE: Row = {"color": RED, "linestyle": "--"}
+ZERO: Row = {"color": GREEN, "linestyle": "-."}
+TARGET: Row = {"color": ORANGE, "linestyle": (0, (4, 1.5, 1, 1.5, 1, 1.5))}
+FEATURES_FOR_A_FIGURE = 2**27  # numbers; a target line is not worth reading more
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """One figure with its file name, heading, what it shows in a sentence, and its numbers."""
+
+    name: str
+    title: str
+    caption: str
+    figure: "Figure"
+    table: list[Row]
+
+
+def draw_all(study: Study) -> list[Drawing]:
+    """Every figure there is data for, in the order of the page."""
+    with look.style():
+        drawn = [accuracy_against_lambda(study), weight_norms(study), class_change(study), training_curves(study)]
+    return [d for d in drawn if d is not None]
+
+
+def accuracy_against_lambda(study: Study) -> Drawing | None:
+    """Accuracy of every group against λ: validation, which chose, above test, which did not; None without any λ."""
+    if not study.lams:
+        return None
+    splits = [s for s in ("val", "test") if study.has_split(s)]
+    columns = [c for c in COLUMNS if any(r.get(c) is not None for r in study.first.rows)]
+    figure = look.figure_of(2 + 3 * len(columns), 1.2 + 2.9 * len(splits))
+    grid: Any = figure.subplots(len(splits), len(columns), sharex=True, sharey="col", squeeze=False)
+    table: list[Row] = []
+    for split, line in zip(splits, grid, strict=True):
+        for column, axes in zip(columns, line, strict=True):
+            table += _lambda_panel(axes, study, split, column)
+            look.lambda_axis(axes, study.lams)
+        line[0].set_ylabel("validation\naccuracy [%]" if split == "val" else "test (not selected on)\naccuracy [%]")
+    for column, top, bottom in zip(columns, grid[0], grid[-1], strict=True):
+        top.set_title(_columns_title(column, study))
+        bottom.set_xlabel("λ, scale of the target norms")
+    look.legend(figure, grid)
+    figure.suptitle(_gain(study), x=0.01, ha="left", fontsize=13)
+    kind = study.at(0.0)
+    how = "The star marks the λ chosen on validation alone"
+    zero = sum(k.lam == 0 for k in study.selected)
+    if not study.chosen_on:
+        how = "One λ was given, so nothing was chosen"
+    elif zero:
+        by = f" by {zero} of {len(study.backbones)} backbones" if len(study.backbones) > 1 else ""
+        how += f"; λ = 0, the dash-dotted line, was chosen{by}"
+    caption = (
+        f"{kind.method_name} with {kind.loss_name}; mean ± one standard deviation over {study.repeated}. {how}; "
+        "test was evaluated afterwards and selected nothing."
+    )
+    return Drawing("accuracy-lambda", "Accuracy against λ", caption, figure, table)
+
+
+def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[Row]:
+    """Draws one group on one split; the numbers drawn."""
+    table = []
+    alone = study.first.alone
+    lines = [("stage 1", BASELINE, BEFORE), (f"{alone.loss_name} alone", alone, ALONE)]
+    for label, kind, style in [*lines, ("λ = 0: equal target norms", study.at(0.0), ZERO)]:
+        value = study.spread(kind, split, column)
+        if value is not None and value.mean is not None:
+            axes.axhline(value.mean, label=label, linewidth=1.6, **style)
+            table.append(_numbers(split, column, label, kind.lam, value))
+    known = {lam: s for lam in study.lams if (s := study.spread(study.at(lam), split, column)) and s.mean is not None}
+    if not known:
+        axes.text(0.5, 0.5, "no sample", transform=axes.transAxes, ha="center", color=GREY)
+        return table
+    x, y = np.array(list(known)), np.array([s.mean for s in known.values()], dtype=float)
+    error = np.array([s.std or 0.0 for s in known.values()])
+    name = study.at(0.0).method_name
+    if len(x) > 1:
+        axes.fill_between(x, y - error, y + error, color=SKY, alpha=0.35, linewidth=0)
+        axes.plot(x, y, label=name, linewidth=2, markersize=5, **AFTER)
+    else:
+        axes.errorbar(x, y, error if error.any() else None, label=name, markersize=7, capsize=4, **AFTER)
+    if study.chosen_on:
+        for lam in sorted({k.lam for k in study.selected if k.lam in known}):
+            star: Row = {"markersize": 17, "markeredgecolor": BLACK, "color": ORANGE, "zorder": 5, "linestyle": "none"}
+            axes.plot([lam], [y[list(known).index(lam)]], marker="*", label="chosen on validation", **star)
+    return table + [_numbers(split, column, name, lam, s) for lam, s in known.items()]
+
+
+def weight_norms(study: Study) -> Drawing:
+    """Length of every class vector before and after, largest class first, of the first backbone."""
+    backbone, order = study.first, study.by_size
+    chosen, store = backbone.selected, backbone.store
+    before = np.linalg.norm(store.classifier[0].astype(np.float64), axis=1)
+    aim = target_norms(backbone)
+    lines: list[tuple[str, np.ndarray | None, Row]] = [
+        ("stage 1", before, BEFORE | {"marker": "s"}),
+        (f"{backbone.alone.loss_name} alone", backbone.norms(backbone.alone), ALONE | {"marker": "^"}),
+        (str(chosen), backbone.norms(chosen), AFTER),
+        ("target of the norm term, shifted to the same mean", aim, TARGET),
+    ]
+    table: list[Row] = _class_table(study)
+    figure = look.figure_of(11.5, 4.9)
+    axes = figure.subplots()
+    look.counts_backdrop(axes, study.counts[order])
+    for label, values, style in lines:
+        if values is None:
+            continue
+        for row in table:
+            row[label] = _round(float(values[row["class"]]))
+        x, y = look.thinned(values[order])
+        every = max(1, len(x) // 14)
+        axes.plot(x, y, label=label, linewidth=2, markersize=6, markevery=every, markerfacecolor="white", **style)
+    look.class_axis(axes, [store.class_names[c] for c in order], study.counts)
+    axes.set_ylabel("length of the class vector ‖W‖")
+    axes.set_title(_length_title(before[order], lines[2][1], order), pad=10)
+    look.legend(figure, np.array([axes]))
+    which = f", first of {len(study.backbones)} backbones ({backbone.name})" if len(study.backbones) > 1 else ""
+    caption = f"Classes from largest to smallest{which}; mean over batch orders. Grey: training images per class."
+    if aim is not None:
+        caption += " The norm term fixes only differences of lengths: its target is drawn at the mean of the heads."
+    return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table)
+
+
+def _length_title(before: np.ndarray, after: np.ndarray | None, order: np.ndarray) -> str:
+    tenth = max(1, len(order) // 10)
+    text = "The smallest class against the largest"
+    if tenth > 1:
+        text = f"The {tenth} smallest classes against the {tenth} largest"
+    text += f": {before[-tenth:].mean() / before[:tenth].mean():.2f} of their length after stage 1"
+    if after is None:
+        return text
+    return text + f", {after[order[-tenth:]].mean() / after[order[:tenth]].mean():.2f} rebalanced"
+
+
+def target_norms(backbone: Backbone) -> np.ndarray | None:
+    """(C,) batch mean of P = λ·NC·HC for the selected head, shifted to the mean of its norms. [IWB paper, Eq. 3–7]
+
+    None where another target was used than number × vector hardness, or there are too many features for a figure.
+    """
+    store, chosen, rule = backbone.store, backbone.selected, backbone.results.get("settings", {})
+    heads, weight, _ = backbone.heads
+    mine = [i for i, head in enumerate(heads) if chosen.matches(head)]
+    if rule.get("hardness", "vector") != "vector" or not rule.get("number", True) or chosen.lam is None or not mine:
+        return None
+    if store.rows("train") * store.width > FEATURES_FOR_A_FIGURE:
+        return None
+    features = store.read("train", 0).astype(np.float32)
+    unit = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-30)).mean(0)
+    vectors = weight[mine[0]]
+    norms = np.linalg.norm(vectors, axis=1)
+    hardness = (1 - vectors @ unit / np.maximum(norms, 1e-30)) / 2
+    log = np.log if rule.get("log_base", "2") == "e" else np.log2
+    aim = chosen.lam * log(store.counts.sum() / (store.counts + 1)) * hardness
+    return aim - aim.mean() + norms.mean()
+
+
+def class_change(study: Study) -> Drawing | None:
+    """Test accuracy of every class less what stage 1 gives, largest class first; None without per_class.csv."""
+    split = study.report_split
+    before = [b.class_accuracy(BASELINE, split) for b in study.backbones]
+    after = [b.class_accuracy(b.selected, split) for b in study.backbones]
+    if any(v is None for v in (*before, *after)):
+        return None
+    first, last = np.mean(np.array(before), 0), np.mean(np.array(after), 0)
+    table = _class_table(study)
+    for row in table:
+        a, b = first[row["class"]], last[row["class"]]
+        row |= {"stage 1": _round(a), "selected": _round(b), "change": _round(b - a)}
+    order = study.by_size
+    change = (last - first)[order]
+    figure = look.figure_of(11.5, 4.6)
+    axes = figure.subplots()
+    x, y = look.thinned(change)
+    width = 0.85 * (x[1] - x[0] if len(x) > 1 else 1)
+    up = np.nan_to_num(y) >= 0
+    worse: Row = {"color": "white", "edgecolor": RED, "hatch": "////", "linewidth": 0.8, "label": "worse than stage 1"}
+    axes.bar(x[up], y[up], width, color=BLUE, label="better than stage 1")
+    axes.bar(x[~up], y[~up], width, **worse)
+    axes.axhline(0, color=BLACK, linewidth=1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.04 * (high - low), high + 0.18 * (high - low))
+    _mark_groups(axes, study.counts[order], change)
+    look.class_axis(axes, [study.first.store.class_names[c] for c in order], study.counts)
+    where = "test" if split == "test" else "validation"
+    axes.set_ylabel(f"change of {where} accuracy\n[percentage points]")
+    gain, loss, known = int((change > 0).sum()), int((change < 0).sum()), int(np.isfinite(change).sum())
+    mean = _signed(float(np.nanmean(change)))
+    axes.set_title(f"{gain} classes gain, {loss} lose, {known - gain - loss} stay; mean {mean} points", pad=10)
+    look.legend(figure, np.array([axes]))
+    name = str(study.first.selected) if len(study.backbones) == 1 else "The selected head of each backbone"
+    caption = f"{name} less stage 1, {where} split, classes from largest to smallest; mean over {study.repeated}."
+    return Drawing("class-change", "What changes for each class", caption, figure, table)
+
+
+def _mark_groups(axes: "Axes", counts: np.ndarray, change: np.ndarray) -> None:
+    """Borders between many, medium and few, and the mean change of each; counts and change largest class first."""
+    start = 0
+    for group, inside in class_groups(counts).items():
+        size, known = int(inside.sum()), change[inside & np.isfinite(change)]
+        if not size:
+            continue
+        if start:
+            axes.axvline(start + 0.5, color=GREY, linewidth=1, linestyle="--")
+        text = f"{group} ({BOUNDS[group]} images)\n" + (f"mean {_signed(known.mean())}" if len(known) else "no sample")
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+        place: Row = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
+        axes.text(start + 0.5 + size / 2, 0.985, text, fontsize=10.5, bbox=box, **place)
+        start += size
+
+
+def training_curves(study: Study) -> Drawing | None:
+    """Loss and accuracy of stage 1 over its epochs, a line a backbone; None where metrics.jsonl was not kept."""
+    kept = [b for b in study.backbones if b.metrics]
+    if not kept:
+        return None
+    figure = look.figure_of(11.5, 4.3)
+    left, right = figure.subplots(1, 2)
+    styles = [(ORANGE, "--", "s"), (GREEN, "-.", "D"), (RED, ":", "v")]
+    lines: list[tuple[str, str, Row]] = [
+        ("train_accuracy", "training images (augmented)", {"color": BLACK, "linestyle": "-"}),
+        ("val_accuracy", "validation, all", AFTER | {"linewidth": 2.2}),
+    ]
+    for group, (color, line, marker) in zip(GROUPS, styles, strict=True):
+        lines.append((f"val_{group}", f"validation, {group}", {"color": color, "linestyle": line, "marker": marker}))
+    for number, backbone in enumerate(kept):
+        named = {"alpha": 1.0 if number == 0 else 0.45}
+        epochs, losses = zip(*((m["epoch"], m["loss"]) for m in backbone.metrics), strict=True)
+        left.plot(epochs, losses, color=BLUE, linewidth=2, marker="o" if len(epochs) == 1 else None, **named)
+        for key, label, style in lines:
+            points = [(m["epoch"], m[key]) for m in backbone.metrics if m.get(key) is not None]
+            if points:
+                every = {"markevery": max(1, len(points) // 8), "label": label if number == 0 else None}
+                drawn = {"linewidth": 1.7, "markersize": 5, "markerfacecolor": "white", **style, **every, **named}
+                right.plot(*zip(*points, strict=True), **drawn)
+    last = kept[0].metrics[-1]
+    val = next((m["val_accuracy"] for m in reversed(kept[0].metrics) if m.get("val_accuracy") is not None), None)
+    left.set(title=f"Training loss: {last['loss']:.2f} at the end", ylabel="cross-entropy [nats per image]")
+    left.set_ylim(bottom=0)
+    ends = f"training {last['train_accuracy']:.0f} %" + (f", validation {val:.0f} %" if val is not None else "")
+    right.set(title=f"Accuracy at the end: {ends}", ylabel="accuracy [%]", ylim=(0, 100))
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    look.legend(figure, np.array([right]))
+    caption = (
+        "Validation accuracy is the mean over classes. Training accuracy counts every image alike, so large classes "
+        "decide it." + (f" One line for each of {len(kept)} backbones." if len(kept) > 1 else "")
+    )
+    table = [{"backbone": b.name, **line} for b in kept for line in b.metrics]
+    return Drawing("training", "Stage 1, epoch by epoch", caption, figure, table)
+
+
+def _class_table(study: Study) -> list[Row]:
+    """A row a class, largest first."""
+    names, counts = study.first.store.class_names, study.counts
+    ranked = enumerate(study.by_size.tolist(), 1)
+    return [{"rank": r, "class": c, "name": names[c], "images": int(counts[c])} for r, c in ranked]
+
+
+def _columns_title(column: str, study: Study) -> str:
+    if column == "all":
+        return f"all {len(study.counts):,} classes"
+    size = int(class_groups(study.counts)[column].sum())
+    return f"{column}: {BOUNDS[column]} images, {size:,} classes"
+
+
+def _gain(study: Study) -> str:
+    """The result in one line, on test where there is one."""
+    parts = []
+    for column, name in (("all", "all classes"), ("few", "few-shot classes")):
+        before, after = (study.spread(kinds, study.report_split, column) for kinds in (BASELINE, study.selected))
+        if before and after and before.mean is not None and after.mean is not None:
+            parts.append(f"{name} {before.mean:.1f} → {after.mean:.1f} %")
+    lams = sorted({k.lam for k in study.selected if k.lam is not None})
+    at = f"λ = {', '.join(f'{lam:g}' for lam in lams)}" if lams else study.first.selected.method
+    where = "test" if study.report_split == "test" else "validation"
+    return f"Stage 1 → rebalanced ({at}), {where}: {', '.join(parts)}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _numbers(split: str, column: str, line: str, lam: float | None, value: Spread) -> Row:
+    known = {"mean": _round(value.mean), "std": _round(value.std), "n": value.n}
+    return {"split": split, "classes": column, "line": line, "lam": lam, **known}
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None or np.isnan(value) else round(float(value), 4)

@@ -1,0 +1,303 @@
+"""report.html: one file with everything a run has to say, its images inside, nothing fetched from a network."""
+
+import base64
+import csv
+import datetime
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache import write_durably
+from pipeline.metrics import class_groups
+from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, Kind, Row, Spread, Study, read_study
+from pipeline.report.style import CSS
+
+if TYPE_CHECKING:
+    from pipeline.report.figures import Drawing
+
+TITLES = {"all": "All", "many": "Many", "medium": "Medium", "few": "Few", "ece": "ECE"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written report: the page, its figures, and the table on top of it."""
+
+    path: Path
+    figures: tuple[Path, ...]
+    rows: tuple[Row, ...]
+    repeated: str
+
+    def to_dict(self) -> dict[str, Any]:
+        figures = [str(figure) for figure in self.figures]
+        return {"report": str(self.path), "figures": figures, "repeated": self.repeated, "rows": list(self.rows)}
+
+    def __str__(self) -> str:
+        return "\n".join([f"report: {self.path}", *(f"figure: {figure}" for figure in self.figures)])
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One line of the main table."""
+
+    name: str
+    selected: bool
+    cells: dict[str, Spread]
+
+    def to_dict(self) -> Row:
+        numbers = {column: cell.mean for column, cell in self.cells.items()}
+        spreads = {f"{column}_std": cell.std for column, cell in self.cells.items()}
+        return {"name": self.name, "selected": self.selected, "n": self.cells["all"].n, **numbers, **spreads}
+
+
+def write_report(run: Path, *, out: Path | None = None) -> Report:
+    """Writes report.html, and figures/*.png with their numbers as .csv, into the run's folder or `out`.
+
+    run: a folder with rebalance/results.json, or with seed-N folders of several backbones.
+    Raises DataError where results, heads or store are missing or damaged.
+    """
+    from pipeline.report.axes import png
+    from pipeline.report.figures import draw_all
+
+    study, folder = read_study(run), out or run
+    drawn = [(drawing, png(drawing.figure)) for drawing in draw_all(study)]
+    figures = []
+    for drawing, image in drawn:
+        figures.append(write_durably(folder / "figures" / f"{drawing.name}.png", image))
+        write_durably(folder / "figures" / f"{drawing.name}.csv", _csv(drawing.table))
+    lines = summary(study)
+    path = write_durably(folder / "report.html", page(study, lines, drawn))
+    return Report(path, tuple(figures), tuple(line.to_dict() for line in lines), study.repeated)
+
+
+def summary(study: Study) -> list[Line]:
+    """The main table: stage 1, the loss alone, λ = 0, the selected head; on test where there is one."""
+    alone = study.first.alone
+    lines: list[tuple[str, Kind | Sequence[Kind]]] = [
+        ("Stage 1 as trained", BASELINE),
+        (f"{_sentence(alone.loss_name)} alone", alone),
+        ("Norms pulled together (λ = 0)", study.at(0.0)),
+        (_selected_name(study), study.selected),
+    ]
+    table = []
+    for name, kinds in lines:
+        cells = {column: study.spread(kinds, study.report_split, column) for column in (*COLUMNS, "ece")}
+        known = {column: cell for column, cell in cells.items() if cell is not None}
+        if known:
+            table.append(Line(name, kinds == study.selected, known))
+    return table
+
+
+def page(study: Study, lines: Sequence[Line], drawn: Sequence[tuple["Drawing", bytes]]) -> str:
+    """The whole document."""
+    title = escape(study.folder.resolve().name)
+    main = [
+        _section("Result", _table(study, lines) + _choice(study) + _norm_term(study)),
+        *(_section(escape(drawing.title), _figure(drawing, image)) for drawing, image in drawn),
+        _section("Data", _data(study)),
+        _section("What made it", _made(study)),
+        _section("Every head", _every_head(study)),
+    ]
+    head = (
+        "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{title} · iwb-pipeline report</title><style>{CSS}</style>"
+    )
+    header = f"<p class=kicker>iwb-pipeline report</p><h1>{title}</h1>{_lead(study)}{_tiles(lines)}"
+    body = "\n".join([f"<header>{header}</header><main>", *main, "</main>"])
+    return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n{body}\n</body></html>\n"
+
+
+def _lead(study: Study) -> str:
+    network = study.first.training.get("network")
+    named = (
+        f"{escape(network['network'])}, {network['parameters']:,} parameters, {network['feature_width']}-d features; "
+        if network
+        else ""
+    )
+    split = "test" if study.report_split == "test" else "validation (there is no test split)"
+    return (
+        f"<p class=lead>{named}{len(study.counts):,} classes, {study.counts.sum():,} training images. Top-1 accuracy "
+        f"on {split}, a group's accuracy being the mean over its classes; {escape(study.repeated)}.</p>"
+    )
+
+
+def _tiles(lines: Sequence[Line]) -> str:
+    """The selected head's numbers, large, with what they were after stage 1."""
+    before, after, tiles = lines[0], lines[-1], []
+    for column in COLUMNS:
+        a, b = (line.cells[column].mean for line in (before, after))
+        if a is not None and b is not None:
+            name = TITLES[column] + (f" ({BOUNDS[column]} images)" if column in BOUNDS else "")
+            sign, mark = ("up", "▲") if b >= a else ("down", "▼")
+            change = f"<em class={sign}>{mark} {abs(b - a):.1f} against stage 1</em>"
+            tiles.append(f"<div class=tile><span>{name}</span><b>{b:.1f}<small> %</small></b>{change}</div>")
+    return f"<div class=tiles>{''.join(tiles)}</div>"
+
+
+def _table(study: Study, lines: Sequence[Line]) -> str:
+    sizes = {g: int(m.sum()) for g, m in class_groups(study.counts).items()} | {"all": len(study.counts)}
+    below = {column: f"{size:,} classes" for column, size in sizes.items()} | {"ece": "calibration error"}
+    order = ("many", "medium", "few", "all", "ece")
+    shown = [c for c in order if any(line.cells[c].mean is not None for line in lines)]
+    head = "".join(f"<th>{TITLES[c]}<small>{below[c]}</small></th>" for c in shown)
+    body = []
+    for line in lines:
+        cells = "".join(f"<td>{_cell(line.cells[c])}</td>" for c in shown)
+        body.append(f"<tr{' class=chosen' if line.selected else ''}><th>{escape(line.name)}</th>{cells}</tr>")
+    note = "All numbers in %. Validation split; there is no test split."
+    if study.report_split == "test":
+        note = "All numbers in %. Test split, evaluated after the choice was made; not selected on."
+    if any(cell.std is not None for line in lines for cell in line.cells.values()):
+        only = "" if len(study.backbones) > 1 else ", which says nothing of another training of the network"
+        note += f" ± is one standard deviation over {escape(study.repeated)}{only}."
+    table = f"<table class=main><thead><tr><th>Head</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f"<div class=scroll>{table}</div><p class=note>{note}</p>"
+
+
+def _choice(study: Study) -> str:
+    """Which λ was chosen, on what, out of which."""
+    each = [f"{k.lam:g}" for k in study.selected if k.lam is not None]
+    if not each:
+        return ""
+    if study.chosen_on is None:
+        return f"<p>λ = {each[0]} was given, not chosen.</p>"
+    zero = [0.0] if any(k.lam == 0 for k in study.selected) else []
+    tried = ", ".join(f"{lam:g}" for lam in [*zero, *study.lams])
+    names = {"val": "the validation split", "kfold": "held-out folds of the training features"}
+    how = f"on {escape(names.get(study.chosen_on, study.chosen_on))} among {tried}, the test split unseen"
+    if len(set(each)) == 1:
+        alike = " by the mean over backbones" if len(each) > 1 else ""
+        return f"<p><strong>λ = {each[0]}</strong> was chosen {how}{alike}.</p>"
+    listed = ", ".join(f"{b.name}: {lam}" for b, lam in zip(study.backbones, each, strict=True))
+    return f"<p>Each backbone chose its own λ {how}: <strong>{escape(listed)}</strong>.</p>"
+
+
+def _norm_term(study: Study) -> str:
+    """What the norm term adds to its loss, said apart from what the loss alone gives."""
+    if study.first.selected.lam is None:
+        return ""
+    parts, alone = [], study.first.alone
+    for column in COLUMNS:
+        without, added = (study.spread(k, study.report_split, column) for k in (alone, study.selected))
+        if without and added and without.mean is not None and added.mean is not None:
+            parts.append(f"{column} {added.mean - without.mean:+.1f}".replace("-", "−"))
+    return f"<p>The norm term itself, against {alone.loss_name} alone: {', '.join(parts)} points.</p>" if parts else ""
+
+
+def _figure(drawing: "Drawing", image: bytes) -> str:
+    numbers = f"figures/{drawing.name}.csv"
+    source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    told = escape(f"{drawing.title}. {drawing.caption} Numbers in {numbers}.")
+    caption = f"{escape(drawing.caption)} Numbers: <code>{numbers}</code>."
+    drawn = f'<div class=scroll><img src="{source}" alt="{told}"></div>'
+    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+
+
+def _data(study: Study) -> str:
+    store, counts, data = study.first.store, study.counts, study.first.training.get("dataset", {})
+    groups = [f"{int(m.sum()):,} {g} ({BOUNDS[g]} images)" for g, m in class_groups(counts).items()]
+    lines = [
+        ("Images", ", ".join(f"{store.rows(s):,} {s}" for s in store.splits if store.rows(s))),
+        ("Classes", f"{len(counts):,}: {', '.join(groups)}"),
+        ("Images per class", f"{counts.max():,} … {counts.min():,}, imbalance {counts.max() / counts.min():.4g}"),
+        ("Source", data.get("name")),
+        ("Fingerprint", data.get("fingerprint")),
+        ("Fingerprint covers", data.get("fingerprint_covers")),
+        *(("Note", note) for note in data.get("notes", ())),
+    ]
+    return _facts(lines)
+
+
+def _made(study: Study) -> str:
+    first, store = study.first, study.first.store
+    stage1, dump, stage2 = first.training, store.provenance, first.results.get("provenance", {})
+    views = f"{store.views('train')} view(s) of each training image, {store.dtype}, digest {store.digest[:16]}"
+    lines: list[tuple[str, Any]] = [("Features", views), ("Repeated", study.repeated)]
+    if stage1.get("network"):
+        n = stage1["network"]
+        text = f"{n['network']}, {n['parameters']:,} parameters, features {n['feature_width']} wide"
+        lines.insert(0, ("Network", text))
+    if first.metrics:
+        took = _clock(sum(m.get("seconds", 0) for m in first.metrics))
+        where = f"{stage1.get('device', 'unknown device')}, {stage1.get('ranks', 1)} rank(s)"
+        lines.append(("Stage 1", f"{first.metrics[-1]['epoch']} epochs in {took} on {where}"))
+    times = [f"{stage} {_clock(entry['seconds'])}" for stage, entry in study.stages.items() if "seconds" in entry]
+    lines.append(("Times", ", ".join(times)))
+    timing = first.results.get("timing", {})
+    if timing.get("heads"):
+        text = f"{timing['heads']} heads fitted in {timing['fit_s']:.1f} s, features loaded in {timing['load_s']:.1f} s"
+        lines.append(("Stage 2", text))
+    for name, made in (("Stage 1", stage1), ("Dump", dump), ("Stage 2", stage2)):
+        if made.get("argv"):
+            when = (made.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
+            lines.append((f"{name} command", " ".join(made["argv"])))
+            lines.append((f"{name} made", f"{when}; git {made.get('git') or 'unknown'}; {made.get('platform', '')}"))
+    versions: Row = next((m["versions"] for m in (stage2, dump, stage1) if m.get("versions")), {})
+    lines.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
+    config = dump.get("config") or stage1.get("config")
+    if not config:
+        return _facts(lines)
+    text = escape(json.dumps(config, indent=1, ensure_ascii=False))
+    return f"{_facts(lines)}<details><summary>Configuration</summary><pre>{text}</pre></details>"
+
+
+def _every_head(study: Study) -> str:
+    """All rows of all backbones, folded away."""
+    names = ["backbone", "method", "loss", "λ", "seed", "split", "many", "medium", "few", "all", "ECE"]
+    splits = {"val": "validation", "test": "test, not selected on"}
+    body = []
+    for backbone in study.backbones:
+        for row in backbone.rows:
+            facts = [row["method"], row.get("loss"), row.get("lam"), row.get("seed"), splits.get(row["split"])]
+            told = ("–" if f is None else f"{f:g}" if isinstance(f, float) else str(f) for f in facts)
+            texts = [backbone.name, *told]
+            numbers = [row.get(column) for column in ("many", "medium", "few", "all", "ece")]
+            texts += ["–" if n is None else f"{n:.1f}" for n in numbers]
+            body.append(f"<tr>{''.join(f'<td>{escape(t)}</td>' for t in texts)}</tr>")
+    head = "".join(f"<th>{n}</th>" for n in names)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    summary = f"<summary>{len(body):,} rows, as in results.json</summary>"
+    return f"<details>{summary}<div class='scroll tall'>{table}</div></details>"
+
+
+def _section(title: str, inside: str) -> str:
+    return f"<section><h2>{title}</h2>{inside}</section>"
+
+
+def _facts(lines: Iterable[tuple[str, Any]]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>' for k, v in lines if v)}</dl>"
+
+
+def _cell(value: Spread) -> str:
+    if value.mean is None:
+        return "–"
+    return f"{value.mean:.1f}" + (f"<small> ± {value.std:.1f}</small>" if value.std is not None else "")
+
+
+def _selected_name(study: Study) -> str:
+    how = "chosen on validation" if study.chosen_on else "given"
+    lams = {k.lam for k in study.selected if k.lam is not None}
+    if not lams:
+        return study.first.selected.method_name
+    if len(lams) == 1:
+        return f"{study.first.selected} ({how})"
+    return f"{study.first.selected.method_name}, λ of each backbone ({how})"
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _csv(table: Sequence[Row]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in table for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return buffer.getvalue()

@@ -1,0 +1,290 @@
+"""What a report is made from: one run folder, or the seed-N folders of several backbones, read into arrays."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache import Cache, CacheError, open_cache
+from pipeline.errors import DataError
+from pipeline.metrics import GROUPS
+
+COLUMNS = ("all", *GROUPS)
+BOUNDS = {"many": "> 100", "medium": "20–100", "few": "< 20"}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which heads a line of a table or figure stands for; lam None where the method has no λ."""
+
+    method: str
+    loss: str | None
+    lam: float | None
+
+    @property
+    def method_name(self) -> str:
+        return "IWB" if self.method == "iwb" else self.method
+
+    @property
+    def loss_name(self) -> str:
+        return {"cb": "class-balanced loss", "ce": "cross-entropy"}.get(self.loss or "", self.loss or "its loss")
+
+    def __str__(self) -> str:
+        return self.method_name + (f", λ = {self.lam:g}" if self.lam is not None else "")
+
+    def matches(self, row: Row) -> bool:
+        return row["method"] == self.method and row.get("lam") == self.lam and self.loss in (None, row.get("loss"))
+
+
+BASELINE = Kind("baseline", None, None)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of n repetitions; std None where n is 1, mean None for an empty group."""
+
+    mean: float | None
+    std: float | None
+    n: int
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "–"
+        return f"{self.mean:.1f}" + (f" ± {self.std:.1f}" if self.std is not None else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """One trained encoder: what stage 1 and stage 2 left in its folder."""
+
+    name: str
+    results_path: Path
+    results: dict[str, Any]
+    selected: Kind
+    store: Cache
+    metrics: list[Row]
+    training: dict[str, Any]
+
+    @property
+    def alone(self) -> Kind:
+        """The same loss without the norm term."""
+        loss = self.selected.loss or "cb"
+        return Kind(loss, None, None)
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.results["results"]
+
+    @cached_property
+    def heads(self) -> tuple[list[Row], np.ndarray, np.ndarray]:
+        """(what each head is, weight (H, C, D), bias (H, C)) of heads.safetensors."""
+        return read_heads(self.results_path.with_name("heads.safetensors"))
+
+    def norms(self, kind: Kind) -> np.ndarray | None:
+        """(C,) lengths of the class vectors, mean over batch orders; None where no such head was kept."""
+        heads, weight, _ = self.heads
+        found = [np.linalg.norm(weight[i].astype(np.float64), axis=1) for i, h in enumerate(heads) if kind.matches(h)]
+        return np.mean(found, axis=0) if found else None
+
+    @cached_property
+    def per_class(self) -> list[Row]:
+        """Lines of per_class.csv; empty where there is none."""
+        path = self.results_path.with_name("per_class.csv")
+        if not path.is_file():
+            return []
+        with open(path, encoding="utf-8", newline="") as file:
+            return [
+                line | {"lam": float(line["lam"]) if line["lam"] else None, "loss": line["loss"] or None}
+                for line in csv.DictReader(file)
+            ]
+
+    def class_accuracy(self, kind: Kind, split: str) -> np.ndarray | None:
+        """(C,) accuracy in %, mean over batch orders, nan where a class has no sample; None where not recorded."""
+        total, seen = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
+        for line in self.per_class:
+            if line["split"] == split and kind.matches(line):
+                c, n = int(line["class"]), int(line["total"])
+                total[c] += int(line["correct"])
+                seen[c] += n
+        if not seen.any():
+            return None
+        return np.where(seen > 0, 100 * total / np.maximum(seen, 1), np.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """All backbones of a run; numbers are spreads over backbones where there are several, else over batch orders."""
+
+    folder: Path
+    backbones: Sequence[Backbone]
+    choice: dict[str, Any]
+    stages: dict[str, Any]
+
+    @property
+    def first(self) -> Backbone:
+        return self.backbones[0]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self.first.store.counts
+
+    @property
+    def by_size(self) -> np.ndarray:
+        """Class numbers, largest class first."""
+        return np.argsort(-self.counts, kind="stable")
+
+    @property
+    def lams(self) -> list[float]:
+        """The positive λ that every backbone has a result for; λ = 0 is a reference of its own."""
+        method = self.at(0.0).method
+        each = [{r["lam"] for r in b.rows if r["method"] == method and r.get("lam")} for b in self.backbones]
+        return sorted(set.intersection(*each))
+
+    def at(self, lam: float) -> Kind:
+        """The method with a λ that the curves show: the selected one, else IWB."""
+        chosen = self.first.selected
+        if chosen.lam is not None:
+            return Kind(chosen.method, chosen.loss, lam)
+        loss = next((r.get("loss") for r in self.first.rows if r["method"] == "iwb"), None)
+        return Kind("iwb", loss, lam)
+
+    @property
+    def chosen_on(self) -> str | None:
+        """val or kfold; None where a single λ was given."""
+        return self.choice.get("chosen_on")
+
+    @property
+    def report_split(self) -> str:
+        """test, or val where there is no test split."""
+        return "test" if self.has_split("test") else "val"
+
+    @property
+    def repeated(self) -> str:
+        """What the ± counts: `3 backbones`, or `3 batch orders of one backbone`."""
+        if len(self.backbones) > 1:
+            return f"{len(self.backbones)} backbones"
+        n = len({r["seed"] for r in self.first.rows if self.first.selected.matches(r)})
+        return f"{n} batch orders of one backbone" if n > 1 else "one backbone, one batch order"
+
+    def spread(self, kinds: Kind | Sequence[Kind], split: str, column: str) -> Spread | None:
+        """Spread of one column of the table; a list gives each backbone its own kind; None where one lacks it."""
+        wanted = [kinds] * len(self.backbones) if isinstance(kinds, Kind) else kinds
+        each = []
+        for backbone, kind in zip(self.backbones, wanted, strict=True):
+            rows = [r for r in backbone.rows if r["split"] == split and kind.matches(r)]
+            if not rows:
+                return None
+            each.append([r.get(column) for r in rows])
+        values = each[0] if len(each) == 1 else [mean(v) for v in each]
+        return spread(values)
+
+    @property
+    def selected(self) -> list[Kind]:
+        return [b.selected for b in self.backbones]
+
+    def has_split(self, split: str) -> bool:
+        return all(any(r["split"] == split for r in b.rows) for b in self.backbones)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def spread(values: Sequence[float | None]) -> Spread:
+    """Mean and standard deviation (n − 1) of the values that exist."""
+    known = [v for v in values if v is not None]
+    std = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return Spread(mean(known), std, len(known))
+
+
+def read_study(run: Path) -> Study:
+    """The backbones under a run: RUN/rebalance, RUN/seed-N/rebalance, or RUN itself where results.json lies in it.
+
+    Raises DataError where there are no results, or they are damaged or belong to no readable store.
+    """
+    if not run.is_dir():
+        raise DataError(f"{run}: no such run folder; make one with `pipeline run`")
+    seeds = sorted(run.glob("seed-*/rebalance/results.json"), key=lambda p: (len(p.parts[-3]), p.parts[-3]))
+    single = [p for p in (run / "rebalance" / "results.json", run / "results.json") if p.is_file()]
+    found = seeds or single[:1]
+    if not found:
+        first = f"run `pipeline rebalance {run / 'features.zarr'}` first"
+        raise DataError(f"{run}: nothing to report: no rebalance/results.json; {first}")
+    together = run / "results.json"
+    choice = read_results(together)["selected"] if seeds and together.is_file() else None
+    backbones = [_read_backbone(path, choice) for path in found]
+    for other in backbones[1:]:
+        if other.store.class_names != backbones[0].store.class_names:
+            raise DataError(
+                f"{other.results_path}: has other classes than {backbones[0].results_path}; report them apart"
+            )
+    stages = _json_or_empty(run / "run.json").get("stages", {})
+    return Study(run, backbones, choice or backbones[0].results["selected"], stages)
+
+
+def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
+    """What lies in a backbone's folder; choice: what was selected for all backbones together, None for its own."""
+    folder = path.parent.parent if path.parent.name == "rebalance" else path.parent
+    results = read_results(path)
+    beside = folder / "features.zarr"
+    try:
+        store = open_cache(beside if beside.exists() else Path(results["store"]))
+    except CacheError as error:
+        raise DataError(f"{path}: its feature store cannot be read: {error}") from error
+    chosen = choice or results["selected"]
+    selected = Kind(chosen["method"], chosen.get("loss"), chosen.get("lam"))
+    metrics = folder / "backbone" / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    training = _json_or_empty(folder / "backbone" / "run.json")
+    return Backbone(folder.name, path, results, selected, store, _json_lines(lines), training)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The document `pipeline rebalance` wrote; DataError if it is unreadable or something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable results.json ({error}); run `pipeline rebalance` again") from error
+    missing = {"store", "baseline", "selected", "results"} - (document.keys() if isinstance(document, dict) else set())
+    if missing:
+        raise DataError(f"{path}: not written by `pipeline rebalance`: no {', '.join(sorted(missing))}")
+    return document
+
+
+def read_heads(path: Path) -> tuple[list[Row], np.ndarray, np.ndarray]:
+    """(method, loss, lam, seed of each head; weight (H, C, D); bias (H, C)). DataError if it is missing or other."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            heads = json.loads((file.metadata() or {})["heads"])
+            return heads, file.get_tensor("weight"), file.get_tensor("bias")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; run `pipeline rebalance` again") from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not the heads of `pipeline rebalance` ({error}); run it again") from error
+
+
+def _json_lines(lines: Iterable[str]) -> list[Row]:
+    """The whole lines; a last one torn by a kill is left out."""
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
