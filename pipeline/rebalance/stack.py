@@ -1,0 +1,123 @@
+"""Heads that advance together: one step of SGD for S batch orders × K heads, gradients by hand (DESIGN §6).
+
+A head is a matrix (C, D+1) whose last column is the bias, and a batch carries one row more than it has samples: the
+mean of the unit features, with 0 where samples have the 1 that multiplies the bias. So one product gives all logits
+and, in its last row, the batch mean of W_c·x/|x|, which is all that a fixed target needs (pull.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.rebalance.batches import Batch
+from pipeline.rebalance.formulation import CBLoss, Penalty
+from pipeline.rebalance.pull import EveryTarget, MeanTarget
+
+
+@dataclass(frozen=True)
+class Form:
+    """What heads must share to advance together; penalty.kl_weight counts only as being `batch` or not."""
+
+    cb: CBLoss
+    penalty: Penalty
+
+    @property
+    def moving_target(self) -> bool:
+        """Whether gradient passes through P into the class vectors."""
+        return not self.penalty.detach_target and self.penalty.hardness != "none"
+
+    @property
+    def needs_every_target(self) -> bool:
+        """Whether P of every sample is needed, not only its mean over the batch."""
+        return self.moving_target or (self.penalty.divergence == "kl" and self.penalty.direction == "target-to-norms")
+
+
+class Stack:
+    """S × K heads of one form with their momentum.
+
+    weight (S, K, C, D+1) is the start and belongs to the stack from then on. half_target (K, C) is λ·NC/2. kl_weight
+    (K,). slices: (first head, last head + 1, weighting), in order, together all heads.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        weight: Tensor,
+        half_target: Tensor,
+        kl_weight: Tensor,
+        slices: Sequence[tuple[int, int, int]],
+        *,
+        momentum: float,
+        weight_decay: float,
+    ):
+        self.form, self.weight, self.slices = form, weight, slices
+        self.half_target, self.kl_weight = half_target[None], kl_weight[None, :, None]
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.penalised = bool((kl_weight > 0).any())
+        self.seeds, self.heads, self.classes, self.width = *weight.shape[:3], weight.shape[3] - 1
+        self.vectors = weight[..., : self.width]
+        self.velocity = torch.zeros_like(weight)
+        self.norms = weight.new_empty(weight.shape[:3])
+        self._steps: dict[int, Step] = {}
+
+    def step(self, batch: Batch, lr: float) -> None:
+        """One step as torch.optim.SGD takes it, without nesterov and dampening."""
+        size = batch.labels.shape[1]
+        if size not in self._steps:  # two sizes at most: the full batch and the short last one
+            self._steps[size] = Step(self, size)
+        self._steps[size].run(batch, lr)
+
+
+class Step:
+    """The buffers of a stack for one batch size, and the arithmetic on them: nothing is allocated after this."""
+
+    def __init__(self, stack: Stack, size: int):
+        self.stack, self.size = stack, size
+        s, k, c, w = stack.seeds, stack.heads, stack.classes, stack.weight
+        self.logits = w.new_empty(s, size + 1, k, c)
+        self.residual = torch.empty_like(self.logits)
+        if stack.form.cb == "bce":
+            self.ratio, self.ratio_sum = torch.empty_like(self.logits), w.new_empty(s, size + 1, k, 1)
+        rows = torch.arange(s, device=w.device)[:, None] * (size + 1) + torch.arange(size, device=w.device)
+        self.row_start = (rows[..., None] * k + torch.arange(k, device=w.device)) * c
+        self.truth = torch.empty_like(self.row_start)
+        self.minus_one = w.new_full((self.truth.numel(),), -1)
+        flat = (s, k * c, stack.width + 1)
+        self.rows, self.velocity = stack.weight.view(flat), stack.velocity.view(flat)
+        self.pull = (EveryTarget if stack.form.needs_every_target else MeanTarget)(self) if stack.penalised else None
+
+    def run(self, batch: Batch, lr: float) -> None:
+        stack = self.stack
+        logits, residual = self.logits.flatten(2), self.residual.flatten(2)
+        torch.bmm(batch.x, self.rows.transpose(1, 2), out=logits)
+        torch.add(self.row_start, batch.labels[:, :, None], out=self.truth)
+        self.compute_residual()
+        for first, last, weights in stack.slices:
+            part = slice(first * stack.classes, last * stack.classes)
+            into = self.velocity[:, part]
+            torch.baddbmm(
+                into, residual[:, :, part].transpose(1, 2), batch.weighted[weights], beta=stack.momentum, out=into
+            )
+        if self.pull is not None:
+            torch.linalg.vector_norm(stack.vectors, dim=-1, out=stack.norms)
+            stack.norms.clamp_min_(torch.finfo(stack.norms.dtype).tiny)
+            self.pull.add(batch)
+        if stack.weight_decay:
+            stack.velocity.add_(stack.weight, alpha=stack.weight_decay)
+        stack.weight.add_(stack.velocity, alpha=-lr)
+
+    def compute_residual(self) -> None:
+        """residual = ∂(classification loss of one sample)/∂logits, before the sample's weight."""
+        p, truth = self.residual, self.truth.view(-1)
+        torch.softmax(self.logits, -1, out=p)
+        if self.stack.form.cb == "softmax":
+            p.view(-1).index_add_(0, truth, self.minus_one)
+            return
+        # r = p·∂l/∂p is −1 for the true class and p/(1 − p) for the others; ∂l/∂z = r − p·Σr
+        torch.neg(p, out=self.ratio).add_(1).clamp_min_(torch.finfo(p.dtype).eps)
+        torch.div(p, self.ratio, out=self.ratio)
+        self.ratio.view(-1).index_fill_(0, truth, -1)
+        torch.sum(self.ratio, -1, keepdim=True, out=self.ratio_sum)
+        torch.sub(self.ratio, p.mul_(self.ratio_sum), out=p)

@@ -1,0 +1,170 @@
+"""The engine computes by hand what autograd and torch.optim.SGD compute from the readable objective."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.rebalance.batches import batch_order
+from pipeline.rebalance.engine import Head, Schedule, fit_heads, plan
+from pipeline.rebalance.features import Features
+from pipeline.rebalance.formulation import penalty
+from pipeline.rebalance.objective import iwb_objective
+
+COUNTS = np.array([23, 11, 6, 3, 2])
+SHORT = Schedule(epochs=3, lr=0.05, momentum=0.9, weight_decay=0.01, batch_size=8)
+CB = {"ce": None, "cb-softmax": "softmax", "cb-bce": "bce"}
+
+
+@pytest.fixture(scope="module")
+def features():
+    random = np.random.default_rng(5)
+    labels = random.permutation(np.repeat(np.arange(5), COUNTS))
+    centres = random.normal(size=(5, 6))
+    views = centres[labels] + random.normal(size=(3, len(labels), 6))
+    return Features(views, labels, COUNTS, random.normal(size=(5, 6)), random.normal(size=5))
+
+
+def by_autograd(features, head, seed, schedule, rows=None):
+    """(weight, bias) by the objective, autograd and torch.optim.SGD in float64."""
+    rows = np.arange(len(features.labels)) if rows is None else rows
+    weight = torch.tensor(features.weight, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(features.bias, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.SGD(
+        [weight, bias], schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+    )
+    rule = head.penalty
+    for epoch in range(schedule.epochs):
+        optimiser.param_groups[0]["lr"] = schedule.lr * 0.5 * (1 + math.cos(math.pi * epoch / schedule.epochs))
+        order = rows[batch_order(len(rows), seed=seed, epoch=epoch)]
+        view = features.views[1 + epoch % 2 if schedule.augmented else 0]
+        for first in range(0, len(rows), schedule.batch_size):
+            take = order[first : first + schedule.batch_size]
+            loss = iwb_objective(
+                weight,
+                bias,
+                torch.tensor(view[take], dtype=torch.float64),
+                torch.tensor(features.labels[take]),
+                features.counts,
+                head.lam,
+                cb=CB[head.loss],
+                hardness=rule.hardness,
+                kl_weight=rule.kl_weight,
+                log_base=rule.log_base,
+                direction=rule.direction,
+                divergence=rule.divergence,
+                detach_target=rule.detach_target,
+                number=rule.number,
+                beta=head.beta,
+            )
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return weight.detach().numpy(), bias.detach().numpy()
+
+
+def assert_equal(fitted, expected, tolerance=1e-11):
+    np.testing.assert_allclose(fitted[0], expected[0], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(fitted[1], expected[1], rtol=tolerance, atol=tolerance)
+
+
+PENALTIES = [
+    *itertools.product(
+        ["vector", "scalar", "none"], ["norms-to-target", "target-to-norms"], ["kl"], [True, False], [0.7, "batch"]
+    ),
+    *itertools.product(["vector", "scalar", "none"], ["norms-to-target"], ["mse"], [True, False], [0.7, "batch"]),
+]
+
+
+@pytest.mark.parametrize(("hardness", "direction", "divergence", "detach", "kl_weight"), PENALTIES)
+def test_every_penalty_is_what_autograd_computes(features, hardness, direction, divergence, detach, kl_weight):
+    rule = penalty(
+        hardness=hardness, direction=direction, divergence=divergence, detach_target=detach, kl_weight=kl_weight
+    )
+    heads = [Head("cb-softmax", 0.4, rule), Head("cb-softmax", 0.9, rule)]
+    weight, bias = fit_heads(features, heads, seeds=(0, 3), schedule=SHORT, dtype=torch.float64)
+    for s, seed in enumerate((0, 3)):
+        for k, head in enumerate(heads):
+            assert_equal((weight[s, k], bias[s, k]), by_autograd(features, head, seed, SHORT))
+
+
+@pytest.mark.parametrize("loss", CB)
+@pytest.mark.parametrize("formulation", ["paper", "code"])
+@pytest.mark.parametrize("number", [True, False])
+def test_every_loss_is_what_autograd_computes(features, loss, formulation, number):
+    head = Head(loss, 0.3, penalty(formulation, number=number), beta=0.9)
+    weight, bias = fit_heads(features, [head], seeds=(1,), schedule=SHORT, dtype=torch.float64)
+    assert_equal((weight[0, 0], bias[0, 0]), by_autograd(features, head, 1, SHORT))
+
+
+def test_heads_of_all_kinds_fitted_together_are_those_fitted_alone(features, monkeypatch):
+    monkeypatch.setattr("pipeline.rebalance.engine.CPU_STACK_LOGITS", 3 * 2 * 5 * 8)
+    heads = [
+        Head("ce"),
+        Head("cb-softmax", 0.5, penalty()),
+        Head("cb-bce", 0.2, penalty("code")),
+        Head("cb-softmax"),
+        Head("ce", 0.1, penalty(kl_weight=3.0)),
+        Head("cb-softmax", 0.5, penalty(log_base="e", number=False)),
+        Head("cb-softmax", 0.0, penalty(), beta=0.5),
+        Head("cb-bce"),
+        Head("ce", 0.7, penalty(hardness="scalar")),
+    ]
+    weight, bias = fit_heads(features, heads, seeds=(0, 7), schedule=SHORT, dtype=torch.float64)
+    for s, seed in enumerate((0, 7)):
+        for k, head in enumerate(heads):
+            assert_equal((weight[s, k], bias[s, k]), by_autograd(features, head, seed, SHORT))
+
+
+def test_float32_stacks_equal_solo_fits_to_rounding(features):
+    heads = [Head("cb-softmax", lam, penalty()) for lam in (0.0, 0.3, 0.8)] + [Head("ce")]
+    stacked = fit_heads(features, heads, seeds=(0, 1), schedule=SHORT)
+    assert stacked[0].dtype == np.float32
+    for s, k in itertools.product(range(2), range(4)):
+        solo = fit_heads(features, [heads[k]], seeds=(s,), schedule=SHORT)
+        assert_equal((stacked[0][s, k], stacked[1][s, k]), (solo[0][0, 0], solo[1][0, 0]), 1e-5)
+    assert np.abs(stacked[0][0] - stacked[0][1]).max() > 1e-3, "two seeds must see two orders"
+
+
+def test_few_bytes_mean_more_passes_and_the_same_heads(features):
+    heads = [Head("cb-softmax", lam, penalty()) for lam in (0.0, 0.3, 0.8)] + [Head("cb-bce")]
+    once = fit_heads(features, heads, seeds=(0,), schedule=SHORT, dtype=torch.float64)
+    often = fit_heads(features, heads, seeds=(0,), schedule=SHORT, dtype=torch.float64, memory_bytes=1)
+    assert_equal(once, often, 1e-12)
+
+
+def test_small_blocks_change_nothing(features, monkeypatch):
+    heads = [Head("cb-softmax", 0.3, penalty("code"))]
+    once = fit_heads(features, heads, seeds=(0, 1), schedule=SHORT, dtype=torch.float64)
+    monkeypatch.setattr("pipeline.rebalance.batches.BLOCK_BYTES", 1)
+    assert_equal(once, fit_heads(features, heads, seeds=(0, 1), schedule=SHORT, dtype=torch.float64), 1e-12)
+
+
+def test_a_fold_sees_its_rows_and_keeps_the_counts_of_all(features):
+    rows = np.arange(0, 45, 2)
+    head = Head("cb-softmax", 0.3, penalty())
+    weight, bias = fit_heads(features, [head], seeds=(2,), schedule=SHORT, rows=rows, dtype=torch.float64)
+    assert_equal((weight[0, 0], bias[0, 0]), by_autograd(features, head, 2, SHORT, rows))
+
+
+def test_clean_views_see_view_0_alone(features):
+    schedule = Schedule(epochs=3, lr=0.05, batch_size=8, augmented=False)
+    head = Head("ce")
+    weight, bias = fit_heads(features, [head], seeds=(2,), schedule=schedule, dtype=torch.float64)
+    assert_equal((weight[0, 0], bias[0, 0]), by_autograd(features, head, 2, schedule))
+
+
+def test_batch_order_is_a_permutation_of_seed_and_epoch():
+    one = batch_order(50, seed=1, epoch=2)
+    assert sorted(one) == list(range(50))
+    assert (one == batch_order(50, seed=1, epoch=2)).all()
+    assert (one != batch_order(50, seed=1, epoch=3)).any()
+    assert (one != batch_order(50, seed=2, epoch=2)).any()
+
+
+def test_plan_is_even_and_covers_every_head_once():
+    assert plan(10, 1, 4) == [(0, 3), (3, 6), (6, 10)]
+    assert plan(3, 100, 1) == [(0, 1), (1, 2), (2, 3)]
+    assert plan(5, 1, 5) == [(0, 5)]
