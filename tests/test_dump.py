@@ -247,16 +247,19 @@ def test_writing_waits_when_the_disk_is_slower_than_the_encoder():
         written.append(chunk)
 
     with dump._in_background(slow) as put:
-        for n in range(8):
-            if n >= dump.WAITING:
-                release.release()
-            put(n, None)
-            assert n + 1 - len(written) <= dump.WAITING + 1
-        release.release(8)
+        try:
+            for n in range(8):
+                if n >= dump.WAITING:
+                    release.release()
+                put(n, None)
+                assert n + 1 - len(written) <= dump.WAITING + 1
+        finally:
+            release.release(8)
     assert written == list(range(8))
 
 
-def test_what_fails_while_writing_fails_the_dump():
+@pytest.mark.parametrize("chunks", [1, 100])
+def test_what_fails_while_writing_fails_the_dump(chunks):
     def full(chunk, features):
         raise OSError(28, "No space left on device")
 
@@ -264,7 +267,7 @@ def test_what_fails_while_writing_fails_the_dump():
 
     def put_many():
         with dump._in_background(full) as put:
-            for n in range(100):
+            for n in range(chunks):
                 put(n, None)
                 taken.append(n)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cache import CacheError, open_cache, verify
+from cache.chunks import write_chunk
 
 
 def flip(path, position=3):
@@ -156,6 +157,16 @@ def test_a_store_with_a_chunk_missing_is_not_sealed(small):
             writer.seal()
         assert not writer.sealed
     assert mend(small) == [writer.chunks[-1]]
+
+
+def test_labels_that_do_not_give_the_counts_are_not_sealed(small):
+    with small.create() as writer:
+        small.fill(writer)
+        write_chunk(small.path / "train/labels/c/0", np.zeros(23, "<i8"))
+        with pytest.raises(CacheError, match="train/labels/c/0 does not give the class counts"):
+            writer.seal()
+    mend(small)
+    np.testing.assert_array_equal(open_cache(small.path).labels("train"), small.labels)
 
 
 def test_resuming_writes_what_is_torn_or_missing_and_nothing_else(small, tmp_path):

@@ -202,6 +202,19 @@ def test_a_second_writer_is_refused_while_the_first_lives(small):
     assert not (small.path / ".lock").exists()
 
 
+def test_a_killed_writer_s_children_do_not_keep_its_lock(small):
+    code = "import os, signal, sys; from pathlib import Path; from tests.cache.conftest import Small\n"
+    code += f"Small(Path({str(small.path)!r})).create()\n"
+    code += "os.kill(os.getpid(), signal.SIGKILL) if os.fork() else print('child', flush=True) or sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == b"child\n"
+        assert process.wait() == -9
+        assert (small.path / ".lock").exists()
+        small.create().close()  # while the child still lives
+        process.stdin.close()
+
+
 def test_importing_cache_loads_neither_torch_nor_zarr():
     code = "import sys, cache; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'zarr', 'pipeline'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
