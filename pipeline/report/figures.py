@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
-from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, Backbone, Row, Spread, Study
+from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, Backbone, Row, Spread, Study, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,7 +201,7 @@ def class_change(study: Study) -> Drawing | None:
     where = "test" if split == "test" else "validation"
     axes.set_ylabel(f"change of {where} accuracy\n[percentage points]")
     gain, loss, known = int((change > 0).sum()), int((change < 0).sum()), int(np.isfinite(change).sum())
-    mean = _signed(float(np.nanmean(change)))
+    mean = signed(float(np.nanmean(change)))
     axes.set_title(f"{gain} classes gain, {loss} lose, {known - gain - loss} stay; mean {mean} points", pad=10)
     look.legend(figure, np.array([axes]))
     name = str(study.first.selected) if len(study.backbones) == 1 else "The selected head of each backbone"
@@ -218,7 +218,7 @@ def _mark_groups(axes: "Axes", counts: np.ndarray, change: np.ndarray) -> None:
             continue
         if start:
             axes.axvline(start + 0.5, color=GREY, linewidth=1, linestyle="--")
-        text = f"{group} ({BOUNDS[group]} images)\n" + (f"mean {_signed(known.mean())}" if len(known) else "no sample")
+        text = f"{group} ({BOUNDS[group]} images)\n" + (f"mean {signed(known.mean())}" if len(known) else "no sample")
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
         place: Row = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
         axes.text(start + 0.5 + size / 2, 0.985, text, fontsize=10.5, bbox=box, **place)
@@ -292,10 +292,6 @@ def _gain(study: Study) -> str:
     at = f"λ = {', '.join(f'{lam:g}' for lam in lams)}" if lams else study.first.selected.method
     where = "test" if study.report_split == "test" else "validation"
     return f"Stage 1 → rebalanced ({at}), {where}: {', '.join(parts)}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
 
 
 def _numbers(split: str, column: str, line: str, lam: float | None, value: Spread) -> Row:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache import write_durably
 from pipeline.metrics import class_groups
-from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, Kind, Row, Spread, Study, read_study
+from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, Kind, Row, Spread, Study, read_study, signed
 from pipeline.report.style import CSS
 
 if TYPE_CHECKING:
@@ -169,8 +169,8 @@ def _choice(study: Study) -> str:
     names = {"val": "the validation split", "kfold": "held-out folds of the training features"}
     how = f"on {escape(names.get(study.chosen_on, study.chosen_on))} among {tried}, the test split unseen"
     if len(set(each)) == 1:
-        alike = " by the mean over backbones" if len(each) > 1 else ""
-        return f"<p><strong>λ = {each[0]}</strong> was chosen {how}{alike}.</p>"
+        alike = "by the mean over backbones " if len(each) > 1 else ""
+        return f"<p><strong>λ = {each[0]}</strong> was chosen {alike}{how}.</p>"
     listed = ", ".join(f"{b.name}: {lam}" for b, lam in zip(study.backbones, each, strict=True))
     return f"<p>Each backbone chose its own λ {how}: <strong>{escape(listed)}</strong>.</p>"
 
@@ -183,7 +183,7 @@ def _norm_term(study: Study) -> str:
     for column in COLUMNS:
         without, added = (study.spread(k, study.report_split, column) for k in (alone, study.selected))
         if without and added and without.mean is not None and added.mean is not None:
-            parts.append(f"{column} {added.mean - without.mean:+.1f}".replace("-", "−"))
+            parts.append(f"{column} {signed(added.mean - without.mean)}")
     return f"<p>The norm term itself, against {alone.loss_name} alone: {', '.join(parts)} points.</p>" if parts else ""
 
 

@@ -33,7 +33,8 @@ class Kind:
 
     @property
     def loss_name(self) -> str:
-        return {"cb": "class-balanced loss", "ce": "cross-entropy"}.get(self.loss or "", self.loss or "its loss")
+        loss = self.loss or self.method
+        return {"cb": "class-balanced loss", "ce": "cross-entropy"}.get(loss, loss)
 
     def __str__(self) -> str:
         return self.method_name + (f", λ = {self.lam:g}" if self.lam is not None else "")
@@ -190,6 +191,11 @@ class Study:
 
     def has_split(self, split: str) -> bool:
         return all(any(r["split"] == split for r in b.rows) for b in self.backbones)
+
+
+def signed(value: float) -> str:
+    """`+1.2`, `−0.3` or `0.0`: a difference in points."""
+    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
 
 
 def mean(values: Iterable[float | None]) -> float | None:
