@@ -226,9 +226,90 @@ def rebalance_command(store, config, out, device, sets, as_json, debug, **option
     chosen = make_config(tree, "rebalance settings")
     from pipeline.rebalance import rebalance
 
-    out = out or path.parent / ("rebalance" if path.name == "features.zarr" else f"{path.stem}-rebalance")
+    out = out or _results_folder(path)
     talk.say(f"store: {path}; results: {out}")
     _show(rebalance(path, chosen.rebalance, out=out, device=device), as_json)
+
+
+@cli.command(
+    "evaluate",
+    cls=Examples,
+    example="pipeline evaluate runs/digits-lt --heads runs/digits-lt/rebalance/heads.safetensors",
+)
+@click.argument("store", required=False)
+@click.option(
+    "--heads",
+    type=PATH,
+    help="heads.safetensors of a rebalance [default: rebalance/heads.safetensors beside the store].",
+)
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@shared
+def evaluate_command(store, heads, split, as_json, debug):
+    """The table of given heads on one split; nothing is fitted and nothing is chosen."""
+    talk, path, _ = _store_and_tree(store, None)
+    heads = heads or _results_folder(path) / "heads.safetensors"
+    from pipeline.rebalance import evaluate
+
+    talk.say(f"store: {path}; heads: {heads}")
+    _show(evaluate(path, heads, split=split), as_json)
+
+
+@cli.command("report", cls=Examples, example="pipeline report runs/digits-lt")
+@click.argument("run", required=False)
+@click.option("--out", type=PATH, help="Where report.html and figures/ go [default: the run].")
+@shared
+def report_command(run, out, as_json, debug):
+    """One self-contained HTML page of a run, and its figures as PNG with their numbers as CSV."""
+    from pipeline.report import write_report
+
+    _show(write_report(_run_folder(run), out=out), as_json)
+
+
+@cli.command("export", cls=Examples, example="pipeline export runs/digits-lt --to timm --out model")
+@click.argument("run", required=False)
+@click.option("--to", "kind", type=click.Choice(["timm", "safetensors"]), default="timm", show_default=True)
+@click.option("--out", type=PATH, required=True, help="The folder to make.")
+@click.option("--lam", type=float, help="Take the head of this λ instead of the selected one.")
+@shared
+def export_command(run, kind, out, lam, as_json, debug):
+    """The whole model with the rebalanced head, its configuration and a model card, as a folder."""
+    from pipeline.export import export_model
+
+    _show(export_model(_run_folder(run), to=kind, out=out, lam=lam), as_json)
+
+
+@cli.command("info", cls=Examples, example="pipeline info runs/digits-lt/features.zarr")
+@click.argument("path", type=PATH)
+@shared
+def info_command(path, as_json, debug):
+    """What an artefact is and what made it: a run, checkpoint, store, results, heads, export or configuration."""
+    from pipeline.info import describe
+
+    _show(describe(path), as_json)
+
+
+@cli.command("verify", cls=Examples, example="pipeline verify runs/digits-lt/features.zarr")
+@click.argument("store", required=False)
+@shared
+def verify_command(store, as_json, debug):
+    """Read a whole feature store against its checksums; exit code 3 and the damaged rows where something is wrong."""
+    talk, path, _ = _store_and_tree(store, None, settings_from_store=False)
+    from pipeline.info import verify_store
+
+    talk.say(f"store: {path}")
+    _show(verify_store(path), as_json)
+
+
+@cli.command("doctor", cls=Examples, example="pipeline doctor")
+@shared
+def doctor_command(as_json, debug):
+    """Versions, devices, the precision chosen and why, and a short self-test."""
+    from pipeline.doctor import doctor
+
+    found = doctor()
+    _show(found, as_json)
+    if not found.ok:
+        raise click.exceptions.Exit(FAILED)
 
 
 def _config(name: str | None, sets: Any, *, told: bool = True) -> "tuple[Talk, Config]":
@@ -243,8 +324,25 @@ def _config(name: str | None, sets: Any, *, told: bool = True) -> "tuple[Talk, C
     return talk, chosen
 
 
+def _results_folder(store: Path) -> Path:
+    """Where results of a store go: rebalance/ beside a run's features.zarr, NAME-rebalance/ beside another NAME.zarr."""
+    return store.parent / ("rebalance" if store.name == "features.zarr" else f"{store.stem}-rebalance")
+
+
+def _run_folder(run: str | None) -> Path:
+    """A run's folder from a path, the name of a configuration, or nothing (the default configuration's)."""
+    from pipeline.config import find_config, load_config
+
+    if run is not None and Path(run).exists():
+        return Path(run)
+    try:
+        return load_config(find_config(run)).run_dir
+    except ConfigError:
+        return Path(run or "")
+
+
 def _dump_config(named: "Config | None", saved: "Config", *, both: bool, sets: Any) -> "Config":
-    """What is dumped: the checkpoint's images with the named configuration's dump settings; CONFIG alone where both were given."""
+    """What is dumped: the checkpoint's images with the named configuration's dump settings; CONFIG's alone with both given."""
     from pipeline.config import lay_over, make_config
 
     tree = (named if both and named else saved).model_dump(mode="json")
@@ -255,7 +353,9 @@ def _dump_config(named: "Config | None", saved: "Config", *, both: bool, sets: A
     return make_config(tree, "dump settings")
 
 
-def _store_and_tree(store: str | None, config: str | None) -> "tuple[Talk, Path, dict]":
+def _store_and_tree(
+    store: str | None, config: str | None, *, settings_from_store: bool = True
+) -> "tuple[Talk, Path, dict]":
     """(console, store, configuration tree) of a rebalance: settings of --config, else of the store, else of the default."""
     from pipeline.config import find_config, load_config
     from pipeline.console import Talk
@@ -277,6 +377,8 @@ def _store_and_tree(store: str | None, config: str | None) -> "tuple[Talk, Path,
         raise DataError(f"{path}: no such feature store; make one with `pipeline dump-features`")
     if named is not None:
         return talk, path, named.model_dump(mode="json")
+    if not settings_from_store:
+        return talk, path, {}
     from cache import open_cache
 
     return talk, path, dict(open_cache(path).provenance["config"])

@@ -1,5 +1,6 @@
 """Configuration: typed, frozen, read once from YAML; an unknown key is an error that names the nearest known one."""
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterable
@@ -190,7 +191,7 @@ def load_config(path: Path, settings: Iterable[str] = ()) -> Config:
         for key in ("path", "train_list", "val_list", "test_list", "class_names"):
             value = data.get(key)
             if isinstance(value, str) and not Path(value).expanduser().is_absolute():
-                data[key] = str((path.parent / value)) if path not in shipped_configs().values() else value
+                data[key] = str(path.parent / value) if path not in shipped_configs().values() else value
     for setting in settings:
         lay_over(tree, setting)
     return make_config(tree, str(path))
@@ -214,10 +215,8 @@ def lay_over(tree: dict, setting: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {setting}: the value is not YAML") from error
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 takes 1e-3 for text
-        except ValueError:
-            pass
     *parents, last = key.strip().split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

@@ -16,8 +16,8 @@ LINE_EVERY = 3.0  # seconds between two plain progress lines
 class Talk:
     """What a command says to the person who typed it."""
 
-    def __init__(self) -> None:
-        self.quiet = int(os.environ.get("RANK", 0)) > 0
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet or int(os.environ.get("RANK", 0)) > 0
         self.live = sys.stderr.isatty() and "CI" not in os.environ
         self.console = Console(
             stderr=True, highlight=False, soft_wrap=True, quiet=self.quiet, color_system="auto" if self.live else None

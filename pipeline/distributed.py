@@ -99,6 +99,9 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, chosen)
         return
+    if dist.is_initialized():  # a stage of a run: the run owns the group
+        yield Ranks(dist.get_rank(), world, chosen)
+        return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")

@@ -1,12 +1,14 @@
 """Measures of a classifier on unbalanced classes: pure functions of arrays."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 GROUPS = ("many", "medium", "few")
 
 
 def class_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Boolean masks (C,) of the classes with more than 100, 20 to 100, and fewer than 20 training images (Liu et al., CVPR 2019)."""
+    """Masks (C,) of the classes with more than 100, 20 to 100, and fewer than 20 training images (Liu et al., CVPR 2019)."""
     counts = np.asarray(counts)
     return {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
 
@@ -24,3 +26,63 @@ def group_means(class_accuracy: np.ndarray, counts: np.ndarray) -> dict[str, flo
     return {"all": mean(np.ones(len(class_accuracy), dtype=bool))} | {
         g: mean(m) for g, m in class_groups(counts).items()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One classifier on one split. correct and total (C,) count samples by true class; ece in %."""
+
+    correct: np.ndarray
+    total: np.ndarray
+    counts: np.ndarray
+    ece: float
+
+    @property
+    def per_class(self) -> np.ndarray:
+        """Accuracy (C,) in 0…1, nan for a class without a sample."""
+        return np.where(self.total > 0, self.correct / np.maximum(self.total, 1), np.nan)
+
+    @property
+    def summary(self) -> dict[str, float | None]:
+        """all, many, medium, few and ece, in %."""
+        return group_means(self.per_class, self.counts) | {"ece": self.ece}
+
+    @property
+    def standard_error(self) -> float:
+        """Of `all`, in %: how far it would move with other samples of the same classes (binomial in each class)."""
+        known = self.total > 0
+        p = self.correct[known] / self.total[known]
+        return float(100 * np.sqrt((p * (1 - p) / self.total[known]).sum()) / max(known.sum(), 1))
+
+
+def scores(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> Scores:
+    """Scores of logits (M, C) against labels (M,); counts (C,) training images decide the groups."""
+    exponent = logits - logits.max(1, keepdims=True)
+    return scores_of(logits.argmax(1), 1 / np.exp(exponent).sum(1), labels, counts)
+
+
+def scores_of(predicted: np.ndarray, confidence: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> Scores:
+    """Scores of predicted classes (M,) and their probabilities (M,)."""
+    hit = predicted == labels
+    classes = len(counts)
+    return Scores(
+        correct=np.bincount(labels[hit], minlength=classes),
+        total=np.bincount(labels, minlength=classes),
+        counts=np.asarray(counts),
+        ece=expected_calibration_error(confidence, hit),
+    )
+
+
+def expected_calibration_error(confidence: np.ndarray, hit: np.ndarray, *, bins: int = 15) -> float:
+    """ECE in %: |accuracy − confidence| of equally wide confidence bins, weighted by their samples (Guo et al., ICML 2017).
+
+    confidence (M,): probability of the predicted class; hit (M,): whether it was right. A bin holds its upper edge.
+    """
+    which = np.clip(np.ceil(np.asarray(confidence, np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(which, hit, bins) - np.bincount(which, confidence, bins)
+    return float(100 * np.abs(gap).sum() / max(len(hit), 1))
+
+
+def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Counts (C, C): row the true class, column the predicted one."""
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)

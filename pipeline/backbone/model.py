@@ -50,7 +50,8 @@ def classifier(model: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         kind = type(head).__name__ if head is not None else "none"
         raise ConfigError(
-            f"{type(model).__name__}: its classifier is {kind}, not one nn.Linear; choose another backbone.model, such as resnet50"
+            f"{type(model).__name__}: its classifier is {kind}, not one nn.Linear; "
+            "choose another backbone.model, such as resnet50"
         )
     return head
 

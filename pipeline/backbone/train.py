@@ -116,7 +116,7 @@ def train_backbone(
     overwrite: bool = False,
     report: Callable[[Event], None] = lambda event: None,
 ) -> TrainResult:
-    """Trains, or goes on training, the backbone of a configuration; writes last.pt, best.pt, metrics.jsonl and run.json into `out`.
+    """Trains the backbone of a configuration, or goes on; writes last.pt, best.pt, metrics.jsonl and run.json into `out`.
 
     report is called on rank 0 with Begin, Step and Epoch. Raises DataError (data, damaged checkpoint), ConfigError (a
     checkpoint of another configuration in `out`), Terminated (SIGTERM or Ctrl-C, checkpoint saved).
@@ -367,7 +367,8 @@ class Trainer:
         path = self.out / "last.pt"
         self.provenance = provenance(
             command="train-backbone", config=self.config.model_dump(mode="json"), device=str(self.ranks.device),
-            ranks=self.ranks.world, threads=torch.get_num_threads(), precision=str(self.precision), seed=self.config.backbone.seed,
+            ranks=self.ranks.world, threads=torch.get_num_threads(),
+            precision=str(self.precision).removeprefix("torch."), seed=self.config.backbone.seed,
             dataset=self.facts, network=self.network,
         )  # fmt: skip
         if overwrite and self.ranks.first:
@@ -407,7 +408,7 @@ def learning_rate(step: int, *, steps: int, settings: Any) -> float:
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where a GPU computes in it, float16 on older GPUs, float32 on a CPU. ConfigError for half precision on a CPU."""
+    """auto: bfloat16 where a GPU computes in it, float16 on older GPUs, float32 on a CPU. ConfigError for half there."""
     if device.type == "cpu":
         if wanted in ("auto", "float32"):
             return torch.float32

@@ -52,7 +52,8 @@ def load_dataset(config: DataConfig) -> Dataset:
         else []
     )
     if val is not None and without:
-        note = f"{len(without)} class(es) without a validation image, left out of balanced validation accuracy: {', '.join(without[:5])}"
+        shown = ", ".join(without[:5])
+        note = f"{len(without)} class(es) without a validation image, left out of balanced validation accuracy: {shown}"
         dataset = replace(dataset, notes=(*dataset.notes, note))
     if config.image_size is not None:
         dataset = _resized(dataset, config.image_size)

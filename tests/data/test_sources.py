@@ -30,11 +30,10 @@ def pictures(n, *shape):
 
 
 def test_npz_with_its_own_splits(tmp_path):
-    labels = np.array([0, 1, 1, 2] * 5)
-    config = save_npz(
-        tmp_path / "a.npz", train_images=pictures(20), train_labels=labels, train_index=np.arange(100, 120), val_images=pictures(3),
-        val_labels=np.arange(3), test_images=pictures(3), test_labels=np.arange(3), class_names=np.array(["a", "b", "c"]),
-    )  # fmt: skip
+    labels, three = np.array([0, 1, 1, 2] * 5), np.arange(3)
+    own = {"train_images": pictures(20), "train_labels": labels, "train_index": np.arange(100, 120)}
+    held = {"val_images": pictures(3), "val_labels": three, "test_images": pictures(3), "test_labels": three}
+    config = save_npz(tmp_path / "a.npz", **own, **held, class_names=np.array(["a", "b", "c"]))
     dataset = load_dataset(config)
     assert dataset.class_names == ("a", "b", "c")
     assert dataset.counts.tolist() == [5, 10, 5]

@@ -1,0 +1,199 @@
+"""From images to report in one go: each stage is done once, and redone only if what it depends on has changed."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cache import write_durably
+from pipeline import distributed
+from pipeline.backbone.checkpoint import load_checkpoint
+from pipeline.backbone.train import train_backbone
+from pipeline.config import Config
+from pipeline.console import Talk, TrainingReporter, clock
+from pipeline.distributed import Ranks
+from pipeline.dump import dump_features
+from pipeline.errors import ConfigError
+from pipeline.provenance import provenance
+from pipeline.rebalance import rebalance
+from pipeline.rebalance.backbones import combine
+from pipeline.report import write_report
+from pipeline.report.table import results_table
+
+RESULTS = ("results.json", "results.csv", "heads.safetensors", "run.json")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, the results document (DESIGN: rebalance --json), report, and seconds by stage."""
+
+    out: Path
+    results: dict[str, Any]
+    report: Path
+    pictures: tuple[Path, ...]
+    stages: dict[str, float]
+    redone: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "report": str(self.report),
+            "pictures": [str(p) for p in self.pictures],
+            "seconds": self.stages,
+            "redone": list(self.redone),
+            **self.results,
+        }
+
+    def __rich_console__(self, console, options):
+        yield results_table(self.results)
+        took = ", ".join(f"{stage} {clock(seconds)}" for stage, seconds in self.stages.items())
+        yield f"time: {took}"
+        yield f"report: {self.report}"
+        yield from (f"picture: {picture}" for picture in self.pictures)
+
+
+@dataclass
+class Ledger:
+    """What each stage was made from, and how long it took: `run.json` of a run."""
+
+    path: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    redone: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        try:
+            self.stages = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
+        except (OSError, ValueError, KeyError):
+            self.stages = {}
+
+    def up_to_date(self, stage: str, inputs: Any, outputs: Sequence[Path]) -> bool:
+        """Whether the stage was made from these inputs and its outputs are still what it wrote."""
+        known = self.stages.get(stage, {})
+        return known.get("inputs") == _digest(inputs) and known.get("outputs") == [file_digest(p) for p in outputs]
+
+    def did(self, stage: str, seconds: float, *, inputs: Any = None, outputs: Sequence[Path] = ()) -> None:
+        self.redone.append(stage)
+        self.stages[stage] = {
+            "seconds": round(seconds, 2),
+            "inputs": _digest(inputs),
+            "outputs": [file_digest(p) for p in outputs],
+        }
+
+    def write(self, **facts: Any) -> None:
+        write_durably(self.path, json.dumps(provenance(command="run", stages=self.stages, **facts), indent=1))
+
+
+def run_pipeline(
+    config: Config,
+    *,
+    out: Path,
+    seeds: Sequence[int] | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    talk: Talk | None = None,
+) -> RunResult | None:
+    """Trains, dumps, rebalances and reports under `out`, continuing whatever is there; None on ranks other than the first.
+
+    seeds: one backbone each under out/seed-N on the same subset, combined by choosing λ on their mean validation accuracy.
+    Raises what the stages raise; everything finished stays.
+    """
+    talk = talk or Talk(quiet=True)
+    if seeds and (out / "backbone").exists():
+        raise ConfigError(f"{out} holds a run of one backbone; take another --out for --seeds, or leave --seeds away")
+    if not seeds and any(out.glob("seed-*")):
+        raise ConfigError(f"{out} holds a run of several backbones; give its --seeds again, or take another --out")
+    places = {out / f"seed-{s}": _with_seed(config, s) for s in seeds} if seeds else {out: config}
+    with distributed.ranks(device) as ranks:
+        ledger = Ledger(out / "run.json")
+        documents = [
+            _one_backbone(c, p, ledger, ranks, device, overwrite, talk, named=bool(seeds)) for p, c in places.items()
+        ]
+        if not ranks.first:
+            return None
+        if seeds:
+            results = combine(documents)
+            write_durably(out / "results.json", json.dumps(results, indent=1))
+        else:
+            results = documents[0]
+        report, pictures = _report(out, list(places), ledger, talk)
+        ledger.write(
+            config=config.model_dump(mode="json"), seeds=list(seeds or [config.backbone.seed]), ranks=ranks.world
+        )
+        seconds = {stage: entry["seconds"] for stage, entry in ledger.stages.items()}
+        return RunResult(out, results, report, pictures, seconds, tuple(ledger.redone))
+
+
+def _one_backbone(
+    config: Config, out: Path, ledger: Ledger, ranks: Ranks, device: str, overwrite: bool, talk: Talk, *, named: bool
+) -> dict[str, Any]:
+    """Stages 1, dump and 2 of one backbone; the results document."""
+    name = f"{out.name}/" if named else ""
+    if named:
+        talk.say(f"── {out.name}")
+
+    def timed(stage: str, work: Callable[[], Any], happened: Callable[[Any], bool], **record: Any) -> Any:
+        started = time.perf_counter()
+        result = work()
+        if happened(result):
+            ledger.did(name + stage, time.perf_counter() - started, **record)
+        return result
+
+    with talk.progress("training") as bar:
+        reporter = TrainingReporter(talk, bar)
+        trained = timed(
+            "train-backbone",
+            lambda: train_backbone(config, out=out / "backbone", device=device, overwrite=overwrite, report=reporter),
+            lambda r: r.trained_epochs > 0,
+        )
+    backbone = load_checkpoint(trained.checkpoint)
+    store = out / "features.zarr"
+    with talk.progress("dumping") as bar:
+        dumped = timed(
+            "dump-features",
+            lambda: dump_features(backbone, config, out=store, device=device, overwrite=overwrite, report=bar.move),
+            lambda r: r.written > 0,
+        )
+    talk.say(str(dumped) if dumped.written else f"{store}: complete, all checksums hold")
+    if not ranks.first:
+        return {}
+    folder = out / "rebalance"
+    inputs = {"store": dumped.digest, "settings": config.rebalance.model_dump(mode="json")}
+    outputs = [folder / file for file in RESULTS]
+    if ledger.up_to_date(name + "rebalance", inputs, outputs):
+        talk.say(f"{folder}: up to date")
+    else:
+        started = time.perf_counter()
+        rebalance(store, config.rebalance, out=folder, device=device)
+        ledger.did(name + "rebalance", time.perf_counter() - started, inputs=inputs, outputs=outputs)
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def _report(out: Path, backbones: Sequence[Path], ledger: Ledger, talk: Talk) -> tuple[Path, tuple[Path, ...]]:
+    made_from = [p / "rebalance" / file for p in backbones for file in RESULTS] + [
+        p / "backbone/metrics.jsonl" for p in backbones
+    ]
+    inputs, html = [file_digest(p) for p in made_from], out / "report.html"
+    pictures = [out / "figures" / name for name in ("accuracy-lambda.png", "weight-norms.png")]
+    if not ledger.up_to_date("report", inputs, [html, *pictures]):
+        started = time.perf_counter()
+        write_report(out)
+        ledger.did("report", time.perf_counter() - started, inputs=inputs, outputs=[html, *pictures])
+    else:
+        talk.say(f"{html}: up to date")
+    return html, tuple(pictures)
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update={"seed": seed})})
+
+
+def file_digest(path: Path) -> str | None:
+    """sha256 of a file's content, None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _digest(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

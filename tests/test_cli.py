@@ -1,0 +1,194 @@
+"""The command contract: names, defaults, exit codes, JSON. Every command runs as a real process at least once."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from pipeline.cli import invoke
+from tests.conftest import digits_tree
+
+
+def pipeline(*words, cwd, env=None):
+    """A real `pipeline` process: (exit code, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {}),
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which the three commands were typed as they stand, on a small pipeline.yaml."""
+    folder = tmp_path_factory.mktemp("three")
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(digits_tree()))
+    said = [
+        pipeline(*words, cwd=folder)
+        for words in (["train-backbone"], ["dump-features"], ["rebalance", "--lam", "0.05"])
+    ]
+    return folder, said
+
+
+def test_the_three_commands_as_they_stand(finished):
+    folder, said = finished
+    assert [code for code, _, _ in said] == [0, 0, 0], said
+    run = folder / "runs" / "tiny"
+    for name in ("backbone/last.pt", "backbone/best.pt", "backbone/metrics.jsonl", "features.zarr/zarr.json"):
+        assert (run / name).is_file(), name
+    for name in ("results.json", "results.csv", "heads.safetensors", "run.json"):
+        assert (run / "rebalance" / name).is_file(), name
+    results = json.loads((run / "rebalance" / "results.json").read_text())
+    assert results["selected"]["lam"] == 0.05
+    assert results["selected"]["chosen_on"] is None  # nothing was chosen: there was one λ
+    for (_, _, err), took in zip(said, ("pipeline.yaml", "last.pt", "features.zarr"), strict=True):
+        assert took in err  # each says what it took
+
+
+def test_without_any_configuration_the_digits_are_taken(tmp_path):
+    code, out, err = pipeline("train-backbone", "--json", "--set", "backbone.epochs=1", cwd=tmp_path)
+    assert code == 0, err
+    assert json.loads(out)["checkpoint"] == "runs/digits-lt/backbone/last.pt"
+
+
+def test_rebalance_json_follows_the_contract(finished):
+    folder, _ = finished
+    code, out, err = pipeline("rebalance", "--lam", "0.05,0.2", "--json", "--out", "other", cwd=folder)
+    assert code == 0, err
+    document = json.loads(out)
+    assert {"store", "fingerprint", "baseline", "selected", "results", "timing"} <= document.keys()
+    assert {"method", "loss", "lam", "chosen_on", "n", "all", "all_std", "many", "medium", "few", "ece"} <= document[
+        "selected"
+    ].keys()
+    assert document["selected"]["chosen_on"] == "val"
+    assert document["selected"]["lam"] in (0.05, 0.2)
+    assert {"load_s", "fit_s", "heads"} <= document["timing"].keys()
+    for row in document["results"]:
+        assert {"method", "loss", "lam", "seed", "split", "all", "many", "medium", "few", "ece"} <= row.keys()
+    methods = {(r["method"], r["lam"]) for r in document["results"]}
+    assert {("cb", None), ("iwb", 0.0), ("iwb", 0.05), ("iwb", 0.2)} <= methods
+
+
+def test_verify_and_info_and_report_and_evaluate(finished):
+    folder, _ = finished
+    for words in (
+        ["verify"],
+        ["info", "runs/tiny/features.zarr"],
+        ["info", "runs/tiny"],
+        ["report"],
+        ["evaluate"],
+        ["doctor"],
+    ):
+        code, out, err = pipeline(*words, "--json", cwd=folder)
+        assert code == 0, (words, err)
+        assert isinstance(json.loads(out), dict), words
+    assert (folder / "runs/tiny/report.html").stat().st_size > 10_000
+
+
+def test_a_damaged_store_is_found_and_repaired(finished):
+    folder, _ = finished
+    chunk = folder / "runs/tiny/features.zarr/train/features/c/1/0/0"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    for words in (["verify"], ["rebalance", "--lam", "0.05"]):
+        code, _, err = pipeline(*words, cwd=folder)
+        assert code == 3, (words, err)
+        assert "c/1/0/0" in err
+        assert "Traceback" not in err
+    assert pipeline("dump-features", cwd=folder)[0] == 0
+    assert chunk.read_bytes() == whole
+    assert pipeline("verify", cwd=folder)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["train"], 2, "No such command"),
+        (["train-backbone", "nowhere"], 2, "nowhere"),
+        (["train-backbone", "digit-lt"], 2, "did you mean digits-lt"),
+        (["train-backbone", "--set", "backbone.epocs=3"], 2, "did you mean epochs"),
+        (["train-backbone", "--set", "backbone.epochs"], 2, "KEY=VALUE"),
+        (["train-backbone", "--set", "backbone.model=resnet51"], 2, "did you mean"),
+        (["train-backbone", "--device", "cuda"], 2, "--device cpu"),
+        (["train-backbone", "--device", "tpu"], 2, "expected auto, cpu"),
+        (["train-backbone", "--set", "data.source=folder", "--set", "data.path=nowhere"], 3, "no such folder"),
+        (["dump-features"], 3, "pipeline train-backbone"),
+        (["dump-features", "--views", "0"], 2, "--views"),
+        (["rebalance", "--lam", "0.05"], 3, "pipeline dump-features"),
+        (["rebalance", "nowhere.zarr"], 3, "nowhere.zarr"),
+        (["run", "digits-lt", "--seeds", "0,a"], 2, "--seeds 0,a"),
+        (["verify", "nowhere.zarr"], 3, "nowhere.zarr"),
+        (["info", "nowhere"], 3, "nowhere"),
+        (["report", "nowhere"], 3, "nowhere"),
+    ],
+)
+def test_a_wrong_call_says_what_to_type(words, code, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(words) == code
+    err = capsys.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= 12
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--lam", "1.5"], 2, "1.5"),
+        (["--lam", "a"], 2, "a"),
+        (["--lam", "0.05", "--method", "iwbb"], 2, "iwb"),
+        (["--lam", "0.05", "--kl-weight", "-1"], 2, "kl_weight"),
+        (["--lam", "0.05", "--seeds", "1,1"], 2, "--seeds"),
+    ],
+)
+def test_a_wrong_rebalance_says_what_to_type(finished, words, code, says, monkeypatch, capsys):
+    monkeypatch.chdir(finished[0])
+    assert invoke(["rebalance", *words]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_errors_are_json_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(["dump-features", "--json"]) == 3
+    document = json.loads(capsys.readouterr().out)
+    assert document["exit_code"] == 3
+    assert "no such checkpoint" in document["error"]
+
+
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not os.path.exists("/dev/full"), reason="needs a place that cannot be written"
+)
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert invoke(["train-backbone", "--out", "file/backbone", "--set", "backbone.epochs=1"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy(tmp_path):
+    code = (
+        "import sys; from pipeline.cli import invoke; invoke(['rebalance', '--help']); "
+        "print([m for m in ('torch', 'timm', 'zarr', 'numpy', 'pydantic', 'sklearn') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+    assert "pipeline rebalance" in done.stdout
+
+
+COMMANDS = "run train-backbone dump-features rebalance evaluate report export predict info verify doctor"
+
+
+@pytest.mark.parametrize("command", COMMANDS.split())
+def test_every_command_has_help_with_an_example(command, capsys):
+    assert invoke([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Example:" in out
+    assert f"pipeline {command}" in out.split("Example:")[1]
+    assert "--json" in out

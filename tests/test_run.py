@@ -1,0 +1,127 @@
+"""`pipeline run`: all stages, nothing twice, only what depends on what has changed."""
+
+import json
+import shutil
+
+import pytest
+
+from pipeline.config import load_config, make_config, shipped_configs
+from pipeline.errors import ConfigError
+from pipeline.run import run_pipeline
+from tests.conftest import digits_tree
+
+STAGES = ("train-backbone", "dump-features", "rebalance", "report")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make_config(digits_tree(), "tiny")
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    return out, run_pipeline(tiny, out=out)
+
+
+def test_a_run_does_every_stage_and_ends_with_table_and_pictures(run):
+    out, result = run
+    assert result.redone == STAGES
+    assert result.report.stat().st_size > 10_000
+    assert len(result.pictures) == 2
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in result.pictures)
+    ledger = json.loads((out / "run.json").read_text())
+    assert set(ledger["stages"]) == set(STAGES)
+    assert ledger["config"]["backbone"]["model"] == "cifar_resnet8"
+
+
+def test_running_again_does_nothing_twice(run, tiny):
+    out, first = run
+    again = run_pipeline(tiny, out=out)
+    assert again.redone == ()
+    assert again.results == first.results
+    assert again.stages == first.stages  # the times are those of the work, not of looking
+
+
+@pytest.mark.parametrize(
+    ("deleted", "redone"),
+    [
+        ("report.html", ("report",)),
+        ("figures/weight-norms.png", ("report",)),
+        ("rebalance/results.json", ("rebalance", "report")),
+        ("rebalance/heads.safetensors", ("rebalance", "report")),
+        ("features.zarr", ("dump-features",)),
+        ("backbone", ("train-backbone",)),
+    ],
+)
+def test_a_deleted_artefact_is_redone_with_what_depends_on_it(run, tiny, deleted, redone):
+    """Training and dumping are exact, so their consumers see the same content again and have nothing to do."""
+    out, first = run
+    path = out / deleted
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = run_pipeline(tiny, out=out)
+    assert again.redone[: len(redone)] == redone
+    assert set(again.redone) <= {*redone, "report"}
+    assert again.results["selected"]["all"] == first.results["selected"]["all"]
+    assert path.exists()
+
+
+def test_other_rebalance_settings_touch_neither_backbone_nor_store(run, tiny):
+    out, _ = run
+    other = tiny.model_copy(update={"rebalance": tiny.rebalance.model_copy(update={"lam": "0.1"})})
+    assert run_pipeline(other, out=out).redone == ("rebalance", "report")
+    assert run_pipeline(tiny, out=out).redone == ("rebalance", "report")
+
+
+def test_several_backbones_are_combined(tiny, tmp_path):
+    result = run_pipeline(tiny, out=tmp_path / "r", seeds=[0, 1])
+    assert result.redone == (*(f"seed-{s}/{stage}" for s in (0, 1) for stage in STAGES[:3]), "report")
+    parts = [json.loads((tmp_path / f"r/seed-{s}/rebalance/results.json").read_text()) for s in (0, 1)]
+    assert result.results["baseline"]["all"] == pytest.approx(sum(p["baseline"]["all"] for p in parts) / 2)
+    selected = result.results["selected"]
+    assert (selected["n"], selected["n_of"], selected["chosen_on"]) == (2, "backbones", "val")
+    fingerprints = [p["fingerprint"] for p in parts]
+    assert fingerprints[0] != fingerprints[1]  # two backbones, one subset
+    assert result.report.is_file()
+    assert run_pipeline(tiny, out=tmp_path / "r", seeds=[0, 1]).redone == ()
+    with pytest.raises(ConfigError, match="several backbones"):
+        run_pipeline(tiny, out=tmp_path / "r")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in shipped_configs() if "/" not in n])
+def test_every_shipped_configuration_runs_on_a_few_images(name, tmp_path, monkeypatch):
+    """The real networks and settings on generated images of the right kind; only size and length are cut down."""
+    import numpy as np
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    sets = ["backbone.epochs=1", "backbone.batch_size=8", "dump.views=2", "data.workers=0", "rebalance.epochs=1"]
+    config = load_config(shipped_configs()[name])
+    if config.data.source.startswith("cifar"):
+        labels = np.repeat(np.arange(3), 12)
+        images = random.integers(0, 256, (36, 32, 32, 3), dtype=np.uint8)
+        np.savez("few.npz", train_images=images, train_labels=labels, test_images=images[::4], test_labels=labels[::4])
+        sets += [
+            "data.source=npz",
+            "data.path=few.npz",
+            "data.val_per_class=2",
+            "data.imbalance_factor=2",
+            "data.max_per_class=9",
+        ]
+    elif config.data.source == "list":
+        for split, per_class in (("train", 7), ("val", 2), ("test", 2)):
+            lines = []
+            for label in range(3):
+                for i in range(per_class):
+                    path = tmp_path / "images" / f"{split}-{label}-{i}.jpg"
+                    path.parent.mkdir(exist_ok=True)
+                    Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+                    lines.append(f"images/{path.name} {label}")
+            (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+        given = {"train": config.data.train_list, "val": config.data.val_list, "test": config.data.test_list}
+        sets += [f"data.{s}_list={s}.txt" for s, path in given.items() if path] + ["data.path=.", "data.image_size=32"]
+    result = run_pipeline(load_config(shipped_configs()[name], sets), out=tmp_path / "run")
+    assert result.redone == STAGES
+    assert result.results["selected"]["all"] is not None
