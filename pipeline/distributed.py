@@ -1,5 +1,6 @@
 """Ranks, devices and torchrun: the only user of torch.distributed besides DDP itself."""
 
+import datetime
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from pipeline.errors import FAILED, INTERRUPTED, OK, TERMINATED, ConfigError, Elsewhere, PipelineError
 
 GO_ON, SAVE, STOP = 0, 1, 2
+WAIT = datetime.timedelta(days=1)  # ranks wait for the slowest one; torchrun ends those whose fellow died
 
 T = TypeVar("T")
 
@@ -104,7 +106,8 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=WAIT)
     try:
         yield Ranks(dist.get_rank(), world, chosen)
     finally:
