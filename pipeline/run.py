@@ -49,8 +49,10 @@ class RunResult:
 
     def __rich_console__(self, console, options):
         yield results_table(self.results)
-        took = ", ".join(f"{stage} {clock(seconds)}" for stage, seconds in self.stages.items())
-        yield f"time: {took}"
+        totals: dict[str, float] = {}
+        for stage, seconds in self.stages.items():
+            totals[stage.rpartition("/")[2]] = totals.get(stage.rpartition("/")[2], 0.0) + seconds
+        yield "time: " + ", ".join(f"{stage} {clock(seconds)}" for stage, seconds in totals.items())
         yield f"report: {self.report}"
         yield from (f"picture: {picture}" for picture in self.pictures)
 

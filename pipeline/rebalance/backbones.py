@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.rebalance.selection import select
 
 MEASURES = ("all", "many", "medium", "few", "ece")
 Setting = tuple[str, str | None, float | None]
@@ -20,52 +21,44 @@ def combine(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Rows carry the mean and NAME_std (sample standard deviation over backbones) with n. DataError where the backbones have no
     λ in common.
     """
-    scores = {split: [_by_setting(d["results"], split) for d in documents] for split in ("val", "test")}
-    method, loss = documents[0]["selected"]["method"], documents[0]["selected"]["loss"]
-    common = [s for s in scores["val"][0] if all(s in of_one for of_one in scores["val"])]
-    candidates = [s for s in common if s[:2] == (method, loss) and (s[2] is None or s[2] > 0)]
+    first = documents[0]
+    splits = sorted({row["split"] for row in first["results"]}, key=("kfold", "val", "test").index)
+    scores = {split: [_by_setting(d["results"], split) for d in documents] for split in splits}
+    on = first["selected"]["chosen_on"] or splits[0]
+    common = [s for s in scores[on][0] if all(s in of_one for of_one in scores[on])]
+    method, loss = first["selected"]["method"], first["selected"]["loss"]
+    candidates = sorted((s for s in common if s[:2] == (method, loss) and s[2] != 0), key=lambda s: s[2] or 0)
     if not candidates:
         raise DataError("the backbones have no λ in common; give a list such as --set rebalance.lam=0.05,0.1,0.2")
-    chosen = choose({s: [of_one[s]["all"] for of_one in scores["val"]] for s in candidates})
-    searched = any(d["selected"]["chosen_on"] for d in documents) or len(candidates) > 1
+    searched = len(candidates) > 1
+    if searched and on == "test":
+        raise DataError("no validation split to choose λ on; give one λ, or set rebalance.select_on=kfold")
+    choice = select(np.array([[of_one[s]["all"] for of_one in scores[on]] for s in candidates], np.float64))
+    chosen = candidates[choice.index]
     rows = [
-        {
-            "method": s[0],
-            "loss": s[1],
-            "lam": s[2],
-            "seed": None,
-            "split": split,
-            **_spread([o[s] for o in scores[split]]),
-        }
-        for split in ("val", "test")
+        _facts(s) | {"seed": None, "split": split} | _spread([of_one[s] for of_one in scores[split]])
+        for split in splits
         for s in common
         if all(s in of_one for of_one in scores[split])
     ]
-    tested = [o.get(chosen) for o in scores["test"]]
-    first = documents[0]
+    tested = [of_one[chosen] for of_one in scores.get("test", []) if chosen in of_one]
     return {
         "store": [d["store"] for d in documents],
         "fingerprint": [d["fingerprint"] for d in documents],
         "backbones": len(documents),
         "baseline": _spread([d["baseline"] for d in documents]),
         "selected": {
-            "method": chosen[0],
-            "loss": chosen[1],
-            "lam": chosen[2],
-            "chosen_on": first["selected"]["chosen_on"] or "val" if searched else None,
-            **_spread([t for t in tested if t is not None]),
+            **_facts(chosen),
+            "chosen_on": on if searched else None,
+            **_spread(tested),
             "n": len(documents),
             "n_of": "backbones",
         },
         "results": rows,
         "timing": {key: sum(d["timing"][key] for d in documents) for key in first["timing"]},
-        **{key: first[key] for key in ("network",) if key in first},
+        "within_one_se": [_facts(candidates[i]) for i in choice.within_one_se] if searched else [],
+        **{key: first[key] for key in ("network", "settings", "notes") if key in first},
     }
-
-
-def choose(validation: Mapping[Setting, Sequence[float | None]]) -> Setting:
-    """The setting with the highest mean validation score over backbones; the smallest λ among equals."""
-    return max(validation, key=lambda s: (np.mean([v for v in validation[s] if v is not None]), -(s[2] or 0)))
 
 
 def _by_setting(rows: Sequence[Mapping[str, Any]], split: str) -> dict[Setting, dict[str, float | None]]:
@@ -74,6 +67,10 @@ def _by_setting(rows: Sequence[Mapping[str, Any]], split: str) -> dict[Setting, 
         if row["split"] == split:
             found[row["method"], row["loss"], row["lam"]].append(row)
     return {setting: {m: _mean([r[m] for r in of]) for m in MEASURES} for setting, of in found.items()}
+
+
+def _facts(setting: Setting) -> dict[str, Any]:
+    return dict(zip(("method", "loss", "lam"), setting, strict=True))
 
 
 def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
