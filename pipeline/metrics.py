@@ -8,7 +8,7 @@ GROUPS = ("many", "medium", "few")
 
 
 def class_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Masks (C,) of the classes with more than 100, 20 to 100, and fewer than 20 training images (Liu et al., CVPR 2019)."""
+    """Masks (C,) of classes with more than 100, 20 to 100, and fewer than 20 training images (Liu et al., CVPR 2019)."""
     counts = np.asarray(counts)
     return {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
 
@@ -74,7 +74,8 @@ def scores_of(predicted: np.ndarray, confidence: np.ndarray, labels: np.ndarray,
 
 
 def expected_calibration_error(confidence: np.ndarray, hit: np.ndarray, *, bins: int = 15) -> float:
-    """ECE in %: |accuracy − confidence| of equally wide confidence bins, weighted by their samples (Guo et al., ICML 2017).
+    """ECE in %: |accuracy − confidence| of equally wide confidence bins, weighted by their samples (Guo et al., ICML
+    2017).
 
     confidence (M,): probability of the predicted class; hit (M,): whether it was right. A bin holds its upper edge.
     """

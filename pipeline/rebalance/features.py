@@ -38,8 +38,8 @@ class Features:
         if len(absent):
             raise DataError(f"no training image in {_listed(absent)}: leave such classes out or add images")
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < classes:
-            found = f"{self.labels.min()} to {self.labels.max()}"
-            raise DataError(f"labels reach from {found}, but there are {classes} classes")
+            reach = f"{self.labels.min()} to {self.labels.max()}"
+            raise DataError(f"labels reach from {reach}, but there are {classes} classes")
         found = np.bincount(self.labels, minlength=classes)
         if not np.array_equal(found, self.counts):
             c = int(np.flatnonzero(found != self.counts)[0])

@@ -1,0 +1,80 @@
+"""From a sealed feature store to arrays; nothing is read before it is needed."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache import Cache, CacheError, open_cache
+from pipeline.errors import DataError
+from pipeline.rebalance.features import Features, Split, check_finite
+
+IN_MEMORY = 8 << 30  # bytes of training views that are kept; above it every epoch reads its own view again
+
+
+class StoredViews(Sequence[np.ndarray]):
+    """The training views (N, D) of a store, read and checked for NaN when first asked for."""
+
+    def __init__(self, store: Cache, views: int):
+        self.store, self.views = store, views
+        self.seconds = 0.0  # spent on reading
+        self._kept: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.views
+
+    def __getitem__(self, view):
+        if view not in self._kept:
+            started = time.perf_counter()
+            features = self.store.read("train", view)
+            check_finite(features, f"{self.store.path}: train features, view {view}")
+            if self.views * features.nbytes > IN_MEMORY:
+                self._kept.clear()
+            self._kept[view] = features
+            self.seconds += time.perf_counter() - started
+        return self._kept[view]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A store as stage 2 uses it; val is None where the store has none. The test split is read when asked for."""
+
+    store: Cache
+    features: Features
+    views: StoredViews
+    val: Split | None
+
+    def test(self) -> Split:
+        return read_split(self.store, "test")
+
+
+def load(store: Cache | Path | str, *, augmented: bool) -> Loaded:
+    """The features of a store, its head and its validation split.
+
+    augmented: whether views beyond the clean one will be asked for. Raises DataError for what cannot be fitted on.
+    """
+    try:
+        store = store if isinstance(store, Cache) else open_cache(store)
+        if "test" not in store.splits:
+            raise DataError(f"{store.path}: no test split; dump again from data that has one")
+        weight, bias = store.classifier
+        views = StoredViews(store, store.views("train") if augmented else 1)
+        features = Features(views, store.labels("train"), store.counts, weight, bias)
+        has_val = "val" in store.splits and store.rows("val") > 0
+        return Loaded(store, features, views, read_split(store, "val") if has_val else None)
+    except CacheError as error:
+        raise DataError(str(error)) from error
+
+
+def read_split(store: Cache, name: str) -> Split:
+    """The clean features and labels of val or test; DataError where they are damaged or not finite."""
+    try:
+        split = Split(store.read(name), store.labels(name))
+    except CacheError as error:
+        raise DataError(str(error)) from error
+    if not len(split.labels):
+        raise DataError(f"{store.path}: the {name} split is empty")
+    check_finite(split.features, f"{store.path}: {name} features")
+    return split

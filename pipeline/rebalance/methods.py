@@ -1,0 +1,105 @@
+"""The rows of a results table: the settings a configuration asks for, and those that always stand beside them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import RebalanceConfig, nearest
+from pipeline.errors import ConfigError
+from pipeline.rebalance.engine import ALONE, Head, Schedule
+from pipeline.rebalance.formulation import Penalty, penalty, preset_cb
+
+METHODS = ("baseline", "ce", "cb", "iwb")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table, before its seeds: loss None for the stage-1 head as it is, lam None where there is no λ."""
+
+    method: str
+    loss: str | None = None
+    lam: float | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"method": self.method, "loss": self.loss, "lam": self.lam}
+
+    def __str__(self) -> str:
+        loss = f"+{self.loss}" if self.method == "iwb" else ""
+        return f"{self.method}{loss}" + (f" λ={self.lam:g}" if self.lam is not None else "")
+
+
+BASELINE = Setting("baseline")
+
+
+def asked_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """The methods a configuration names, each once; `all` is every one. ConfigError for an unknown name."""
+    for name in names:
+        if name not in (*METHODS, "all"):
+            known = ", ".join(METHODS)
+            raise ConfigError(f"--method {name}: unknown; known: {known}, all{nearest(name, METHODS)}")
+    if not names:
+        raise ConfigError(f"no method; known: {', '.join(METHODS)}, all")
+    return METHODS if "all" in names else tuple(dict.fromkeys(names))
+
+
+def candidates(config: RebalanceConfig, lams: Sequence[float]) -> list[Setting]:
+    """The settings one of which is selected: those of the methods asked for."""
+    found: list[Setting] = []
+    for method in asked_methods(config.method):
+        if method == "iwb":
+            found += [Setting("iwb", config.loss, lam) for lam in lams]
+        else:
+            found.append(Setting(method, None if method == "baseline" else method))
+    return found
+
+
+def references(config: RebalanceConfig) -> list[Setting]:
+    """Rows of every table: the stage-1 head, the classification loss alone, and equal target norms (λ = 0)."""
+    alone = [Setting("ce", "ce")] if config.loss == "ce" else []
+    return [BASELINE, *alone, Setting("cb", "cb"), Setting("iwb", config.loss, 0.0)]
+
+
+def penalty_of(config: RebalanceConfig) -> Penalty:
+    """The norm term a configuration means."""
+    return penalty(
+        config.formulation,
+        log_base=config.log_base,
+        direction=config.direction,
+        kl_weight=config.kl_weight,
+        detach_target=config.detach_target,
+        hardness=config.hardness,
+        number=config.number,
+        divergence=config.divergence,
+    )
+
+
+def head_of(setting: Setting, config: RebalanceConfig) -> Head:
+    """What the engine fits for a setting other than the baseline."""
+    cb = config.cb or preset_cb(config.formulation)
+    form = "ce" if setting.loss == "ce" else "cb-bce" if cb == "bce" else "cb-softmax"
+    rule = penalty_of(config) if setting.method == "iwb" else ALONE
+    return Head(form, setting.lam or 0.0, rule, config.beta)  # type: ignore[arg-type]
+
+
+def schedule_of(config: RebalanceConfig) -> Schedule:
+    return Schedule(
+        epochs=config.epochs,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        batch_size=config.batch_size,
+        augmented=config.views == "augmented",
+    )
+
+
+def resolved(config: RebalanceConfig) -> dict[str, Any]:
+    """Every switch of stage 2 with the value it really has, JSON-ready."""
+    rule = penalty_of(config)
+    return config.model_dump(mode="json", exclude={"method", "lam", "select_on"}) | {
+        "cb": config.cb or preset_cb(config.formulation),
+        "log_base": rule.log_base,
+        "direction": rule.direction,
+        "kl_weight": rule.kl_weight,
+        "detach_target": rule.detach_target,
+    }

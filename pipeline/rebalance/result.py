@@ -1,0 +1,127 @@
+"""What `rebalance` returns and writes."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.metrics import Scores
+from pipeline.rebalance.methods import Setting
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MEASURES = ("all", "many", "medium", "few", "ece")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One head on one split; accuracies and ECE in %, None for an empty group."""
+
+    method: str
+    loss: str | None
+    lam: float | None
+    seed: int | None
+    split: str
+    all: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    ece: float | None
+
+
+@dataclass(frozen=True)
+class RebalanceResult:
+    """The table of stage 2 with what it was made from.
+
+    baseline and selected are measured on the test split (mean over seeds, NAME_std beside it), after the choice was
+    written. within_one_se: settings whose validation score lies within one standard error of the selected one.
+    """
+
+    store: str
+    digest: str
+    fingerprint: dict[str, Any]
+    network: dict[str, Any]
+    settings: dict[str, Any]
+    baseline: dict[str, float | None]
+    selected: dict[str, Any]
+    within_one_se: tuple[dict[str, Any], ...]
+    results: tuple[Row, ...]
+    timing: dict[str, float]
+    notes: tuple[str, ...]
+    out: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `rebalance --json`."""
+        return asdict(self)
+
+    def __rich__(self) -> "Table":
+        from pipeline.report.table import results_table
+
+        return results_table(self.to_dict())
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=110, highlight=False, color_system=None)
+        console.print(self)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def mean_and_std(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Mean of every measure over rows, and NAME_std, the sample standard deviation; None where there is no value."""
+    found: dict[str, float | None] = {}
+    for measure in MEASURES:
+        values = [v for v in (getattr(row, measure) for row in rows) if v is not None]
+        found[measure] = float(np.mean(values)) if values else None
+        found[f"{measure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return found
+
+
+def rows_csv(rows: Sequence[Row]) -> str:
+    """results.csv: one line a row, an empty field for None."""
+    return _csv([asdict(row) for row in rows])
+
+
+def per_class_csv(scored: Sequence[tuple[Setting, int | None, str, Scores]], class_names: Sequence[str]) -> str:
+    """per_class.csv: one line for each setting, seed, split and class; `images` are training images."""
+    return _csv(
+        [
+            setting.facts
+            | {"seed": seed, "split": split, "class": c, "name": class_names[c], "images": int(scores.counts[c])}
+            | {"correct": int(scores.correct[c]), "total": int(scores.total[c])}
+            for setting, seed, split, scores in scored
+            for c in range(len(scores.counts))
+        ]
+    )
+
+
+def heads_safetensors(
+    heads: Sequence[dict[str, Any]], weight: np.ndarray, bias: np.ndarray, facts: dict[str, Any]
+) -> bytes:
+    """Tensors weight (H, C, D) and bias (H, C) float32; the metadata's `heads` is a JSON list of what each head is."""
+    from safetensors.numpy import save
+
+    metadata = {"heads": json.dumps(heads)} | {key: json.dumps(value) for key, value in facts.items()}
+    return save({"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}, metadata)
+
+
+def read_heads(path: Path) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    """(what each head is, weight (H, C, D), bias (H, C)) of a heads.safetensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return json.loads(file.metadata()["heads"]), file.get_tensor("weight"), file.get_tensor("bias")
+
+
+def _csv(lines: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

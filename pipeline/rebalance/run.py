@@ -1,0 +1,158 @@
+"""Stage 2 from a store to a table: fit, validate, choose, write the choice, and only then look at the test split."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache import Cache, write_durably
+from pipeline.config import RebalanceConfig
+from pipeline.distributed import choose_device
+from pipeline.errors import ConfigError
+from pipeline.provenance import provenance
+from pipeline.rebalance.folds import CAVEAT
+from pipeline.rebalance.load import Loaded, load
+from pipeline.rebalance.methods import Setting, candidates, references, resolved
+from pipeline.rebalance.result import (
+    MEASURES,
+    RebalanceResult,
+    Row,
+    heads_safetensors,
+    mean_and_std,
+    per_class_csv,
+    rows_csv,
+)
+from pipeline.rebalance.selection import AUTO, Choice, parse_lam, refine
+from pipeline.rebalance.sweep import Scored, Sweep, score
+
+
+def rebalance(
+    store: Cache | Path | str, config: RebalanceConfig, *, out: Path | str, device: str = "auto"
+) -> RebalanceResult:
+    """Fits every head the configuration asks for on the cached features, chooses one on validation, tests once.
+
+    Beside what is asked for stand the reference rows: the stage-1 head, the classification loss alone, iwb at λ = 0.
+    Writes results.json, results.csv, per_class.csv, heads.safetensors and run.json under out; selection.json holds the
+    choice and is written before the test split is read. Raises ConfigError, DataError, and OSError where out cannot be
+    written to.
+    """
+    started = time.perf_counter()
+    out, where = Path(out), choose_device(device)
+    parse_lam(config.lam), candidates(config, ())  # a typing error is told before anything is read
+    loaded = load(store, augmented=config.views == "augmented")
+    load_seconds = time.perf_counter() - started
+    config, notes = _with_possible_views(config, loaded)
+
+    sweep, asked, split = _fit(loaded, config, where)
+    choice = sweep.choose(asked, split) if split else Choice(0, math.nan, math.nan, ())
+    chosen, near = asked[choice.index], [asked[i].facts for i in choice.within_one_se]
+    selected = chosen.facts | {"chosen_on": split}
+    said = (
+        {"selected": selected, "score": choice.score, "standard_error": choice.standard_error}
+        if split
+        else {"selected": selected}
+    )
+    write_durably(out / "selection.json", json.dumps(said | {"within_one_se": near}, indent=1))
+
+    scored = sweep.scored | {"test": score(sweep.heads, loaded.test(), loaded.features.counts, where)}
+    rows = [_row(*key, name, scores) for name, of in scored.items() for key, scores in of.items()]
+    tested = [r for r in rows if r.split == "test" and (r.method, r.loss, r.lam) == tuple(chosen.facts.values())]
+    stage_1 = next(r for r in rows if r.split == "test" and r.method == "baseline")
+    reading = loaded.views.seconds
+    result = RebalanceResult(
+        store=str(loaded.store.path),
+        digest=loaded.store.digest,
+        fingerprint=loaded.store.fingerprint,
+        network=_network(loaded.store),
+        settings=resolved(config) | {"device": str(where), "views_stored": loaded.store.views("train")},
+        baseline={m: getattr(stage_1, m) for m in MEASURES},
+        selected=selected | {"n": len(tested), "n_of": "batch orders of one backbone"} | mean_and_std(tested),
+        within_one_se=tuple(near),
+        results=tuple(rows),
+        timing={
+            "load_s": round(load_seconds + reading, 3),
+            "fit_s": round(sweep.fit_seconds - reading, 3),
+            "heads": len(sweep.heads) - 1,
+            "total_s": round(time.perf_counter() - started, 3),
+        },
+        notes=tuple(notes + ([CAVEAT] if split == "kfold" else [])),
+        out=str(out),
+    )
+    _write(result, sweep, scored, loaded, config, chosen)
+    return result
+
+
+def _fit(loaded: Loaded, config: RebalanceConfig, device: Any) -> tuple[Sweep, list[Setting], str | None]:
+    """(all heads fitted and scored, the settings to choose among, what to choose on: None where there is but one)."""
+    lams = parse_lam(config.lam)
+    asked = candidates(config, AUTO if lams is None else lams)
+    split = config.select_on if len(asked) > 1 else None
+    if split == "val" and loaded.val is None:
+        raise ConfigError(
+            f"{loaded.store.path}: no validation split to choose on; choose over folds of the training features with "
+            "--select-on kfold, or give a single λ such as --lam 0.1"
+        )
+    sweep = Sweep(loaded.features, loaded.val, config, device, folds=split == "kfold")
+    sweep.add([*references(config), *asked])
+    if lams is None and split and (coarse := [s for s in asked if s.method == "iwb"]):
+        best = coarse[sweep.choose(coarse, split).index].lam
+        assert best is not None
+        asked = candidates(config, sorted({*AUTO, *refine(AUTO, best)}))
+        sweep.add(asked)
+    return sweep, asked, split
+
+
+def _with_possible_views(config: RebalanceConfig, loaded: Loaded) -> tuple[RebalanceConfig, list[str]]:
+    """The configuration with the views there are, and what is to be said about it."""
+    if config.views == "augmented" and len(loaded.features.views) == 1:
+        if "views" in config.model_fields_set:
+            raise ConfigError(
+                f"{loaded.store.path}: has the clean view alone; take --views clean, or dump again: "
+                "pipeline dump-features … --views 11 --overwrite"
+            )
+        return config.model_copy(update={"views": "clean"}), ["the store has the clean view alone: no augmentation"]
+    return config, []
+
+
+def _row(setting: Setting, seed: int | None, split: str, scores: Any) -> Row:
+    return Row(**setting.facts, seed=seed, split=split, **scores.summary)
+
+
+def _network(store: Cache) -> dict[str, Any]:
+    """What every number must stand beside, as far as the store knows it."""
+    known = store.provenance.get("network")
+    facts = dict(known) if isinstance(known, dict) else {}
+    return {"network": store.fingerprint.get("network", "unknown")} | facts | {"feature_width": store.width}
+
+
+def _write(
+    result: RebalanceResult,
+    sweep: Sweep,
+    scored: dict[str, Scored],
+    loaded: Loaded,
+    config: RebalanceConfig,
+    chosen: Setting,
+) -> None:
+    """Every file of the result; results.json last, so that it never speaks of files that are not there."""
+    out, names = Path(result.out), loaded.store.class_names
+    heads = [setting.facts | {"seed": seed, "selected": setting == chosen} for setting, seed in sweep.heads]
+    weight, bias = (np.stack([head[i] for head in sweep.heads.values()]) for i in range(2))
+    facts = {"class_names": list(names), "network": result.network, "store_digest": result.digest}
+    write_durably(out / "heads.safetensors", heads_safetensors(heads, weight, bias, facts))
+    shown = {*references(config), chosen}
+    lines = [(*key, name, scores) for name, of in scored.items() for key, scores in of.items() if key[0] in shown]
+    write_durably(out / "per_class.csv", per_class_csv(lines, names))
+    write_durably(out / "results.csv", rows_csv(result.results))
+    run = provenance(
+        command="rebalance",
+        config=config.model_dump(mode="json"),
+        device=result.settings["device"],
+        seed=list(config.seeds),
+        made_from={"store": result.store, "digest": result.digest},
+        network=result.network,
+    )
+    write_durably(out / "run.json", json.dumps(run, indent=1))
+    write_durably(out / "results.json", json.dumps(result.to_dict(), indent=1, allow_nan=False))

@@ -1,0 +1,101 @@
+"""The table of stage 2, as a person reads it in a terminal."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+COLUMNS = ("many", "medium", "few", "all", "ece")
+Setting = tuple[str, str | None, float | None]
+
+
+def results_table(document: Mapping[str, Any]) -> Table:
+    """Many, medium, few, all and ECE on the test split, mean ± std: reference rows, the selected one, then the others.
+
+    document: what `rebalance --json` prints, or the combination of several backbones' documents.
+    """
+    tested: dict[Setting, list[Mapping[str, Any]]] = {}
+    for row in document["results"]:
+        if row["split"] == "test":
+            tested.setdefault(_setting(row), []).append(row)
+    selected = _setting(document["selected"])
+    order = sorted(tested, key=lambda s: (_rank(s, selected), s[2] or 0.0))
+    near = {_setting(facts) for facts in document.get("within_one_se", ())}
+    title = "Test accuracy in %, mean ± std" if document["selected"]["n"] > 1 else "Test accuracy in %"
+    table = Table(title=title, caption=caption(document), caption_justify="left", title_justify="left")
+    table.add_column("head")
+    for column in COLUMNS:
+        table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right")
+    table.add_column("")
+    for i, setting in enumerate(order):
+        mark = "◀ selected" if setting == selected else "within 1 SE" if setting in near else ""
+        cells = [spread(tested[setting], column) for column in COLUMNS]
+        last_of_block = i + 1 == len(order) or _rank(order[i + 1], selected) // 10 != _rank(setting, selected) // 10
+        style = "bold" if setting == selected else None
+        table.add_row(name(setting), *cells, mark, style=style, end_section=last_of_block)
+    return table
+
+
+def caption(document: Mapping[str, Any]) -> str:
+    """What the numbers were made from and chosen on; METHODS wants it beside every table."""
+    network, selected, settings = document.get("network", {}), document["selected"], document.get("settings", {})
+    parts = [str(network.get("network", "network unknown"))]
+    if "parameters" in network:
+        parts.append(f"{network['parameters']:,} parameters")
+    if "feature_width" in network:
+        parts.append(f"{network['feature_width']}-d features")
+    if settings:
+        stored = settings.get("views_stored", 1)
+        seen = f"{stored - 1} augmented views" if settings["views"] == "augmented" else "the clean view"
+        parts += [f"fitted on {seen}", f"{settings['formulation']}'s formulation", "no test-time flips"]
+    if "backbones" in document:
+        repeated = f"n = {document['backbones']} backbones"
+    else:
+        n = selected["n"]
+        repeated = f"n = {n} batch order{'s' if n != 1 else ''} of one backbone"
+    if selected["chosen_on"]:
+        how = f"selected on {_split_name(selected['chosen_on'])}; no row was selected on the test split"
+    else:
+        how = "one setting was given, nothing was selected"
+    notes = "".join(f"\n{note[0].upper()}{note[1:]}." for note in document.get("notes", ()))
+    return f"{', '.join(parts)}; {repeated}; {how}.{notes}"
+
+
+def name(setting: Setting) -> str:
+    """A row's name: `stage 1`, `cb alone`, `iwb + cb λ 0.15`."""
+    method, loss, lam = setting
+    if method == "baseline":
+        return "stage 1 (baseline)"
+    if method == loss:
+        return f"{method} alone"
+    text = f"{method} + {loss}" if loss else method
+    if lam is None:
+        return text
+    return f"{text}, λ {lam:g}" + (" (equal norms)" if lam == 0 and method == "iwb" else "")
+
+
+def spread(rows: Sequence[Mapping[str, Any]], column: str) -> str:
+    """`41.2 ± 0.3` over rows, or of the one row that carries its own std; a dash for an empty group."""
+    values = [row[column] for row in rows if row[column] is not None]
+    if not values:
+        return "–"
+    std = statistics.stdev(values) if len(values) > 1 else rows[0].get(f"{column}_std")
+    return f"{statistics.fmean(values):.1f}" + (f" ± {std:.1f}" if std is not None else "")
+
+
+def _setting(row: Mapping[str, Any]) -> Setting:
+    return (row["method"], row["loss"], row["lam"])
+
+
+def _rank(setting: Setting, selected: Setting) -> int:
+    """Blocks of ten: references, the selected row, the sweep."""
+    if setting == selected:
+        return 10
+    method, _, lam = setting
+    references = {"baseline": 0, "ce": 1, "cb": 2}
+    return references.get(method, 3 if method == "iwb" and lam == 0 else 20)
+
+
+def _split_name(split: str) -> str:
+    return {"val": "validation", "kfold": "folds of the training features"}.get(split, split)
