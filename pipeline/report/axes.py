@@ -118,7 +118,7 @@ def counts_backdrop(axes: "Axes", counts: np.ndarray) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     behind = axes.twinx()
-    behind.fill_between(np.arange(1, len(counts) + 1), 0.8, counts, color=LIGHT, step="mid", linewidth=0)
+    behind.stairs(counts, np.arange(len(counts) + 1) + 0.5, baseline=0.8, fill=True, color=LIGHT, linewidth=0)
     behind.set_yscale("log")
     behind.set_ylim(0.8, counts.max() * 4)
     behind.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

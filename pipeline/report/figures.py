@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
-from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, Backbone, Row, Spread, Study, signed
+from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Backbone, Row, Spread, Study, classes, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def accuracy_against_lambda(study: Study) -> Drawing | None:
     """Accuracy of every group against λ: validation, which chose, above test, which did not; None without any λ."""
     if not study.lams:
         return None
-    splits = [s for s in ("val", "test") if study.has_split(s)]
+    splits = [s for s in (study.choosing_split, "test") if study.has_split(s)]
     columns = [c for c in COLUMNS if any(r.get(c) is not None for r in study.first.rows)]
     figure = look.figure_of(2 + 3 * len(columns), 1.2 + 2.9 * len(splits))
     grid: Any = figure.subplots(len(splits), len(columns), sharex=True, sharey="col", squeeze=False)
@@ -53,14 +53,14 @@ def accuracy_against_lambda(study: Study) -> Drawing | None:
         for column, axes in zip(columns, line, strict=True):
             table += _lambda_panel(axes, study, split, column)
             look.lambda_axis(axes, study.lams)
-        line[0].set_ylabel("validation\naccuracy [%]" if split == "val" else "test (not selected on)\naccuracy [%]")
+        line[0].set_ylabel(f"{SPLITS[split]}{' (not selected on)' if split == 'test' else ''}\naccuracy [%]")
     for column, top, bottom in zip(columns, grid[0], grid[-1], strict=True):
         top.set_title(_columns_title(column, study))
         bottom.set_xlabel("λ, scale of the target norms")
     look.legend(figure, grid)
     figure.suptitle(_gain(study), x=0.01, ha="left", fontsize=13)
     kind = study.at(0.0)
-    how = "The star marks the λ chosen on validation alone"
+    how = f"The star marks the λ chosen on {SPLITS[study.choosing_split]} alone"
     zero = sum(k.lam == 0 for k in study.selected)
     if not study.chosen_on:
         how = "One λ was given, so nothing was chosen"
@@ -99,7 +99,8 @@ def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[R
     if study.chosen_on:
         for lam in sorted({k.lam for k in study.selected if k.lam in known}):
             star: Row = {"markersize": 17, "markeredgecolor": BLACK, "color": ORANGE, "zorder": 5, "linestyle": "none"}
-            axes.plot([lam], [y[list(known).index(lam)]], marker="*", label="chosen on validation", **star)
+            label = f"chosen on {SPLITS[study.choosing_split]}"
+            axes.plot([lam], [y[list(known).index(lam)]], marker="*", label=label, **star)
     return table + [_numbers(split, column, name, lam, s) for lam, s in known.items()]
 
 
@@ -143,7 +144,8 @@ def _length_title(before: np.ndarray, after: np.ndarray | None, order: np.ndarra
     text = "The smallest class against the largest"
     if tenth > 1:
         text = f"The {tenth} smallest classes against the {tenth} largest"
-    text += f": {before[-tenth:].mean() / before[:tenth].mean():.2f} of their length after stage 1"
+    whose = "their" if tenth > 1 else "its"
+    text += f": {before[-tenth:].mean() / before[:tenth].mean():.2f} of {whose} length after stage 1"
     if after is None:
         return text
     return text + f", {after[order[-tenth:]].mean() / after[order[:tenth]].mean():.2f} rebalanced"
@@ -157,7 +159,8 @@ def target_norms(backbone: Backbone) -> np.ndarray | None:
     store, chosen, rule = backbone.store, backbone.selected, backbone.results.get("settings", {})
     heads, weight, _ = backbone.heads
     mine = [i for i, head in enumerate(heads) if chosen.matches(head)]
-    if rule.get("hardness", "vector") != "vector" or not rule.get("number", True) or chosen.lam is None or not mine:
+    usual = {"hardness": "vector", "number": True, "divergence": "kl"}
+    if chosen.lam is None or not mine or any(rule.get(key, value) != value for key, value in usual.items()):
         return None
     if store.rows("train") * store.width > FEATURES_FOR_A_FIGURE:
         return None
@@ -198,7 +201,7 @@ def class_change(study: Study) -> Drawing | None:
     axes.set_ylim(low - 0.04 * (high - low), high + 0.18 * (high - low))
     _mark_groups(axes, study.counts[order], change)
     look.class_axis(axes, [study.first.store.class_names[c] for c in order], study.counts)
-    where = "test" if split == "test" else "validation"
+    where = SPLITS[split]
     axes.set_ylabel(f"change of {where} accuracy\n[percentage points]")
     gain, loss, known = int((change > 0).sum()), int((change < 0).sum()), int(np.isfinite(change).sum())
     mean = signed(float(np.nanmean(change)))
@@ -276,9 +279,9 @@ def _class_table(study: Study) -> list[Row]:
 
 def _columns_title(column: str, study: Study) -> str:
     if column == "all":
-        return f"all {len(study.counts):,} classes"
+        return f"all {classes(len(study.counts))}"
     size = int(class_groups(study.counts)[column].sum())
-    return f"{column}: {BOUNDS[column]} images, {size:,} classes"
+    return f"{column}: {BOUNDS[column]} images, {classes(size)}"
 
 
 def _gain(study: Study) -> str:
@@ -290,7 +293,7 @@ def _gain(study: Study) -> str:
             parts.append(f"{name} {before.mean:.1f} → {after.mean:.1f} %")
     lams = sorted({k.lam for k in study.selected if k.lam is not None})
     at = f"λ = {', '.join(f'{lam:g}' for lam in lams)}" if lams else study.first.selected.method
-    where = "test" if study.report_split == "test" else "validation"
+    where = SPLITS[study.report_split]
     return f"Stage 1 → rebalanced ({at}), {where}: {', '.join(parts)}"
 
 

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from cache import write_durably
 from pipeline.metrics import class_groups
-from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, Kind, Row, Spread, Study, read_study, signed
+from pipeline.report.source import (
+    BASELINE,
+    BOUNDS,
+    COLUMNS,
+    SPLITS,
+    Kind,
+    Row,
+    Spread,
+    Study,
+    classes,
+    read_study,
+    signed,
+)
 from pipeline.report.style import CSS
 
 if TYPE_CHECKING:
@@ -73,8 +85,8 @@ def write_report(run: Path, *, out: Path | None = None) -> Report:
     return Report(path, tuple(figures), tuple(line.to_dict() for line in lines), study.repeated)
 
 
-def summary(study: Study) -> list[Line]:
-    """The main table: stage 1, the loss alone, λ = 0, the selected head; on test where there is one."""
+def summary(study: Study, also: Kind | None = None) -> list[Line]:
+    """The main table: stage 1, the loss alone, λ = 0, the selected head, `also`; on test where there is one."""
     alone = study.first.alone
     lines: list[tuple[str, Kind | Sequence[Kind]]] = [
         ("Stage 1 as trained", BASELINE),
@@ -82,6 +94,8 @@ def summary(study: Study) -> list[Line]:
         ("Norms pulled together (λ = 0)", study.at(0.0)),
         (_selected_name(study), study.selected),
     ]
+    if also is not None:
+        lines.append((f"{also} (given)", also))
     table = []
     for name, kinds in lines:
         cells = {column: study.spread(kinds, study.report_split, column) for column in (*COLUMNS, "ece")}
@@ -95,7 +109,7 @@ def page(study: Study, lines: Sequence[Line], drawn: Sequence[tuple["Drawing", b
     """The whole document."""
     title = escape(study.folder.resolve().name)
     main = [
-        _section("Result", _table(study, lines) + _choice(study) + _norm_term(study)),
+        _section("Result", _table(study, lines) + _choice(study) + _near(study) + _norm_term(study)),
         *(_section(escape(drawing.title), _figure(drawing, image)) for drawing, image in drawn),
         _section("Data", _data(study)),
         _section("What made it", _made(study)),
@@ -111,13 +125,13 @@ def page(study: Study, lines: Sequence[Line], drawn: Sequence[tuple["Drawing", b
 
 
 def _lead(study: Study) -> str:
-    network = study.first.training.get("network")
+    network = study.first.network
     named = (
         f"{escape(network['network'])}, {network['parameters']:,} parameters, {network['feature_width']}-d features; "
         if network
         else ""
     )
-    split = "test" if study.report_split == "test" else "validation (there is no test split)"
+    split = SPLITS[study.report_split] + ("" if study.report_split == "test" else " (there is no test split)")
     return (
         f"<p class=lead>{named}{len(study.counts):,} classes, {study.counts.sum():,} training images. Top-1 accuracy "
         f"on {split}, a group's accuracy being the mean over its classes; {escape(study.repeated)}.</p>"
@@ -139,7 +153,7 @@ def _tiles(lines: Sequence[Line]) -> str:
 
 def _table(study: Study, lines: Sequence[Line]) -> str:
     sizes = {g: int(m.sum()) for g, m in class_groups(study.counts).items()} | {"all": len(study.counts)}
-    below = {column: f"{size:,} classes" for column, size in sizes.items()} | {"ece": "calibration error"}
+    below = {column: classes(size) for column, size in sizes.items()} | {"ece": "calibration error"}
     order = ("many", "medium", "few", "all", "ece")
     shown = [c for c in order if any(line.cells[c].mean is not None for line in lines)]
     head = "".join(f"<th>{TITLES[c]}<small>{below[c]}</small></th>" for c in shown)
@@ -147,7 +161,7 @@ def _table(study: Study, lines: Sequence[Line]) -> str:
     for line in lines:
         cells = "".join(f"<td>{_cell(line.cells[c])}</td>" for c in shown)
         body.append(f"<tr{' class=chosen' if line.selected else ''}><th>{escape(line.name)}</th>{cells}</tr>")
-    note = "All numbers in %. Validation split; there is no test split."
+    note = f"All numbers in %. On {SPLITS[study.report_split]}; there is no test split."
     if study.report_split == "test":
         note = "All numbers in %. Test split, evaluated after the choice was made; not selected on."
     if any(cell.std is not None for line in lines for cell in line.cells.values()):
@@ -166,13 +180,21 @@ def _choice(study: Study) -> str:
         return f"<p>λ = {each[0]} was given, not chosen.</p>"
     zero = [0.0] if any(k.lam == 0 for k in study.selected) else []
     tried = ", ".join(f"{lam:g}" for lam in [*zero, *study.lams])
-    names = {"val": "the validation split", "kfold": "held-out folds of the training features"}
-    how = f"on {escape(names.get(study.chosen_on, study.chosen_on))} among {tried}, the test split unseen"
+    where = "the validation split" if study.chosen_on == "val" else "held-out folds of the training features"
+    how = f"on {where} among {tried}, the test split unseen"
     if len(set(each)) == 1:
         alike = "by the mean over backbones " if len(each) > 1 else ""
         return f"<p><strong>λ = {each[0]}</strong> was chosen {alike}{how}.</p>"
     listed = ", ".join(f"{b.name}: {lam}" for b, lam in zip(study.backbones, each, strict=True))
     return f"<p>Each backbone chose its own λ {how}: <strong>{escape(listed)}</strong>.</p>"
+
+
+def _near(study: Study) -> str:
+    """How sure the choice is: what lies within one standard error of it."""
+    lams = [f"{s['lam']:g}" for s in study.first.results.get("within_one_se", ()) if s.get("lam") is not None]
+    if len(study.backbones) > 1 or len(lams) < 2:
+        return ""
+    return f"<p>Within one standard error of the best on the same split: λ = {', '.join(lams)}.</p>"
 
 
 def _norm_term(study: Study) -> str:
@@ -206,18 +228,17 @@ def _data(study: Study) -> str:
         ("Source", data.get("name")),
         ("Fingerprint", data.get("fingerprint")),
         ("Fingerprint covers", data.get("fingerprint_covers")),
-        *(("Note", note) for note in data.get("notes", ())),
+        *(("Note", note) for note in [*data.get("notes", ()), *study.first.results.get("notes", ())]),
     ]
     return _facts(lines)
 
 
 def _made(study: Study) -> str:
     first, store = study.first, study.first.store
-    stage1, dump, stage2 = first.training, store.provenance, first.results.get("provenance", {})
+    stage1, dump, stage2 = first.training, store.provenance, first.rebalancing
     views = f"{store.views('train')} view(s) of each training image, {store.dtype}, digest {store.digest[:16]}"
     lines: list[tuple[str, Any]] = [("Features", views), ("Repeated", study.repeated)]
-    if stage1.get("network"):
-        n = stage1["network"]
+    if n := first.network:
         text = f"{n['network']}, {n['parameters']:,} parameters, features {n['feature_width']} wide"
         lines.insert(0, ("Network", text))
     if first.metrics:
@@ -247,7 +268,7 @@ def _made(study: Study) -> str:
 def _every_head(study: Study) -> str:
     """All rows of all backbones, folded away."""
     names = ["backbone", "method", "loss", "λ", "seed", "split", "many", "medium", "few", "all", "ECE"]
-    splits = {"val": "validation", "test": "test, not selected on"}
+    splits = SPLITS | {"test": "test, not selected on"}
     body = []
     for backbone in study.backbones:
         for row in backbone.rows:
@@ -278,7 +299,7 @@ def _cell(value: Spread) -> str:
 
 
 def _selected_name(study: Study) -> str:
-    how = "chosen on validation" if study.chosen_on else "given"
+    how = f"chosen on {SPLITS[study.choosing_split]}" if study.chosen_on else "given"
     lams = {k.lam for k in study.selected if k.lam is not None}
     if not lams:
         return study.first.selected.method_name

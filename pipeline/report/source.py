@@ -16,6 +16,8 @@ from pipeline.metrics import GROUPS
 
 COLUMNS = ("all", *GROUPS)
 BOUNDS = {"many": "> 100", "medium": "20–100", "few": "< 20"}
+SPLITS = {"val": "validation", "kfold": "held-out folds", "test": "test"}
+PRODUCTS_FOR_A_FIGURE = 2**40  # multiplications, seconds on a CPU; a figure is not worth more
 Row = dict[str, Any]
 
 
@@ -71,12 +73,18 @@ class Backbone:
     store: Cache
     metrics: list[Row]
     training: dict[str, Any]
+    rebalancing: dict[str, Any]
 
     @property
     def alone(self) -> Kind:
         """The same loss without the norm term."""
         loss = self.selected.loss or "cb"
         return Kind(loss, None, None)
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """network, parameters, feature_width; empty where nobody wrote them down."""
+        return self.results.get("network") or self.training.get("network") or {}
 
     @property
     def rows(self) -> list[Row]:
@@ -106,7 +114,10 @@ class Backbone:
             ]
 
     def class_accuracy(self, kind: Kind, split: str) -> np.ndarray | None:
-        """(C,) accuracy in %, mean over batch orders, nan where a class has no sample; None where not recorded."""
+        """(C,) accuracy in %, mean over batch orders, nan where a class has no sample; None where nobody measured it.
+
+        per_class.csv has few settings; the others are measured again with the heads that were kept.
+        """
         total, seen = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
         for line in self.per_class:
             if line["split"] == split and kind.matches(line):
@@ -114,8 +125,27 @@ class Backbone:
                 total[c] += int(line["correct"])
                 seen[c] += n
         if not seen.any():
+            total, seen = self._measured(kind, split)
+        if not seen.any():
             return None
         return np.where(seen > 0, 100 * total / np.maximum(seen, 1), np.nan)
+
+
+    def _measured(self, kind: Kind, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """(right, seen) samples of every class (C,), summed over the heads of a kind."""
+        heads, weight, bias = self.heads
+        right, seen = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
+        mine = [i for i, head in enumerate(heads) if kind.matches(head)]
+        if split not in self.store.splits or self.store.rows(split) * weight[0].size * len(mine) > PRODUCTS_FOR_A_FIGURE:
+            return right, seen
+        labels = self.store.labels(split)
+        for chunk in self.store.chunks(split) if mine else ():
+            features, truth = self.store.read_chunk(chunk).astype(np.float32), labels[chunk.start : chunk.stop]
+            for i in mine:
+                hit = (features @ weight[i].T + bias[i]).argmax(1) == truth
+                right += np.bincount(truth[hit], minlength=len(right))
+                seen += np.bincount(truth, minlength=len(seen))
+        return right, seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +191,14 @@ class Study:
         return self.choice.get("chosen_on")
 
     @property
+    def choosing_split(self) -> str:
+        """The split that the choice was made on, in the rows: val or kfold."""
+        return self.chosen_on or "val"
+
+    @property
     def report_split(self) -> str:
         """test, or val where there is no test split."""
-        return "test" if self.has_split("test") else "val"
+        return "test" if self.has_split("test") else self.choosing_split
 
     @property
     def repeated(self) -> str:
@@ -196,6 +231,10 @@ class Study:
 def signed(value: float) -> str:
     """`+1.2`, `−0.3` or `0.0`: a difference in points."""
     return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
+
+
+def classes(count: int) -> str:
+    return f"{count:,} class{'' if count == 1 else 'es'}"
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -249,7 +288,8 @@ def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
     metrics = folder / "backbone" / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     training = _json_or_empty(folder / "backbone" / "run.json")
-    return Backbone(folder.name, path, results, selected, store, _json_lines(lines), training)
+    made = _json_or_empty(path.with_name("run.json"))
+    return Backbone(folder.name, path, results, selected, store, _json_lines(lines), training, made)
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -1,0 +1,229 @@
+"""Whether this installation works here: versions, devices, precision, room, and a self-test that really computes."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.provenance import LIBRARIES
+
+SHOWN = (*LIBRARIES, "click", "rich", "pydantic", "safetensors", "scikit-learn", "matplotlib", "pillow", "google-crc32c")
+LITTLE_DISK, LITTLE_MEMORY = 2.0, 2.0  # GiB
+
+
+@dataclass(frozen=True)
+class Check:
+    """One part of the self-test: how long it took, or why it failed."""
+
+    name: str
+    ok: bool
+    seconds: float
+    said: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `doctor` found; ok is whether every check passed. Sizes in GiB, warnings for a person."""
+
+    ok: bool
+    python: str
+    platform: str
+    versions: dict[str, str | None]
+    devices: tuple[str, ...]
+    device: str
+    precision: str
+    why: str
+    threads: int
+    cores: int
+    memory_free_gib: float | None
+    disk_free_gib: float
+    folder: str
+    checks: tuple[Check, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        memory = "unknown" if self.memory_free_gib is None else f"{self.memory_free_gib:.1f} GiB"
+        facts = {
+            "python": f"{self.python}, {self.platform}",
+            "versions": ", ".join(f"{name} {version or 'missing'}" for name, version in self.versions.items()),
+            "devices": ", ".join(self.devices),
+            "takes": f"{self.device}, {self.precision}: {self.why}",
+            "threads": f"{self.threads} of {self.cores} cores",
+            "free": f"memory {memory}, disk {self.disk_free_gib:.1f} GiB in {self.folder}",
+        }
+        lines = [f"{name:<9} {text}" for name, text in facts.items()]
+        lines += [f"{'ok' if c.ok else 'FAILED':<9} {c.name}: {c.said} ({c.seconds:.2f} s)" for c in self.checks]
+        lines += [f"{'warning':<9} {text}" for text in self.warnings]
+        return "\n".join([*lines, "all is well" if self.ok else "something is wrong: see FAILED above"])
+
+
+def doctor(folder: Path | None = None) -> Diagnosis:
+    """Looks at this machine and runs a network, a store and a stage-2 fit on it, each for a moment.
+
+    folder: whose disk is measured, default the current one.
+    """
+    folder = folder or Path.cwd()
+    checks = [_check("libraries", _import_libraries)]
+    devices, device, precision, why, threads = ["cpu"], "cpu", "float32", "the libraries could not be loaded", 0
+    if checks[0].ok:
+        devices, device, precision, why, threads = _devices()
+        checks.append(_check("network", lambda: _run_network(device)))
+        checks.append(_check("store", _run_store))
+        checks.append(_check("stage 2", lambda: _run_stage2(device)))
+    memory, disk = _free_memory(), shutil.disk_usage(folder).free / 2**30
+    return Diagnosis(
+        ok=all(check.ok for check in checks),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions={name: _version(name) for name in SHOWN},
+        devices=tuple(devices),
+        device=device,
+        precision=precision,
+        why=why,
+        threads=threads,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_free_gib=memory,
+        disk_free_gib=disk,
+        folder=str(folder),
+        checks=tuple(checks),
+        warnings=tuple(_warnings(memory, disk, folder)),
+    )
+
+
+def _import_libraries() -> str:
+    import timm  # noqa: F401
+    import torch
+    import torchvision
+
+    torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where torch and torchvision do not belong together
+    return "torch, torchvision and timm load and fit together"
+
+
+def _devices() -> tuple[list[str], str, str, str, int]:
+    """(every device, the one `auto` takes, precision, why that precision, threads)."""
+    import torch
+
+    from pipeline.backbone.train import choose_precision
+    from pipeline.distributed import choose_device
+
+    found = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        size = facts.total_memory / 2**30
+        found.append(f"cuda:{index} {facts.name}, {size:.0f} GiB, compute capability {facts.major}.{facts.minor}")
+    device = choose_device("auto")
+    precision = choose_precision("auto", device)
+    why = {
+        torch.float32: "CPUs compute half precision far more slowly",
+        torch.bfloat16: "this GPU computes in bfloat16, which needs no loss scaling",
+        torch.float16: "this GPU has no bfloat16 units; float16 with loss scaling",
+    }[precision]
+    return found, str(device), str(precision).removeprefix("torch."), why, torch.get_num_threads()
+
+
+def _run_network(device: str) -> str:
+    """A training step of a small network."""
+    import torch
+    from torch.nn import functional as F
+
+    from pipeline.backbone.model import build_model
+    from pipeline.config import BackboneConfig
+
+    config = BackboneConfig.model_validate({"model": "cifar_resnet8", "width": 0.5})
+    model = build_model(config, num_classes=10).to(device).train()
+    images = torch.linspace(-1, 1, 8 * 3 * 16 * 16, device=device).view(8, 3, 16, 16)
+    loss = F.cross_entropy(model(images), torch.arange(8, device=device))
+    loss.backward()
+    finite = all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    if not (finite and bool(loss.isfinite())):
+        raise RuntimeError(f"loss {float(loss)} or its gradients are not finite")
+    return f"a training step of cifar_resnet8 on {device}"
+
+
+def _run_store() -> str:
+    """A store written, sealed, verified and read back."""
+    import numpy as np
+
+    from cache import Split, create_store, open_cache, verify
+
+    features = np.arange(60, dtype=np.float32).reshape(20, 3)
+    labels = np.arange(20) % 2
+    head = {"weight": np.eye(2, 3), "bias": np.zeros(2), "class_names": ["a", "b"], "counts": [10, 10]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "features.zarr"
+        splits = {"train": Split(1, labels, np.arange(20))}
+        made = {"fingerprint": {"doctor": 1}, "provenance": {}}
+        with create_store(path, splits=splits, width=3, dtype="float16", rows_per_chunk=8, **head, **made) as writer:  # type: ignore[arg-type]
+            for chunk in writer.missing():
+                writer.write(chunk, features[chunk.start : chunk.stop])
+            writer.seal()
+        if verify(path) or not np.array_equal(open_cache(path).read("train"), features):
+            raise RuntimeError("what was read back is not what was written")
+    return f"a feature store written, sealed, verified and read in {tempfile.gettempdir()}"
+
+
+def _run_stage2(device: str) -> str:
+    """Heads fitted to features of two classes, one ten times the other; the rebalanced head must find the small one."""
+    import numpy as np
+
+    from pipeline.rebalance.engine import Head, Schedule, fit_heads
+    from pipeline.rebalance.features import Features
+    from pipeline.rebalance.formulation import penalty
+
+    labels = np.repeat([0, 1], [100, 10])
+    noise = np.random.default_rng(0).normal(size=(110, 4)).astype(np.float32)
+    features = noise + np.where(labels == 0, 3.0, -3.0)[:, None].astype(np.float32)
+    zero = Features([features], labels, np.bincount(labels), 0.01 * np.eye(2, 4, dtype=np.float32), np.zeros(2, np.float32))
+    schedule = Schedule(epochs=3, lr=0.05, batch_size=16)
+    weight, bias = fit_heads(zero, [Head("cb-softmax", 0.1, penalty())], seeds=[0], schedule=schedule, device=device)
+    right = (features @ weight[0, 0].T + bias[0, 0]).argmax(1) == labels
+    found = float(right[labels == 1].mean())
+    if not found > 0.9:
+        raise RuntimeError(f"a fit that separates two distant classes found {100 * found:.0f} % of the small one")
+    return f"a rebalancing fit on {device} finds {100 * found:.0f} % of a class ten times smaller"
+
+
+def _check(name: str, work: Callable[[], str]) -> Check:
+    """The outcome of a part of the self-test; whatever it raises is the finding."""
+    started = time.perf_counter()
+    try:
+        said, ok = work(), True
+    except Exception as error:
+        said, ok = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
+    return Check(name, ok, round(time.perf_counter() - started, 3), said)
+
+
+def _warnings(memory: float | None, disk: float, folder: Path) -> list[str]:
+    found = []
+    if disk < LITTLE_DISK:
+        found.append(f"only {disk:.1f} GiB of disk are free in {folder}")
+    if memory is not None and memory < LITTLE_MEMORY:
+        found.append(f"only {memory:.1f} GiB of memory are free")
+    if not os.access(folder, os.W_OK):
+        found.append(f"{folder} cannot be written to; give --out")
+    return found
+
+
+def _free_memory() -> float | None:
+    """Memory in GiB that a new process could take, where the system says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
