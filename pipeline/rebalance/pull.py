@@ -48,14 +48,21 @@ class MeanTarget:
     def __init__(self, step: "Step"):
         self.step, self.stack = step, step.stack
         n = self.stack.norms
-        self.scale = _scale(step)
+        summed = self.stack.form.penalty.kl_weight == "batch"  # turns the batch mean into the sum over this batch
+        self.scale = self.stack.kl_weight * (step.size if summed else 1)
         self.slope, self.pull, self.share = (torch.empty_like(n) for _ in range(3))
         self.total = n.new_empty(*n.shape[:2], 1)
         if self.stack.form.penalty.hardness == "scalar":
             self.true_cosine, self.mean_cosine = TrueCosine(step), n.new_empty(n.shape[:2])
 
     def add(self, batch: "Batch") -> None:
-        stack, n, slope, pull = self.stack, self.stack.norms, self.slope, self.pull
+        self.compute_slope(batch)
+        self.slope.mul_(self.scale)
+        self.add_slope()
+
+    def compute_slope(self, batch: "Batch") -> None:
+        """slope (S, K, C) = ∂(batch mean of the divergence)/∂n_c; share = softmax of the norms, for kl."""
+        stack, n, slope = self.stack, self.stack.norms, self.slope
         rule = stack.form.penalty
         # slope = n − mean of P
         if rule.hardness == "none":
@@ -64,119 +71,108 @@ class MeanTarget:
             torch.mean(self.true_cosine.compute(batch), dim=1, out=self.mean_cosine)
             torch.addcmul(n, stack.half_target, self.mean_cosine.sub_(1)[..., None], out=slope)
         else:
-            torch.div(self.step.logits[:, -1], n, out=pull)
-            torch.addcmul(n, stack.half_target, pull.sub_(1), out=slope)
+            torch.div(self.step.logits[:, -1], n, out=self.pull)
+            torch.addcmul(n, stack.half_target, self.pull.sub_(1), out=slope)
         if rule.divergence == "mse":
             slope.mul_(2 / stack.classes)
         else:
             torch.softmax(n, -1, out=self.share)
-            torch.mul(self.share, slope, out=pull)
-            torch.sum(pull, -1, keepdim=True, out=self.total)
+            torch.mul(self.share, slope, out=self.pull)
+            torch.sum(self.pull, -1, keepdim=True, out=self.total)
             slope.sub_(self.total).mul_(self.share)
-        torch.div(slope.mul_(self.scale), n, out=pull)
-        stack.velocity[..., : stack.width].addcmul_(stack.vectors, pull[..., None])
+
+    def add_slope(self) -> None:
+        torch.div(self.slope, self.stack.norms, out=self.pull)
+        self.stack.velocity[..., : self.stack.width].addcmul_(self.stack.vectors, self.pull[..., None])
 
 
 class EveryTarget:
     """Whatever needs P of every sample: the code's direction, and targets that the gradient passes through."""
 
     def __init__(self, step: "Step"):
-        self.step, self.stack = step, step.stack
+        self.step, self.stack, self.mean = step, step.stack, MeanTarget(step)
         form, n = self.stack.form, self.stack.norms
         s, k, c = n.shape
-        self.rows = 1 if form.penalty.hardness == "none" else step.size
-        self.scale = _scale(step)
-        self.slope, self.pull, self.share = (torch.empty_like(n) for _ in range(3))
-        self.total = n.new_empty(s, k, 1)
-        self.p, self.q = (n.new_empty(s, self.rows, k, c) for _ in range(2))
+        rows = 1 if form.penalty.hardness == "none" else step.size
+        self.p, self.q = (n.new_empty(s, rows, k, c) for _ in range(2))
+        self.per_class = torch.empty_like(n)
         if form.penalty.hardness == "scalar":
-            self.true_cosine, self.slack = TrueCosine(step), n.new_empty(s, step.size, k)
+            self.slack, self.true_value = (n.new_empty(s, step.size, k) for _ in range(2))
+            self.seed_start = torch.arange(s, device=n.device)[:, None, None] * (k * c)
+            self.truth = torch.empty_like(step.truth)
         if form.penalty.hardness == "vector":
-            self.cosine = n.new_empty(s, step.size, k, c)
+            self.projected = n.new_empty(s, step.size, k, c)
         if form.moving_target:
-            self.log_q, self.kl = n.new_empty(s, step.size, k, c), n.new_empty(s, step.size, k, 1)
+            self.factor = torch.empty_like(n)
+            if form.penalty.divergence == "kl" and form.penalty.direction == "target-to-norms":
+                self.log_q, self.kl = torch.empty_like(self.q), n.new_empty(s, rows, k, 1)
 
     def add(self, batch: "Batch") -> None:
-        stack, n, slope = self.stack, self.stack.norms, self.slope
-        rule = stack.form.penalty
-        cosine = self.compute_targets(batch)
+        rule, mean = self.stack.form.penalty, self.mean
+        mean.compute_slope(batch)
+        self.compute_targets(batch)
         if rule.divergence == "kl":
-            torch.softmax(n, -1, out=self.share)
             torch.softmax(self.p, -1, out=self.q)
-        if rule.divergence == "kl" and rule.direction == "target-to-norms":
-            torch.mean(self.q, dim=1, out=slope)
-            torch.sub(self.share, slope, out=slope)
-        else:
-            torch.mean(self.p, dim=1, out=slope)
-            torch.sub(n, slope, out=slope)
-            if rule.divergence == "mse":
-                slope.mul_(2 / stack.classes)
-            else:
-                torch.mul(self.share, slope, out=self.pull)
-                torch.sum(self.pull, -1, keepdim=True, out=self.total)
-                slope.sub_(self.total).mul_(self.share)
-        slope.mul_(self.scale)
-        if stack.form.moving_target:
-            assert cosine is not None
-            self.add_through_target(batch, cosine)
-        torch.div(slope, n, out=self.pull)
-        stack.velocity[..., : stack.width].addcmul_(stack.vectors, self.pull[..., None])
+            if rule.direction == "target-to-norms":
+                torch.mean(self.q, dim=1, out=mean.slope)
+                torch.sub(mean.share, mean.slope, out=mean.slope)
+        mean.slope.mul_(mean.scale)
+        if self.stack.form.moving_target:
+            self.add_through_target(batch)
+        mean.add_slope()
 
-    def compute_targets(self, batch: "Batch") -> Tensor | None:
-        """Fills p; returns the cosines it was made of, (S, B, K, C) for vector and (S, B, K) for scalar."""
-        stack, half = self.stack, self.stack.half_target
+    def compute_targets(self, batch: "Batch") -> None:
+        """p = P of every sample; projected = W_c·x/|x| for vector."""
+        stack, half, n = self.stack, self.stack.half_target, self.stack.norms
         if stack.form.penalty.hardness == "none":
             self.p.copy_(half[:, None]).mul_(2)
-            return None
-        if stack.form.penalty.hardness == "scalar":
-            cosine = self.true_cosine.compute(batch)
-            torch.neg(cosine, out=self.slack).add_(1)
+        elif stack.form.penalty.hardness == "scalar":
+            torch.neg(self.mean.true_cosine.value, out=self.slack).add_(1)
             torch.mul(self.slack[..., None], half[:, None], out=self.p)
-            return cosine
-        torch.sub(self.step.logits[:, :-1], stack.weight[:, None, ..., stack.width], out=self.cosine)
-        self.cosine.mul_(batch.inverse_norm[..., None, None]).div_(stack.norms[:, None])
-        torch.neg(self.cosine, out=self.p).add_(1).mul_(half[:, None])
-        return self.cosine
-
-    def add_through_target(self, batch: "Batch", cosine: Tensor) -> None:
-        """What reaches W through the cosines in P: ∂g_ic/∂W_c = (x̂_i − g_ic·Ŵ_c)/n_c, x̂ and Ŵ unit vectors."""
-        assert batch.unit is not None
-        stack, rule, n, e = self.stack, self.stack.form.penalty, self.stack.norms, self.q
-        # e = ∂(batch mean of the divergence)/∂P · B
-        if rule.divergence == "mse":
-            torch.sub(self.p, n[:, None], out=e).mul_(2 / stack.classes)
-        elif rule.direction == "norms-to-target":
-            e.sub_(self.share[:, None])
         else:
+            torch.sub(self.step.logits[:, :-1], stack.weight[:, None, ..., stack.width], out=self.projected)
+            self.projected.mul_(batch.inverse_norm[..., None, None])
+            torch.div(half, n, out=self.per_class)
+            torch.addcmul(half[:, None], self.projected, self.per_class[:, None], value=-1, out=self.p)
+
+    def add_through_target(self, batch: "Batch") -> None:
+        """What reaches W through the cosines in P: ∂g_ic/∂W_c = (x̂_i − g_ic·Ŵ_c)/n_c, x̂ and Ŵ unit vectors.
+
+        The part along x̂ goes to the velocity by a third product, the part along Ŵ into the slope of the norms.
+        """
+        assert batch.unit is not None
+        stack, rule, mean, n, e = self.stack, self.stack.form.penalty, self.mean, self.stack.norms, self.q
+        # factor = weight / B · ∂P_ic/∂g_ic, and for vector · 1/n_c
+        self.factor.copy_(stack.half_target).mul_(mean.scale).div_(-self.step.size)
+        if rule.hardness == "vector":
+            self.factor.div_(n)
+        if rule.divergence == "kl" and rule.direction == "target-to-norms":
             torch.log_softmax(self.p, -1, out=self.log_q)
-            torch.log_softmax(n, -1, out=self.pull)
-            self.log_q.sub_(self.pull[:, None])
+            torch.log(mean.share, out=self.per_class)
+            self.log_q.sub_(self.per_class[:, None])
             torch.mul(e, self.log_q, out=self.p)
             torch.sum(self.p, -1, keepdim=True, out=self.kl)
-            e.mul_(self.log_q.sub_(self.kl))
-        # then ∂/∂g, as ∂P_ic/∂g is −H_c
-        e.mul_(stack.half_target[:, None]).mul_(self.scale[:, None]).div_(-self.step.size)
-        if rule.hardness == "scalar":
-            torch.sum(e, -1, out=self.slack)
-            own = self.true_cosine.own.view(-1)
-            e.zero_().view(-1).index_copy_(0, self.true_start(), self.slack.view(-1))
-            self.slack.mul_(cosine)
-            self.pull.zero_().view(-1).index_add_(0, own, self.slack.view(-1))
+            e.mul_(self.log_q.sub_(self.kl)).mul_(self.factor[:, None])
+        else:  # (q − s)·factor, or (P − n)·factor·2/C
+            raw = rule.divergence == "mse"
+            if raw:
+                self.factor.mul_(2 / stack.classes)
+            torch.mul(n if raw else mean.share, self.factor, out=self.per_class).neg_()
+            torch.addcmul(self.per_class[:, None], self.p if raw else e, self.factor[:, None], out=e)
+        if rule.hardness == "vector":
+            torch.mul(e, self.projected, out=self.p)
+            torch.sum(self.p, 1, out=self.per_class)
         else:
-            torch.mul(e, cosine, out=self.p)
-            torch.sum(self.p, 1, out=self.pull)
-        self.slope.sub_(self.pull.div_(n))
-        e.div_(n[:, None])
+            self.move_to_true_class(e)
+        mean.slope.sub_(self.per_class.div_(n))
         self.step.velocity.baddbmm_(e.flatten(2).transpose(1, 2), batch.unit)
 
-    def true_start(self) -> Tensor:
-        """Where (seed, sample, head, true class) lies in (S, B, K, C): truth is counted in batches of one row more."""
-        s, k, c = self.stack.norms.shape
-        shift = torch.arange(s, device=self.q.device)[:, None, None] * (k * c)
-        return (self.step.truth - shift).view(-1)
-
-
-def _scale(step: "Step") -> Tensor:
-    """Weight of the batch mean, (1, K, 1): `batch` turns the mean into the sum over this batch."""
-    summed = step.stack.form.penalty.kl_weight == "batch"
-    return step.stack.kl_weight * (step.size if summed else 1)
+    def move_to_true_class(self, e: Tensor) -> None:
+        """scalar: all classes' targets of a sample hang on its one cosine, with its true class."""
+        true = self.mean.true_cosine
+        torch.sum(e, -1, out=self.slack)
+        torch.sub(self.step.truth, self.seed_start, out=self.truth)  # truth counts rows of one more a batch
+        torch.div(self.slack, true.of_class, out=self.true_value)
+        e.zero_().view(-1).index_copy_(0, self.truth.view(-1), self.true_value.view(-1))
+        self.slack.mul_(true.value)
+        self.per_class.zero_().view(-1).index_add_(0, true.own.view(-1), self.slack.view(-1))
