@@ -194,7 +194,6 @@ def model_card(study: Study, exported: Exported, config: dict[str, Any]) -> str:
     table = [f"| {line.name} | {' | '.join(str(line.cells[c]) for c in columns)} |" for line in _table(study, head)]
     groups = ", ".join(f"{int(m.sum())} {g} ({BOUNDS[g]})" for g, m in class_groups(counts).items())
     shown = ", ".join(names[:20]) + (f" … ({len(names)} in config.json)" if len(names) > 20 else "")
-    split = f"{SPLITS[study.report_split]}{', which selected nothing' if study.report_split == 'test' else ''}"
     chosen = f"λ was chosen on {SPLITS[head['chosen_on']]}." if head["chosen_on"] else "λ was given, not chosen."
     (height, width), folder = transform["size"], exported.out.resolve().name
     return f"""# {study.folder.resolve().name}: {exported.network}, {exported.classes} classes, rebalanced
@@ -216,7 +215,7 @@ taken out. Or without Python: `pipeline predict {folder} IMAGES`.
 |---|---|---|---|---|---|
 {chr(10).join(table)}
 
-In %, on {split}; a group's accuracy is the mean over its classes: {groups} training images.
+In %, on the test split, which selected nothing; a group's accuracy is the mean over its classes: {groups} training images.
 ± is one standard deviation over {study.repeated}. {chosen if head["lam"] is not None else ""}
 
 The table's numbers are means; this folder holds one head of them: {_one_head(head)}.
@@ -245,12 +244,12 @@ def _table(study: Study, head: dict[str, Any]) -> list[Line]:
 
 def _weakest(study: Study, head: dict[str, Any], names: list[str]) -> str:
     """A line on the five classes that are recognised worst."""
-    own = study.first.class_accuracy(Kind(head["method"], head["loss"], head["lam"]), study.report_split)
+    own = study.first.class_accuracy(Kind(head["method"], head["loss"], head["lam"]), "test")
     if own is None:
         return ""
     known = sorted((float(accuracy), c) for c, accuracy in enumerate(own) if accuracy == accuracy)[:5]
     listed = ", ".join(f"{names[c]} {accuracy:.0f} % ({study.counts[c]} training images)" for accuracy, c in known)
-    return f"- Weakest classes on {SPLITS[study.report_split]}: {listed}.\n"
+    return f"- Weakest classes on test: {listed}.\n"
 
 
 def _one_head(head: dict[str, Any]) -> str:

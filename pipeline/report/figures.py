@@ -175,10 +175,9 @@ def target_norms(backbone: Backbone) -> np.ndarray | None:
 
 
 def class_change(study: Study) -> Drawing | None:
-    """Test accuracy of every class less what stage 1 gives, largest class first; None without per_class.csv."""
-    split = study.report_split
-    before = [b.class_accuracy(BASELINE, split) for b in study.backbones]
-    after = [b.class_accuracy(b.selected, split) for b in study.backbones]
+    """Test accuracy of every class less what stage 1 gives, largest class first; None where nobody measured it."""
+    before = [b.class_accuracy(BASELINE, "test") for b in study.backbones]
+    after = [b.class_accuracy(b.selected, "test") for b in study.backbones]
     if any(v is None for v in (*before, *after)):
         return None
     first, last = np.mean(np.array(before), 0), np.mean(np.array(after), 0)
@@ -201,14 +200,13 @@ def class_change(study: Study) -> Drawing | None:
     axes.set_ylim(low - 0.04 * (high - low), high + 0.18 * (high - low))
     _mark_groups(axes, study.counts[order], change)
     look.class_axis(axes, [study.first.store.class_names[c] for c in order], study.counts)
-    where = SPLITS[split]
-    axes.set_ylabel(f"change of {where} accuracy\n[percentage points]")
+    axes.set_ylabel("change of test accuracy\n[percentage points]")
     gain, loss, known = int((change > 0).sum()), int((change < 0).sum()), int(np.isfinite(change).sum())
     mean = signed(float(np.nanmean(change)))
     axes.set_title(f"{gain} classes gain, {loss} lose, {known - gain - loss} stay; mean {mean} points", pad=10)
     look.legend(figure, np.array([axes]))
     name = str(study.first.selected) if len(study.backbones) == 1 else "The selected head of each backbone"
-    caption = f"{name} less stage 1, {where} split, classes from largest to smallest; mean over {study.repeated}."
+    caption = f"{name} less stage 1, test split, classes from largest to smallest; mean over {study.repeated}."
     return Drawing("class-change", "What changes for each class", caption, figure, table)
 
 
@@ -285,16 +283,15 @@ def _columns_title(column: str, study: Study) -> str:
 
 
 def _gain(study: Study) -> str:
-    """The result in one line, on test where there is one."""
+    """The result in one line."""
     parts = []
     for column, name in (("all", "all classes"), ("few", "few-shot classes")):
-        before, after = (study.spread(kinds, study.report_split, column) for kinds in (BASELINE, study.selected))
+        before, after = (study.spread(kinds, "test", column) for kinds in (BASELINE, study.selected))
         if before and after and before.mean is not None and after.mean is not None:
             parts.append(f"{name} {before.mean:.1f} → {after.mean:.1f} %")
     lams = sorted({k.lam for k in study.selected if k.lam is not None})
     at = f"λ = {', '.join(f'{lam:g}' for lam in lams)}" if lams else study.first.selected.method
-    where = SPLITS[study.report_split]
-    return f"Stage 1 → rebalanced ({at}), {where}: {', '.join(parts)}"
+    return f"Stage 1 → rebalanced ({at}), test: {', '.join(parts)}"
 
 
 def _numbers(split: str, column: str, line: str, lam: float | None, value: Spread) -> Row:

@@ -86,7 +86,7 @@ def write_report(run: Path, *, out: Path | None = None) -> Report:
 
 
 def summary(study: Study, also: Kind | None = None) -> list[Line]:
-    """The main table: stage 1, the loss alone, λ = 0, the selected head, `also`; on test where there is one."""
+    """The main table: stage 1, the loss alone, λ = 0, the selected head, `also`; on the test split."""
     alone = study.first.alone
     lines: list[tuple[str, Kind | Sequence[Kind]]] = [
         ("Stage 1 as trained", BASELINE),
@@ -98,7 +98,7 @@ def summary(study: Study, also: Kind | None = None) -> list[Line]:
         lines.append((f"{also} (given)", also))
     table = []
     for name, kinds in lines:
-        cells = {column: study.spread(kinds, study.report_split, column) for column in (*COLUMNS, "ece")}
+        cells = {column: study.spread(kinds, "test", column) for column in (*COLUMNS, "ece")}
         known = {column: cell for column, cell in cells.items() if cell is not None}
         if known:
             table.append(Line(name, kinds == study.selected, known))
@@ -131,10 +131,9 @@ def _lead(study: Study) -> str:
         if network
         else ""
     )
-    split = SPLITS[study.report_split] + ("" if study.report_split == "test" else " (there is no test split)")
     return (
         f"<p class=lead>{named}{len(study.counts):,} classes, {study.counts.sum():,} training images. Top-1 accuracy "
-        f"on {split}, a group's accuracy being the mean over its classes; {escape(study.repeated)}.</p>"
+        f"on test, a group's accuracy being the mean over its classes; {escape(study.repeated)}.</p>"
     )
 
 
@@ -161,9 +160,7 @@ def _table(study: Study, lines: Sequence[Line]) -> str:
     for line in lines:
         cells = "".join(f"<td>{_cell(line.cells[c])}</td>" for c in shown)
         body.append(f"<tr{' class=chosen' if line.selected else ''}><th>{escape(line.name)}</th>{cells}</tr>")
-    note = f"All numbers in %. On {SPLITS[study.report_split]}; there is no test split."
-    if study.report_split == "test":
-        note = "All numbers in %. Test split, evaluated after the choice was made; not selected on."
+    note = "All numbers in %. Test split, evaluated after the choice was made; not selected on."
     if any(cell.std is not None for line in lines for cell in line.cells.values()):
         only = "" if len(study.backbones) > 1 else ", which says nothing of another training of the network"
         note += f" ± is one standard deviation over {escape(study.repeated)}{only}."
@@ -203,7 +200,7 @@ def _norm_term(study: Study) -> str:
         return ""
     parts, alone = [], study.first.alone
     for column in COLUMNS:
-        without, added = (study.spread(k, study.report_split, column) for k in (alone, study.selected))
+        without, added = (study.spread(k, "test", column) for k in (alone, study.selected))
         if without and added and without.mean is not None and added.mean is not None:
             parts.append(f"{column} {signed(added.mean - without.mean)}")
     return f"<p>The norm term itself, against {alone.loss_name} alone: {', '.join(parts)} points.</p>" if parts else ""

@@ -196,11 +196,6 @@ class Study:
         return self.chosen_on or "val"
 
     @property
-    def report_split(self) -> str:
-        """test, or val where there is no test split."""
-        return "test" if self.has_split("test") else self.choosing_split
-
-    @property
     def repeated(self) -> str:
         """What the ± counts: `3 backbones`, or `3 batch orders of one backbone`."""
         if len(self.backbones) > 1:

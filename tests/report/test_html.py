@@ -1,0 +1,96 @@
+"""The page: right numbers, nothing from a network, nothing unescaped."""
+
+import base64
+import html
+import json
+import re
+
+from pipeline.report import write_report
+from pipeline.report.html import summary
+from pipeline.report.source import Kind, read_study
+from tests.small_run import made_run
+
+
+def text_of(report):
+    """What a reader sees of the page, images and style left out."""
+    page = re.sub(r"<style>.*?</style>|<img[^>]*>", "", report.path.read_text(encoding="utf-8"), flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def test_the_page_is_one_file_with_its_images_inside(run, tmp_path):
+    report = write_report(run, out=tmp_path)
+    page = report.path.read_text(encoding="utf-8")
+    assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(r"base64,[^\"]*", "", page))
+    inside = [base64.b64decode(data) for data in re.findall(r'data:image/png;base64,([^"]+)"', page)]
+    assert inside == [path.read_bytes() for path in report.figures]
+    assert len(inside) == 4
+    assert set(re.findall(r'src="([a-z]+):', page)) == {"data"}
+
+
+def test_the_table_has_the_measured_numbers_and_says_what_chose(run, tmp_path):
+    document = json.loads((run / "rebalance" / "results.json").read_text())
+    report = write_report(run, out=tmp_path)
+    text, selected = text_of(report), document["selected"]
+    assert f"λ = {selected['lam']:g} was chosen on the validation split among 0.05, 0.1, 1, the test split unseen" in text
+    assert "not selected on" in text
+    assert "2 batch orders of one backbone" in text
+    for column in ("all", "many", "medium", "few", "ece"):
+        assert report.rows[0][column] == document["baseline"][column]
+        assert abs(report.rows[-1][column] - selected[column]) < 1e-9
+        assert f"{selected[column]:.1f} ± {selected[f'{column}_std']:.1f}" in text
+    names = [row["name"] for row in report.rows]
+    assert names == [
+        "Stage 1 as trained",
+        "Class-balanced loss alone",
+        "Norms pulled together (λ = 0)",
+        f"IWB, λ = {selected['lam']:g} (chosen on validation)",
+    ]
+    assert json.loads(json.dumps(report.to_dict()))["rows"] == list(report.rows)
+
+
+def test_what_the_norm_term_adds_is_said_apart(run, tmp_path):
+    rows = write_report(run, out=tmp_path).rows
+    text = text_of(write_report(run, out=tmp_path))
+    gain = rows[-1]["few"] - rows[1]["few"]
+    said = re.search(r"against class-balanced loss alone: .* few ([+−.\d]+) points", text)
+    assert abs(float(said[1].replace("−", "-")) - gain) < 0.051
+
+
+def test_names_are_escaped(tmp_path):
+    run = made_run(tmp_path / "<i>&run", lam="0.1")
+    page = write_report(run).path.read_text(encoding="utf-8")
+    assert "<i>" not in page
+    assert "<h1>&lt;i&gt;&amp;run</h1>" in page
+
+
+def test_one_lambda_was_not_chosen(tmp_path):
+    assert "λ = 0.3 was given, not chosen" in text_of(write_report(made_run(tmp_path / "run", lam="0.3")))
+
+
+def test_cross_entropy_is_compared_with_cross_entropy(tmp_path):
+    rows = write_report(made_run(tmp_path / "run", loss="ce", lam="0.3")).rows
+    assert rows[1]["name"] == "Cross-entropy alone"
+
+
+def test_an_empty_group_has_no_column(tmp_path):
+    report = write_report(made_run(tmp_path / "run", counts=(150, 60, 30, 25, 20), lam="0.1"))
+    assert "Few (< 20 images)" not in text_of(report)
+    assert report.rows[0]["few"] is None
+
+
+def test_several_backbones_are_named_as_what_was_repeated(runs, tmp_path):
+    text = text_of(write_report(runs, out=tmp_path))
+    assert "standard deviation over 3 backbones" in text
+    assert "chosen by the mean over backbones on the validation split" in text
+    assert "batch orders of one backbone" not in text
+
+
+def test_folds_are_named_as_what_chose(tmp_path):
+    text = text_of(write_report(made_run(tmp_path / "run", splits=("test",), select_on="kfold", seeds=(0,))))
+    assert "was chosen on held-out folds of the training features" in text
+
+
+def test_a_further_head_gets_its_own_line(run):
+    lines = summary(read_study(run), also=Kind("iwb", "cb", 0.05))
+    assert lines[-1].name == "IWB, λ = 0.05 (given)"
+    assert [line.selected for line in lines] == [False, False, False, True, False]
