@@ -21,7 +21,7 @@ from pipeline.data.dataset import Split
 from pipeline.data.images import EXTENSIONS
 from pipeline.data.transform import Transform, _Files
 from pipeline.distributed import choose_device
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.export import STAGE1, input_facts, matching_checkpoint
 from pipeline.report.source import read_study
 
@@ -137,7 +137,6 @@ def load_model(path: Path, *, compare: bool = False) -> Model:
 
 
 def _exported(path: Path, compare: bool) -> Model:
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file as load_arrays
     from safetensors.torch import load_file
 
@@ -154,7 +153,9 @@ def _exported(path: Path, compare: bool) -> Model:
             stage1 = load_arrays(path / STAGE1)
             heads.append((stage1["weight"], stage1["bias"]))
         return Model(network, _tensors(heads), Transform.from_dict(config["transform"]), tuple(config["class_names"]))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except PipelineError:
+        raise
+    except Exception as error:  # torch raises a dozen types for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: not a readable model of `pipeline export` ({reason}); export it again") from error
 

@@ -1,0 +1,125 @@
+"""The exported folder gives the logits that were measured, in timm and in words."""
+
+import io
+import json
+import shutil
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from pipeline.backbone.checkpoint import load_checkpoint
+from pipeline.backbone.model import encode
+from pipeline.errors import ConfigError, DataError
+from pipeline.export import export_model
+from pipeline.report.source import read_heads, read_results, read_study
+from tests.small_run import digits_run
+
+
+@pytest.fixture(scope="module")
+def run(tiny_backbone, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("export") / "run"
+    shutil.copytree(tiny_backbone.parent, copy / "backbone")
+    return digits_run(copy / "backbone" / "last.pt")
+
+
+def head_of(run, lam, seed=0):
+    facts, weight, bias = read_heads(run / "rebalance" / "heads.safetensors")
+    i = next(i for i, f in enumerate(facts) if (f["method"], f["lam"], f["seed"]) == ("iwb", lam, seed))
+    return torch.from_numpy(weight[i]), torch.from_numpy(bias[i])
+
+
+@pytest.mark.parametrize("to", ["timm", "safetensors"])
+def test_timm_loads_the_file_and_gives_the_logits_of_encoder_and_head(run, tmp_path, to):
+    exported = export_model(run, to=to, out=tmp_path / "model")
+    model = timm.create_model(
+        exported.network, num_classes=exported.classes, checkpoint_path=str(exported.weights), **exported.model_args
+    ).eval()
+    images = torch.linspace(-2, 2, 4 * 3 * 8 * 8).view(4, 3, 8, 8)
+    weight, bias = head_of(run, read_results(run / "rebalance" / "results.json")["selected"]["lam"])
+    with torch.no_grad():
+        expected = encode(load_checkpoint(run / "backbone" / "last.pt").model, images) @ weight.T + bias
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_cards_python_makes_the_model(run, tmp_path, monkeypatch):
+    export_model(run, out=tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    code = (tmp_path / "model" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    with redirect_stdout(io.StringIO()):
+        exec(code, names)
+    assert names["model"].get_classifier().out_features == 10
+
+
+def test_the_model_card_has_the_table_the_choice_and_the_limits(run, tmp_path):
+    export_model(run, out=tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    selected = read_results(run / "rebalance" / "results.json")["selected"]
+    assert f"| {selected['few']:.1f} ± {selected['few_std']:.1f} | {selected['all']:.1f} ± {selected['all_std']:.1f} |" in card
+    assert "λ was chosen on validation." in card
+    assert "holds one head of them: batch order 0 of 2" in card
+    assert "363 images, 110 … 5 a class" in card
+    own = read_study(run).first
+    accuracy = own.class_accuracy(own.selected, "test")
+    worst = int(np.argmin(accuracy))
+    assert f"Weakest classes on test: {worst} {accuracy[worst]:.0f} %" in card
+
+
+def test_config_says_what_feeds_the_network_and_names_its_classes(run, tmp_path):
+    exported = export_model(run, out=tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    checkpoint = load_checkpoint(run / "backbone" / "last.pt")
+    assert config["class_names"] == [str(i) for i in range(10)]
+    assert config["counts"] == checkpoint.counts.tolist()
+    assert config["model_args"] == {"width": 0.25}
+    assert config["transform"] == checkpoint.transform.to_dict() | {"crop_pct": 1.0}  # whole digits were trained on
+    assert config["provenance"]["made_from"]["checkpoint"] == checkpoint.weights_digest
+    assert json.loads(json.dumps(exported.to_dict()))["head"]["lam"] == config["head"]["lam"]
+
+
+def test_another_lambda_is_taken_and_not_called_chosen(run, tmp_path):
+    lams = {0.05, 0.2} - {read_results(run / "rebalance" / "results.json")["selected"]["lam"]}
+    lam = lams.pop()
+    exported = export_model(run, out=tmp_path / "model", lam=lam)
+    found = torch.load(exported.weights, weights_only=True)
+    assert any(torch.equal(tensor, head_of(run, lam)[0]) for tensor in found.values())
+    assert exported.head["chosen_on"] is None
+    assert f"| IWB, λ = {lam:g} (given) |" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(DataError, match=r"it has λ = 0, 0.05, 0.2; run `pipeline rebalance --lam 0.7`"):
+        export_model(run, out=tmp_path / "model", lam=0.7)
+
+
+def test_exporting_again_replaces_but_never_another_folders_content(run, tmp_path):
+    export_model(run, out=tmp_path / "model")
+    export_model(run, out=tmp_path / "model", to="safetensors")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["weights"] == "model.safetensors"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="take another --out"):
+        export_model(run, out=tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_checkpoint_that_the_store_was_not_made_from_is_refused(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    state = torch.load(copy / "backbone" / "last.pt", weights_only=True)
+    next(iter(state["model"].values())).add_(1)
+    torch.save(state, copy / "backbone" / "last.pt")
+    (copy / "backbone" / "best.pt").unlink()
+    with pytest.raises(DataError, match=r"pipeline dump-features --checkpoint .* and `pipeline rebalance` again"):
+        export_model(copy, out=tmp_path / "model")
+    shutil.rmtree(copy / "backbone")
+    with pytest.raises(DataError, match="no checkpoint beside the store"):
+        export_model(copy, out=tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_of_several_backbones_the_first_is_exported_and_named(run, tmp_path):
+    for seed in (0, 1):
+        shutil.copytree(run, tmp_path / "all" / f"seed-{seed}")
+    exported = export_model(tmp_path / "all", out=tmp_path / "model")
+    assert exported.head["backbone"] == "seed-0"
+    assert "backbone seed-0" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")

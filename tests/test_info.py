@@ -1,0 +1,122 @@
+"""`info` recognises every artefact, `verify` every damage, `doctor` whether the machine computes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.doctor import _check, doctor
+from pipeline.errors import DataError
+from pipeline.export import export_model
+from pipeline.info import describe, verify_store
+from tests.small_run import digits_run, made_run, made_store
+
+
+@pytest.fixture(scope="module")
+def run(tiny_backbone, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("info") / "run"
+    shutil.copytree(tiny_backbone.parent, copy / "backbone")
+    return digits_run(copy / "backbone" / "last.pt")
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "said"),
+    [
+        ("", "run", ["features.zarr", "feature store", "all ", "chosen on validation"]),
+        ("backbone/last.pt", "stage-1 checkpoint", ["cifar_resnet8 ×0.25", "2 of 2 epochs, complete", "363"]),
+        ("backbone", "stage-1 checkpoint", ["weights digest"]),
+        ("backbone/run.json", "record of pipeline train-backbone", ["torch"]),
+        ("features.zarr", "feature store", ["sealed", "363 samples, 3 view(s)", "16 wide, float16", "fingerprint dataset"]),
+        ("rebalance/results.json", "rebalancing results", ["2 batch order(s) of one backbone", "λ       "]),
+        ("rebalance", "rebalancing results", ["stage 1"]),
+        ("rebalance/heads.safetensors", "rebalanced heads", ["10 classes × 16 features", "iwb (cb, λ = 0.05): 2"]),
+    ],
+)
+def test_every_artefact_says_what_it_is_and_what_made_it(run, part, kind, said):
+    found = describe(run / part)
+    assert found.kind == kind
+    assert all(text in str(found) for text in said)
+    assert "argv" in found.made
+    assert "made by" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["kind"] == kind
+
+
+def test_an_export_a_configuration_and_a_shipped_name(run, tmp_path):
+    export_model(run, out=tmp_path / "model")
+    found = describe(tmp_path / "model")
+    assert (found.kind, found.facts["network"]) == ("exported model", "cifar_resnet8")
+    assert describe(tmp_path / "model" / "config.json").kind == "exported model"
+    (tmp_path / "my.yaml").write_text("data: {source: digits}\nbackbone: {epochs: 3}\n")
+    assert describe(tmp_path / "my.yaml").facts["backbone"] == {"epochs": 3}
+    assert describe(Path("digits-lt")).facts["name"] == "digits-lt"
+
+
+def test_a_run_of_several_backbones(run, tmp_path):
+    from pipeline.rebalance.backbones import combine
+
+    for seed in (0, 1):
+        shutil.copytree(run, tmp_path / f"seed-{seed}")
+    documents = [json.loads((run / "rebalance" / "results.json").read_text())] * 2
+    (tmp_path / "results.json").write_text(json.dumps(combine(documents)))
+    found = describe(tmp_path)
+    assert found.kind == "run of 2 backbones"
+    assert "mean over 2 backbones" in str(found)
+    assert found.facts["seed-1/features.zarr"] == "feature store"
+
+
+def test_an_unfinished_store_says_how_far_it_is(tmp_path):
+    found = describe(made_store(tmp_path / "features.zarr", seal=False))
+    assert found.kind == "feature store, unfinished"
+    assert found.facts["state"].startswith("open: 1 of 4 chunks")
+    assert found.made["argv"] == ["pipeline", "dump-features"]
+
+
+def test_anything_else_is_refused_with_what_was_expected(run, tmp_path):
+    wrong = {"empty": None, "x.txt": "", "results.json": "[]", "run.json": "{}", "last.pt": "x", "a.yaml": "x: ["}
+    wrong |= {"heads.safetensors": ""}
+    for name, content in wrong.items():
+        path = tmp_path / name
+        path.mkdir() if content is None else path.write_text(content)
+        with pytest.raises(DataError, match=name):
+            describe(path)
+    with pytest.raises(DataError, match=r"no such file or folder; expected a run's folder, a checkpoint \(last.pt\)"):
+        describe(tmp_path / "nowhere")
+    document = json.loads((run / "rebalance" / "results.json").read_text())
+    del document["selected"]["n"]
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="not as this version writes it"):
+        describe(tmp_path / "results.json")
+
+
+def test_verify_reads_every_byte(tmp_path):
+    run = made_run(tmp_path / "run", lam="0.1")
+    store = run / "features.zarr"
+    assert verify_store(store).chunks == 4
+    assert "every checksum holds" in str(verify_store(store))
+    chunk = store / "train" / "features" / "c" / "1" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(DataError, match=r"1 damaged file\(s\)\n  train/features/c/1/0/0(.|\n)*dump-features"):
+        verify_store(store)
+    with pytest.raises(DataError, match="no such feature store"):
+        verify_store(tmp_path / "nowhere.zarr")
+
+
+def test_doctor_really_computes_and_says_so():
+    found = doctor()
+    assert found.ok, str(found)
+    assert [check.name for check in found.checks] == ["libraries", "network", "store", "stage 2"]
+    assert found.device in ("cpu", "cuda", "cuda:0")
+    assert found.versions["torch"]
+    text = str(found)
+    assert "all is well" in text
+    assert found.why in text
+    assert json.loads(json.dumps(found.to_dict()))["ok"] is True
+
+
+def test_a_check_that_fails_is_a_finding():
+    found = _check("division", lambda: str(1 / 0))
+    assert not found.ok
+    assert found.said == "ZeroDivisionError: division by zero"
