@@ -28,7 +28,10 @@ class StoredViews(Sequence[np.ndarray]):
     def __getitem__(self, view):
         if view not in self._kept:
             started = time.perf_counter()
-            features = self.store.read("train", view)
+            try:
+                features = self.store.read("train", view)
+            except CacheError as error:
+                raise DataError(str(error)) from error
             check_finite(features, f"{self.store.path}: train features, view {view}")
             if self.views * features.nbytes > IN_MEMORY:
                 self._kept.clear()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import DataError
 from pipeline.metrics import Scores
 from pipeline.rebalance.methods import Setting
 
@@ -112,11 +113,17 @@ def heads_safetensors(
 
 
 def read_heads(path: Path) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """(what each head is, weight (H, C, D), bias (H, C)) of a heads.safetensors."""
-    from safetensors import safe_open
+    """(what each head is, weight (H, C, D), bias (H, C)) of a heads.safetensors; DataError where it is none."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="numpy") as file:
-        return json.loads(file.metadata()["heads"]), file.get_tensor("weight"), file.get_tensor("bias")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            heads = json.loads((file.metadata() or {})["heads"])
+            return heads, file.get_tensor("weight"), file.get_tensor("bias")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; make it with `pipeline rebalance`") from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not the heads of `pipeline rebalance` ({error}); run it again") from error
 
 
 def _csv(lines: Sequence[dict[str, Any]]) -> str:

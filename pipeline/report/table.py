@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 COLUMNS = ("many", "medium", "few", "all", "ece")
@@ -23,11 +24,11 @@ def results_table(document: Mapping[str, Any]) -> Table:
     order = sorted(tested, key=lambda s: (_rank(s, selected), s[2] or 0.0))
     near = {_setting(facts) for facts in document.get("within_one_se", ())}
     title = "Test accuracy in %, mean ± std" if document["selected"]["n"] > 1 else "Test accuracy in %"
-    table = Table(title=title, caption=caption(document), caption_justify="left", title_justify="left")
-    table.add_column("head")
+    table = Table(title=title, caption=caption(document), caption_justify="left", title_justify="left", box=box.SIMPLE)
+    table.add_column("head", no_wrap=True)
     for column in COLUMNS:
-        table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right")
-    table.add_column("")
+        table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for i, setting in enumerate(order):
         mark = "◀ selected" if setting == selected else "within 1 SE" if setting in near else ""
         cells = [spread(tested[setting], column) for column in COLUMNS]
