@@ -1,8 +1,8 @@
 """A checksummed, resumable store of features: a zarr v3 group that any zarr client can read.
 
 Make one: `create_store` (one process), `open_writer` (others beside it), `Writer.missing`, `write`, `seal`.
-Use one: `open_cache`, then `Cache.read`. Check one: `verify`. Imports neither torch nor zarr: the files are written
-as the zarr v3 specification says, durably, and the chunks are read straight into the caller's memory.
+Use one: `open_cache`, then `Cache.read`. Check one: `verify`. zarr makes and writes the files; chunks
+are read straight into the caller's memory, so that importing this loads neither torch nor zarr.
 """
 
 from cache.files import write_durably

@@ -1,4 +1,7 @@
-"""Chunk files: little-endian numbers followed by their crc32c, as zarr's bytes and crc32c codecs write them."""
+"""Reading chunk files: little-endian numbers followed by their crc32c, as zarr's bytes and crc32c codecs write them.
+
+Not through zarr: it copies each chunk several times before the caller has it, and shows a missing one as its fill value.
+"""
 
 import os
 from pathlib import Path
@@ -6,8 +9,6 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
-
-from cache.files import write_durably
 
 
 class Torn(Exception):
@@ -17,13 +18,6 @@ class Torn(Exception):
 def checksum(data: bytes | NDArray) -> int:
     """crc32c (Castagnoli) of bytes or of a contiguous array's bytes."""
     return google_crc32c.value(data)
-
-
-def write_chunk(path: Path, rows: NDArray) -> int:
-    """crc32c of a chunk after its file is durably there; rows: contiguous, of the whole chunk's shape."""
-    crc = checksum(rows)
-    write_durably(path, lambda file: (file.write(rows.data), file.write(crc.to_bytes(4, "little"))))
-    return crc
 
 
 def read_chunk(path: Path, into: NDArray, *, padding: int = 0) -> int:

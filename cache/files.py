@@ -31,12 +31,20 @@ def write_durably(path: Path | str, content: bytes | str | Callable[[BinaryIO], 
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    fsync(path.parent)
     return path
 
 
-def fsync_directory(path: Path) -> None:
-    """Makes the names in a folder survive a power cut, where the file system can."""
+def fsync_tree(path: Path) -> None:
+    """Makes a folder and all that is in it survive a power cut, its own name excepted."""
+    for folder, _, files in os.walk(path, topdown=False):
+        for file in files:
+            fsync(Path(folder, file))
+        fsync(Path(folder))
+
+
+def fsync(path: Path) -> None:
+    """Makes what a file holds, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

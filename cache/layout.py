@@ -1,4 +1,4 @@
-"""What a feature store looks like: names, shapes, chunks and zarr metadata. Pure arithmetic, no files."""
+"""What a feature store looks like: names, shapes and chunks. Pure arithmetic, no files."""
 
 import json
 from collections.abc import Iterator
@@ -12,9 +12,6 @@ CHUNK_ROWS = 8192  # narrow features: no more rows than this are encoded again w
 # zarr has no bfloat16: its bits are stored as uint16, named in the array's attributes
 STORED = {"float16": "<f2", "float32": "<f4", "bfloat16": "<u2", "int64": "<i8"}
 LARGEST = {"float16": 65504.0, "float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38}
-_ZARR_NAME = {"<f2": "float16", "<f4": "float32", "<u2": "uint16", "<i8": "int64"}
-# what a plain zarr client shows where a chunk is missing: not a number, never a plausible zero
-_FILL: dict[str, Any] = {"<f2": "NaN", "<f4": "NaN", "<u2": 0x7FC0, "<i8": -1}
 
 
 class CacheError(Exception):
@@ -74,26 +71,6 @@ class Array:
     def stored(self) -> str:
         """The numpy type of the bytes on disk, little-endian."""
         return STORED[self.dtype]
-
-    @property
-    def fill(self) -> Any:
-        return _FILL[self.stored]
-
-    def metadata(self) -> bytes:
-        """The array's zarr.json: no compression, and each chunk ends in the crc32c of its bytes."""
-        document = {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": self.shape,
-            "data_type": _ZARR_NAME[self.stored],
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": self.fill,
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-            "attributes": {"bits_of": "bfloat16"} if self.dtype == "bfloat16" else {},
-            "storage_transformers": [],
-        }
-        return json.dumps(document, indent=2).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +158,6 @@ def chunk_rows(*, width: int, itemsize: int) -> int:
 def owned_chunks(*, chunks: int, rank: int, world: int) -> range:
     """Chunk numbers this rank writes: contiguous, whole, every chunk owned once."""
     return range(chunks * rank // world, chunks * (rank + 1) // world)
-
-
-def group_metadata(attributes: dict[str, Any] | None = None) -> bytes:
-    """A group's zarr.json."""
-    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
-    return json.dumps(document, indent=2, allow_nan=False).encode()
 
 
 def canonical(tree: Any) -> bytes:

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from cache.chunks import checksum
-from cache.files import write_durably
-from cache.layout import FORMAT, CacheError, Layout, canonical, group_metadata
+from cache.layout import FORMAT, CacheError, Layout, canonical
 
 Manifest = dict[str, dict[str, int]]
+
+# what zarr puts into a group's zarr.json; not every version writes the last
+FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
 
 
 @dataclass(frozen=True)
 class Root:
-    """The root attributes. manifest: array name → chunk key → crc32c, complete exactly when the store is sealed."""
+    """The root attributes, all but two known when the store is made; these are complete exactly when it is sealed.
+
+    manifest: array name → chunk key → crc32c of the chunk; metadata: name of a group or array → crc32c of its zarr.json.
+    """
 
     layout: Layout
     class_names: tuple[str, ...]
@@ -24,6 +29,7 @@ class Root:
     provenance: dict[str, Any]
     state: str = "open"
     manifest: Manifest = field(default_factory=dict)
+    metadata: dict[str, int] = field(default_factory=dict)
 
     @property
     def sealed(self) -> bool:
@@ -31,7 +37,10 @@ class Root:
 
     @property
     def digest(self) -> str:
-        """sha256 over all content: equal features, labels, classes and fingerprint have an equal one, whenever made."""
+        """sha256 over all content: equal features, labels, classes and fingerprint have an equal one, whenever made.
+
+        The metadata files are left out: what they say follows from the layout, how they are written from zarr's version.
+        """
         return hashlib.sha256(canonical({**self._content(), "manifest": self.manifest})).hexdigest()
 
     def _content(self) -> dict[str, Any]:
@@ -46,14 +55,8 @@ class Root:
     def attributes(self) -> dict[str, Any]:
         digest = {"digest": self.digest} if self.sealed else {}
         known = {**self._content(), "state": self.state, "provenance": self.provenance, **digest}
-        known["manifest"] = self.manifest
+        known |= {"manifest": self.manifest, "metadata": self.metadata}
         return {**known, "check": checksum(canonical(known))}
-
-
-def write_root(path: Path, root: Root) -> Root:
-    """Replaces the root zarr.json in one atomic step: this is what seals or opens a store."""
-    write_durably(path / "zarr.json", group_metadata(root.attributes()))
-    return root
 
 
 def read_root(path: Path) -> Root:
@@ -80,7 +83,7 @@ def read_root(path: Path) -> Root:
     check = attributes.pop("check", None)
     try:
         is_group = (document["zarr_format"], document["node_type"]) == (3, "group")
-        whole = is_group and check == checksum(canonical(attributes))
+        whole = is_group and document.keys() <= FIELDS and check == checksum(canonical(attributes))
     except (ValueError, KeyError) as error:
         raise CacheError(damaged) from error
     if not whole:
@@ -88,25 +91,29 @@ def read_root(path: Path) -> Root:
     version = attributes["format_version"]
     if version != FORMAT:
         raise CacheError(f"{path}: format_version is {version}, this program reads {FORMAT}; {again}")
-    root = Root(
-        Layout.from_json(attributes["layout"]),
-        tuple(attributes["class_names"]),
-        tuple(attributes["counts"]),
-        attributes["fingerprint"],
-        attributes["provenance"],
-        attributes["state"],
-        attributes["manifest"],
-    )
+    try:
+        root = Root(
+            Layout.from_json(attributes["layout"]),
+            tuple(attributes["class_names"]),
+            tuple(attributes["counts"]),
+            attributes["fingerprint"],
+            attributes["provenance"],
+            attributes["state"],
+            attributes["manifest"],
+            attributes["metadata"],
+        )
+    except KeyError as error:
+        raise CacheError(damaged) from error
     if root.sealed and root.digest != attributes.get("digest"):
         raise CacheError(damaged)
     return root
 
 
 def reopened(root: Root, damaged: list[tuple[str, str]]) -> Root:
-    """An open root whose manifest still vouches for every chunk but the damaged (array, key) ones."""
+    """An open root that still vouches for every chunk but the damaged (array, key) ones, and for no metadata file."""
     lost = set(damaged)
     manifest = {
         array: {key: crc for key, crc in chunks.items() if (array, key) not in lost}
         for array, chunks in root.manifest.items()
     }
-    return replace(root, state="open", manifest=manifest)
+    return replace(root, state="open", manifest=manifest, metadata={})

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.chunks import Torn, read_chunk
-from cache.layout import Array, CacheError, Chunk, group_metadata
+from cache import store
+from cache.chunks import Torn, checksum, read_chunk
+from cache.layout import Array, CacheError, Chunk
 from cache.root import Manifest, Root, read_root
 
 
@@ -55,21 +56,20 @@ def damages(path: Path, root: Root) -> list[Damage]:
 
 
 def damaged_metadata(path: Path, root: Root) -> Iterator[Damage]:
-    """Group and array metadata files that differ from what the layout says."""
-    for name, content in metadata_files(root).items():
+    """Group and array metadata files other than those sealed; in an open store, than those zarr makes for its layout."""
+    for name, crc in (root.metadata or metadata_checksums(root)).items():
         try:
-            same = (path / name / "zarr.json").read_bytes() == content
-            what = "differs from the layout in the root metadata"
+            same = checksum((path / name / "zarr.json").read_bytes()) == crc
+            what = "is not as it was made"
         except OSError as error:
             same, what = False, f"cannot be read: {error.strerror}"
         if not same:
             yield Damage(name, "zarr.json", "", what)
 
 
-def metadata_files(root: Root) -> dict[str, bytes]:
-    """Name of each group and array below the root → content of its zarr.json."""
-    groups = {name: group_metadata() for name in root.layout.groups}
-    return {**groups, **{array.name: array.metadata() for array in root.layout.arrays}}
+def metadata_checksums(root: Root) -> dict[str, int]:
+    """Name of each group and array below the root → crc32c of the zarr.json that zarr makes for it."""
+    return {name: checksum(document) for name, document in store.metadata(root).items()}
 
 
 def damaged_small(path: Path, root: Root) -> list[Damage]:

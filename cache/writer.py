@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cache.chunks import Torn, checksum, read_chunk, write_chunk
-from cache.files import fsync_directory, write_durably
+from cache import store
+from cache.chunks import Torn, checksum, read_chunk
+from cache.files import fsync, fsync_tree, write_durably
 from cache.layout import LARGEST, STORED, CacheError, Chunk, Layout, canonical, chunk_rows, owned_chunks
 from cache.lock import Lock
 from cache.numbers import encode
-from cache.root import Manifest, Root, read_root, reopened, write_root
-from cache.verify import checked_read, counts_agree, damaged_chunk, damages, metadata_files
+from cache.root import Manifest, Root, read_root, reopened
+from cache.verify import checked_read, counts_agree, damaged_chunk, damaged_metadata, damages, metadata_checksums
 
 
 class Split(NamedTuple):
@@ -150,10 +151,9 @@ class Writer:
         if rows.shape != (chunk.rows, self.layout.width):
             raise ValueError(f"{chunk}: got {rows.shape}, expected {(chunk.rows, self.layout.width)}")
         self._check_range(chunk, rows)
-        block = np.full(array.chunk, np.nan if array.fill == "NaN" else array.fill, array.stored)
-        block[0, : chunk.rows] = encode(rows, array.dtype)
+        where = slice(chunk.view, chunk.view + 1), slice(chunk.start, chunk.stop)
         with _disk(self.path):
-            write_chunk(self.path / array.name / chunk.key, block)
+            store.write_chunk(self.path, array, chunk.key, encode(rows, array.dtype)[None], where)
 
     def _check_range(self, chunk: Chunk, rows: NDArray) -> None:
         dtype = self.layout.dtype
@@ -189,11 +189,11 @@ class Writer:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             again = "run the same pipeline dump-features command again"
             raise CacheError(f"{self.path}: cannot be sealed: {found[0]}{more}; {again}")
-        sealed = replace(self._root, state="sealed", manifest=_manifest(self.path, self.layout))
+        manifest, metadata = _manifest(self.path, self.layout), metadata_checksums(self._root)
+        sealed = replace(self._root, state="sealed", manifest=manifest, metadata=metadata)
         with _disk(self.path):
-            for folder, _, _ in os.walk(self.path, topdown=False):
-                fsync_directory(Path(folder))
-            self._root = write_root(self.path, sealed)
+            fsync_tree(self.path)  # also what a process killed before its own fsync left, and another took for finished
+            self._root = store.write_root(self.path, sealed)
         return self._root.digest
 
 
@@ -230,30 +230,34 @@ def _make(path: Path, root: Root, contents: Mapping[str, NDArray]) -> None:
     os.umask(umask)
     building.chmod(0o777 & ~umask)  # mkdtemp gives 0700, which another user of a shared run could not read
     try:
-        _restore(building, root, contents)
-        write_root(building, root)
+        store.make(building, root)
+        _restore_small(building, root, contents)
+        fsync_tree(building)
         os.rename(building, path)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    fsync_directory(path.parent)
+    fsync(path.parent)
 
 
-def _restore(path: Path, root: Root, contents: Mapping[str, NDArray]) -> None:
-    """Writes the metadata files and small arrays that are absent or not what they must be."""
-    for name, document in metadata_files(root).items():
-        file = path / name / "zarr.json"
-        if not file.is_file() or file.read_bytes() != document:
-            write_durably(file, document)
+def _restore_metadata(path: Path, root: Root) -> None:
+    """Writes the metadata files of an open store that are absent or not what zarr makes for its layout."""
+    documents = store.metadata(root)
+    for damage in damaged_metadata(path, root):
+        write_durably(path / damage.array / "zarr.json", documents[damage.array])
+
+
+def _restore_small(path: Path, root: Root, contents: Mapping[str, NDArray]) -> None:
+    """Writes the small arrays that are absent or not what they must be."""
     for array in root.layout.small():
         for key in array.keys:
-            file, values = path / array.name / key, contents[array.name]
+            values = contents[array.name]
             try:
-                same = read_chunk(file, np.empty_like(values)) == checksum(values)
+                same = read_chunk(path / array.name / key, np.empty_like(values)) == checksum(values)
             except Torn:
                 same = False
             if not same:
-                write_chunk(file, values)
+                store.write_chunk(path, array, key, values)
 
 
 def _continue(path: Path, wanted: Root, contents: Mapping[str, NDArray]) -> Writer:
@@ -272,8 +276,10 @@ def _continue(path: Path, wanted: Root, contents: Mapping[str, NDArray]) -> Writ
                 lost = [(damage.array, damage.chunk) for damage in damages(path, there)]
                 for array, key in lost:  # else a whole chunk in the wrong place would pass for finished
                     (path / array / key).unlink(missing_ok=True)
-                there = write_root(path, reopened(there, lost)) if lost else there
-            _restore(path, there, contents)
+                there = store.write_root(path, reopened(there, lost)) if lost else there
+            if not there.sealed:
+                _restore_metadata(path, there)
+                _restore_small(path, there, contents)
     except BaseException:
         lock.release()
         raise
@@ -326,6 +332,6 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(
-            f"{path}: cannot be written: {error.strerror}; finished chunks stay good: "
+            f"{path}: cannot be written: {error.strerror or error}; finished chunks stay good: "
             "run the same pipeline dump-features command again when this is mended"
         ) from error

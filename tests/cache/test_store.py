@@ -1,5 +1,5 @@
-import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import CacheError, create_store, open_cache, open_writer, verify
+from cache import CacheError, Split, create_store, open_cache, open_writer, verify
 from cache.numbers import decode, encode
 
 
@@ -59,22 +59,12 @@ def test_a_plain_zarr_client_reads_the_store(small, dtype):
     features = group["train/features"]
     assert features.shape == (3, 23, 5)
     assert features.chunks == (1, 4, 5)
+    assert [codec.to_dict()["name"] for codec in features.metadata.codecs] == ["bytes", "crc32c"]
     np.testing.assert_array_equal(features[1], cache.read_bits("train", 1))
     np.testing.assert_array_equal(group["train/labels"][:], small.labels)
     np.testing.assert_array_equal(group["classifier/weight"][:], cache.classifier[0])
     assert group["test/features"].shape == (1, 0, 5)
     assert features.attrs.asdict() == ({"bits_of": "bfloat16"} if dtype == "bfloat16" else {})
-
-
-def test_the_metadata_are_those_that_zarr_writes(small, tmp_path):
-    small.sealed()
-    codecs = {"serializer": zarr.codecs.BytesCodec(endian="little"), "compressors": [zarr.codecs.Crc32cCodec()]}
-    for name, fill in [("train/features", float("nan")), ("train/labels", -1)]:
-        ours = zarr.open_array(small.path / name, mode="r")
-        shape, theirs = {"shape": ours.shape, "chunks": ours.chunks}, tmp_path / "theirs" / name
-        zarr.create_array(theirs, **shape, dtype=ours.dtype, fill_value=fill, filters=None, **codecs)
-        documents = [json.loads((path / "zarr.json").read_text()) for path in (small.path / name, theirs)]
-        assert documents[0] == documents[1]
 
 
 def test_a_missing_chunk_is_not_a_number_for_a_plain_zarr_client(small):
@@ -117,6 +107,14 @@ def test_numbers_the_store_cannot_hold_are_refused(small, dtype, value, message)
         rows[1, 2] = 65504.0
         writer.write(chunk, rows)
         assert chunk not in writer.missing()
+
+
+def test_a_chunk_of_nothing_but_the_fill_value_is_written_too(small):
+    ids = np.full(23, -1)
+    with small.create(splits={"train": Split(1, small.labels, ids), "test": Split(1, [], [])}) as writer:
+        small.fill(writer)
+        writer.seal()
+    np.testing.assert_array_equal(open_cache(small.path).ids("train"), ids)
 
 
 def test_the_wrong_number_of_rows_is_refused(small):
@@ -236,26 +234,67 @@ def test_a_folder_nobody_may_write_is_an_error(small, monkeypatch):
         small.create()
 
 
+def test_what_the_disk_refuses_to_zarr_is_an_error_and_leaves_no_file(small):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with small.create() as writer:
+        before = small.files().keys()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+            with pytest.raises(CacheError, match="File too large; finished chunks stay good"):
+                small.fill(writer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert small.files().keys() == before
+        small.fill(writer)
+        writer.seal()
+
+
 def test_create_store_is_what_the_package_exports():
     assert create_store.__module__ == "cache.writer"
 
 
-def test_everything_is_on_the_disk_before_the_seal(small, monkeypatch):
-    """Each file is synced before it gets its name, each folder after, all of them before the root says sealed."""
-    events = []
-    replace = os.replace
-    monkeypatch.setattr("os.fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")))
-    monkeypatch.setattr("os.replace", lambda a, b: (events.append((str(a), str(b))), replace(a, b)))
-    with small.create() as writer:
-        small.fill(writer)
-        created = len(events)
+def test_everything_is_on_the_disk_before_its_name_and_before_the_seal(small, monkeypatch):
+    """A new store before it gets its name, each chunk when `write` returns, and all before the root says sealed."""
+    synced, rename, replace = set(), os.rename, os.replace
+    monkeypatch.setattr("os.fsync", lambda fd: synced.add(os.readlink(f"/proc/self/fd/{fd}")))
+
+    def whole(path) -> bool:
+        return {str(path), *map(str, path.rglob("*"))} - {str(small.path / ".lock")} <= synced
+
+    def naming(old, new):
+        named.append((whole(old), rename(old, new)))
+
+    named = []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", naming)
+        writer = small.create()
+    assert named == [(True, None)]
+    assert str(small.path.parent) in synced
+    for chunk in writer.chunks:
+        synced.clear()
+        small.fill(writer, [chunk])
+        file = small.path / chunk.array / chunk.key
+        assert {str(file), str(file.parent)} <= synced
+
+    def sealing(old, new):
+        sealed.append((str(new), whole(small.path), str(old) in synced))
+        synced.clear()
+        replace(old, new)
+
+    synced.clear()
+    sealed = []
+    monkeypatch.setattr("os.replace", sealing)
+    with writer:
         writer.seal()
-    for i, event in enumerate(events):
-        if isinstance(event, tuple):
-            temporary, name = event
-            assert events[i - 1] == temporary
-            assert events[i + 1] == os.path.dirname(name)
-    *before, last, _ = events[created:]
-    assert last[1] == str(small.path / "zarr.json")
-    folders = {str(p) for p in small.path.rglob("*") if p.is_dir()} | {str(small.path)}
-    assert folders <= {event for event in before if isinstance(event, str)}
+    assert sealed == [(str(small.path / "zarr.json"), True, True)]
+    assert synced == {str(small.path)}
+
+
+def test_a_kill_while_a_store_is_made_leaves_nothing_under_its_name(small):
+    code = "import os; from pathlib import Path; from tests.cache.conftest import Small; import cache.writer\n"
+    code += "cache.writer.fsync_tree = lambda path: os.kill(os.getpid(), 9)\n"
+    code += f"Small(Path({str(small.path)!r})).create()"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert [p.suffix for p in small.path.parent.iterdir()] == [".building"]
+    small.sealed()
+    assert [p.name for p in small.path.parent.iterdir()] == ["f.zarr"]

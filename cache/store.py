@@ -1,0 +1,77 @@
+"""The files of a store, made and written by zarr; here they are also made durable, which zarr's writes are not.
+
+zarr is imported where it is used: it takes most of a second, which who only reads need not wait for.
+"""
+
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.files import fsync, write_durably
+from cache.layout import Array
+from cache.root import Root
+
+# what a plain zarr client shows where a chunk is missing: not a number, never a plausible zero
+_FILL = {"<f2": np.nan, "<f4": np.nan, "<u2": 0x7FC0, "<i8": -1}
+
+
+def make(store: Path | dict[str, Any], root: Root) -> None:
+    """All groups and arrays of an open store, in an empty folder or a dictionary of documents."""
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+
+    top = zarr.create_group(store, attributes=root.attributes())
+    for group in root.layout.groups:
+        top.create_group(group)
+    for array in root.layout.arrays:
+        top.create_array(
+            array.name,
+            shape=array.shape,
+            chunks=array.chunk,
+            dtype=array.stored,
+            fill_value=_FILL[array.stored],
+            filters=None,
+            serializer=BytesCodec(endian="little"),
+            compressors=Crc32cCodec(),
+            attributes={"bits_of": "bfloat16"} if array.dtype == "bfloat16" else {},
+        )
+
+
+def metadata(root: Root) -> dict[str, bytes]:
+    """Name of each group and array below the root → the zarr.json that zarr makes for it."""
+    made: dict[str, Any] = {}
+    make(made, root)
+    documents = {key.rpartition("/")[0]: document.to_bytes() for key, document in made.items()}
+    return {name: document for name, document in documents.items() if name}
+
+
+def write_root(path: Path, root: Root) -> Root:
+    """Replaces the root zarr.json in one atomic, durable step: this is what seals or opens a store."""
+    import zarr
+
+    made: dict[str, Any] = {}
+    zarr.create_group(made, attributes=root.attributes())
+    write_durably(path / "zarr.json", made["zarr.json"].to_bytes())
+    return root
+
+
+def write_chunk(
+    path: Path, array: Array, key: str, values: NDArray, where: tuple[slice, ...] | EllipsisType = ...
+) -> None:
+    """Assigns `where`, the rows of one whole chunk; it is on the disk on return, and absent if that fails."""
+    import zarr
+
+    file = path / array.name / key
+    try:
+        # else zarr compares each chunk with the fill value and leaves out equal ones: slow, and here all have to exist
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            opened = zarr.open_array(path / array.name, mode="r+")
+        opened[where] = values
+        fsync(file)
+        fsync(file.parent)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
