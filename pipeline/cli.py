@@ -22,7 +22,8 @@ class Examples(click.Command):
     """A command whose help ends with an example that works as it stands."""
 
     def __init__(self, *args: Any, example: str = "", **kwargs: Any):
-        super().__init__(*args, epilog=f"\b\nExample:\n  {example}" if example else None, **kwargs)
+        kwargs["epilog"] = f"\b\nExample:\n  {example}" if example else None
+        super().__init__(*args, **kwargs)
 
 
 @click.group(context_settings=CONTEXT)
@@ -276,6 +277,42 @@ def export_command(run, kind, out, lam, as_json, debug):
     from pipeline.export import export_model
 
     _show(export_model(_run_folder(run), to=kind, out=out, lam=lam), as_json)
+
+
+@cli.command("predict", cls=Examples, example="pipeline predict model photos/ --top-k 3")
+@click.argument("model", type=PATH)
+@click.argument("images", nargs=-1, required=True)
+@click.option("--top-k", type=click.IntRange(1), default=3, show_default=True, help="How many classes to name.")
+@click.option("--format", "layout", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--compare", is_flag=True, help="Also say what the head before rebalancing says.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
+@shared
+def predict_command(model, images, top_k, layout, batch_size, compare, device, as_json, debug):
+    """Label images with an exported model or a run.
+
+    MODEL is a folder of `pipeline export` or a run; IMAGES are files, folders and globs. Unreadable files are reported and
+    left out; exit code 3 if none could be read.
+    """
+    from rich.console import Console
+
+    from pipeline import predict as predictor
+    from pipeline.console import Talk
+
+    skipped: list[str] = []
+    rows = predictor.predict(
+        model, images, top_k=top_k, batch_size=batch_size, device=device, compare=compare, skipped=skipped.append
+    )
+    if as_json:
+        document = {"predictions": [row.to_dict() for row in rows], "skipped": skipped}
+        click.echo(json.dumps(document, indent=1, allow_nan=False))
+    elif layout == "table":
+        Console(highlight=False).print(predictor.table(rows))
+    else:
+        for line in predictor.csv_lines(rows) if layout == "csv" else predictor.json_lines(rows):
+            click.echo(line)
+    for reason in skipped:
+        Talk().say(f"left out: {reason}")
 
 
 @cli.command("info", cls=Examples, example="pipeline info runs/digits-lt/features.zarr")

@@ -19,7 +19,7 @@ from pipeline.backbone.model import build_model, classifier, encode
 from pipeline.config import BackboneConfig
 from pipeline.data.dataset import Split
 from pipeline.data.images import EXTENSIONS
-from pipeline.data.transform import Transform, _Files
+from pipeline.data.transform import ImageFiles, Transform
 from pipeline.distributed import choose_device
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.export import STAGE1, input_facts, matching_checkpoint
@@ -172,7 +172,7 @@ def _read(
     starts = range(0, len(paths), batch_size)
     batches = [[(i, None) for i in range(a, min(a + batch_size, len(paths)))] for a in starts]
     workers = min(8, os.cpu_count() or 1) if len(paths) >= WORKERS_FROM else 0
-    files: Any = _Files(split, transform)
+    files: Any = ImageFiles(split, transform)
     loader: DataLoader = DataLoader(
         files,
         batch_sampler=batches,

@@ -96,5 +96,6 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        if tensor.numel():
+            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

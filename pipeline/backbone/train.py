@@ -158,12 +158,10 @@ class Trainer:
         self.precision = choose_precision(settings.precision, device)
         if cuda:
             torch.set_float32_matmul_precision("high")
-        self.memory_format = (
-            torch.channels_last if cuda else torch.contiguous_format
-        )  # slower on a CPU for small networks
-        self.model = build_model(settings, num_classes=len(dataset.class_names)).to(
-            device, memory_format=self.memory_format
-        )
+        # channels_last is slower on a CPU for small networks
+        self.memory_format = torch.channels_last if cuda else torch.contiguous_format
+        self.model = build_model(settings, num_classes=len(dataset.class_names)).to(device)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         check_input(self.model, self.transform, device)
         self.network = network_facts(settings, self.model)
         self.optimiser = torch.optim.SGD(

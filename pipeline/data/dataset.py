@@ -45,11 +45,11 @@ class Split:
         """(sha256 over labels, ids and images in order; what of the images went into it)."""
         sha = hashlib.sha256()
         for array in (self.labels, self.ids):
-            sha.update(np.ascontiguousarray(array, dtype="<i8"))
+            sha.update(np.ascontiguousarray(array, dtype="<i8").data)
         if self.paths is None:
             assert self.images is not None
             sha.update(repr(self.images.shape).encode())
-            sha.update(np.ascontiguousarray(self.images))
+            sha.update(np.ascontiguousarray(self.images).data)
             return sha.hexdigest(), "pixels"
         sizes = [os.stat(self.root / p).st_size for p in self.paths]
         contents = sum(sizes) <= CONTENT_LIMIT

@@ -41,8 +41,8 @@ def digits(config: DataConfig) -> Source:
         random.shuffle(order)
         for name, rows in zip(parts, np.split(order, [40, 60]), strict=True):
             parts[name].append(rows)
-    splits = {name: _rows(images, labels, np.concatenate(rows)) for name, rows in parts.items()}
-    return Source(class_names=tuple("0123456789"), **splits)
+    train, val, test = (_rows(images, labels, np.concatenate(parts[name])) for name in ("train", "val", "test"))
+    return Source(class_names=tuple("0123456789"), train=train, val=val, test=test)
 
 
 def cifar(config: DataConfig) -> Source:

@@ -32,7 +32,8 @@ class Transform:
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> "Transform":
-        return cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in facts.items()})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -85,8 +86,8 @@ class Loader:
         if split.images is not None:
             self._images = torch.from_numpy(split.images).to(device)
         else:
-            self._files = DataLoader(
-                _Files(split, transform),
+            self._files: DataLoader[Any] = DataLoader(
+                ImageFiles(split, transform),
                 batch_sampler=self._plan,
                 collate_fn=collate,
                 num_workers=workers,
@@ -135,7 +136,7 @@ class _Plan:
         return len(self.batches)
 
 
-class _Files:
+class ImageFiles(torch.utils.data.Dataset):
     """Map-style data set over image files; (position, key) → uint8 (3, H, W) or an error text, collated per batch."""
 
     def __init__(self, split: Split, transform: Transform):

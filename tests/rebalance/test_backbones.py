@@ -6,17 +6,27 @@ from pipeline.rebalance.backbones import combine
 
 def row(method, lam, seed, split, value, few=None):
     loss = None if method == "baseline" else "cb"
-    return {"method": method, "loss": loss, "lam": lam, "seed": seed, "split": split, "all": value, "many": value, "medium": None, "few": few, "ece": 5.0}  # fmt: skip
+    scores = {"all": value, "many": value, "medium": None, "few": few, "ece": 5.0}
+    return {"method": method, "loss": loss, "lam": lam, "seed": seed, "split": split} | scores
 
 
 def document(val, test, *, store="a"):
     """val and test: λ → accuracies of two batch orders."""
     rows = [row("iwb", lam, seed, "val", v) for lam, values in val.items() for seed, v in enumerate(values)]
-    rows += [row("iwb", lam, seed, "test", v, few=v - 10) for lam, values in test.items() for seed, v in enumerate(values)]
+    rows += [
+        row("iwb", lam, seed, "test", v, few=v - 10) for lam, values in test.items() for seed, v in enumerate(values)
+    ]
     baseline = {"all": 40.0, "many": 60.0, "medium": None, "few": 10.0, "ece": 3.0}
     selected = {"method": "iwb", "loss": "cb", "lam": 0.1, "chosen_on": "val"}
     timing = {"load_s": 1.0, "fit_s": 2.0, "heads": 4}
-    return {"store": store, "fingerprint": store, "baseline": baseline, "selected": selected, "results": rows, "timing": timing}
+    return {
+        "store": store,
+        "fingerprint": store,
+        "baseline": baseline,
+        "selected": selected,
+        "results": rows,
+        "timing": timing,
+    }
 
 
 def test_one_lambda_is_chosen_on_the_mean_validation_over_backbones():

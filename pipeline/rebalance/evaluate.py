@@ -1,0 +1,85 @@
+"""The table of heads that exist, on one split: nothing is fitted and nothing is chosen."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cache import CacheError, open_cache
+from pipeline.errors import DataError
+from pipeline.metrics import GROUPS
+from pipeline.rebalance.load import read_split
+from pipeline.rebalance.methods import Setting
+from pipeline.rebalance.result import MEASURES, Row, mean_and_std, read_heads
+from pipeline.rebalance.sweep import score
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Heads of a file on a split of a store; settings: mean and std of every measure over the seeds of a setting."""
+
+    store: str
+    heads: str
+    split: str
+    results: tuple[Row, ...]
+    settings: tuple[dict[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __rich__(self) -> "Table":
+        from rich.table import Table
+
+        from pipeline.report.table import name, spread
+
+        table = Table(title=f"Accuracy on {self.split} in %, mean ± std over batch orders", title_justify="left")
+        table.add_column("head")
+        columns = (*GROUPS, "all", "ece")
+        for column in columns:
+            table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right")
+        for setting in self.settings:
+            label = name((setting["method"], setting["loss"], setting["lam"]))
+            table.add_row(label, *(spread([setting], column) for column in columns))
+        return table
+
+
+def evaluate(store: Path, heads: Path, *, split: str = "test") -> EvaluateResult:
+    """Scores of every head in a heads.safetensors on train, val or test (the clean view) of a store.
+
+    Raises DataError where either file is missing or damaged, or the heads are of another shape than the features.
+    """
+    try:
+        cache = open_cache(store)
+        if split not in cache.splits:
+            raise DataError(f"{store}: no split {split}; it has {', '.join(cache.splits)}")
+        features = read_split(cache, split)
+    except CacheError as error:
+        raise DataError(str(error)) from error
+    described, weight, bias = read_heads(heads)
+    if weight.shape[1:] != (len(cache.counts), cache.width):
+        raise DataError(
+            f"{heads}: heads for {weight.shape[1]} classes and {weight.shape[2]} features, {store} has {len(cache.counts)} "
+            f"and {cache.width}; give the heads.safetensors made from this store"
+        )
+    fitted = {
+        (Setting(d["method"], d["loss"], d["lam"]), d["seed"]): (weight[i], bias[i]) for i, d in enumerate(described)
+    }
+    scored = score(fitted, features, np.asarray(cache.counts), torch.device("cpu"))
+    rows = [
+        Row(setting.method, setting.loss, setting.lam, seed, split, *(scores.summary[m] for m in MEASURES))
+        for (setting, seed), scores in scored.items()
+    ]
+    by_setting: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_setting[row.method, row.loss, row.lam].append(row)
+    settings = [
+        {"method": method, "loss": loss, "lam": lam, "n": len(of)} | mean_and_std(of)
+        for (method, loss, lam), of in by_setting.items()
+    ]
+    return EvaluateResult(str(store), str(heads), split, tuple(rows), tuple(settings))
