@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.seeds import derive
 
-BLOCK_BYTES = 32 << 20  # batches are laid out this many bytes at a time
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # laid out at a time; on a CPU read again while still in its cache
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Batch:
     """One step of every batch order, B samples each.
 
     x (S, B+1, D+1): features and a 1; the last row is the mean of the unit features, and a 0. weighted: x with every
-    row times its loss weight and the last row 0, once for every weighting. labels (S, B). inverse_norm (S, B): 1/|x|.
+    row times its loss weight and the last row 0, once for every weighting. labels (S, B, 1). inverse_norm (S, B, 1): 1/|x|
     unit (S, B, D+1): x/|x| with 0 in the last column, or None where no head asks for it.
     """
 
@@ -41,47 +41,83 @@ def batch_order(rows: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(derive(seed, "batch-order", epoch)).permutation(rows)
 
 
-def blocks(
-    features: Tensor, labels: Tensor, order: Tensor, size: int, weightings: Sequence[Weighting], *, unit: bool
-) -> Iterator[list[Batch]]:
-    """The batches of an epoch, as many at a time as BLOCK_BYTES hold; the short last batch is kept and comes alone.
+class Batches:
+    """Lays out epochs, block by block, in buffers that are made once.
 
-    features (N, D) of the epoch's view and labels (N,), on any device; order (S, n) rows of them in the order of each
-    seed. The batches come on the device and in the dtype of the weightings.
+    seeds: S; rows: samples of an epoch; size: B, and the last batch may be short. Batches come on the device and in the
+    dtype of the weightings. unit: whether any head asks for the unit features.
     """
-    like = weightings[0].of_class
-    seeds, n = order.shape
-    full = n // size
-    copies = 1 + len(weightings) + unit
-    batch_bytes = seeds * (size + 1) * (features.shape[1] + 1) * like.element_size() * copies
-    at_once = max(1, BLOCK_BYTES // batch_bytes)
-    cuts = [(i * size, min(i + at_once, full) * size, size) for i in range(0, full, at_once)]
-    if n > full * size:
-        cuts.append((full * size, n, n - full * size))
-    for first, last, b in cuts:
-        rows = order[:, first:last].reshape(seeds, -1, b).transpose(0, 1)
-        x = features[rows].to(like.device, like.dtype)
-        yield lay_out(x, labels[rows].to(like.device), weightings, unit=unit)
+
+    def __init__(
+        self, seeds: int, rows: int, size: int, width: int, weightings: Sequence[Weighting], *, unit: bool = False
+    ):
+        like = weightings[0].of_class
+        self.rows, self.size, self.full = rows, size, rows // size
+        batch_bytes = seeds * (size + 1) * (width + 1) * like.element_size() * (1 + len(weightings) + unit)
+        self.at_once = max(1, min(self.full, BLOCK_BYTES[like.device.type] // batch_bytes))
+        self._make = lambda batches, of: Block(batches, seeds, of, width, weightings, unit=unit)
+        self._blocks: dict[tuple[int, int], Block] = {}
+
+    def epoch(self, features: Tensor, labels: Tensor, order: Tensor) -> Iterator[Sequence[Batch]]:
+        """Blocks of batches; one is overwritten by the next.
+
+        features (N, D) of the epoch's view and labels (N,), both on one device; order (S, rows): numbers of rows there.
+        """
+        for first in range(0, self.full, self.at_once):
+            batches = min(self.at_once, self.full - first)
+            yield self._block(batches, self.size).fill(features, labels, order, first * self.size)
+        if last := self.rows - self.full * self.size:
+            yield self._block(1, last).fill(features, labels, order, self.full * self.size)
+
+    def _block(self, batches: int, size: int) -> "Block":
+        if (batches, size) not in self._blocks:
+            self._blocks[batches, size] = self._make(batches, size)
+        return self._blocks[batches, size]
 
 
-def lay_out(x: Tensor, y: Tensor, weightings: Sequence[Weighting], *, unit: bool) -> list[Batch]:
-    """Batches of features x (n, S, B, D) and labels y (n, S, B)."""
-    n, s, b, d = x.shape
-    inverse = 1 / torch.linalg.vector_norm(x, dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-    rows = x.new_zeros(n, s, b + 1, d + 1)
-    rows[..., :b, :d] = x
-    rows[..., :b, d] = 1
-    rows[..., b, :d] = torch.einsum("nsb,nsbd->nsd", inverse / b, x)
-    weighted = []
-    for weighting in weightings:
-        v = weighting.of_class[y]
-        v /= v.sum(-1, keepdim=True) if weighting.by_sum else b
-        weighted.append(rows * torch.nn.functional.pad(v, (0, 1))[..., None])
-    units = None
-    if unit:
-        units = rows[..., :b, :] * inverse[..., None]
-        units[..., d] = 0
-    return [
-        Batch(rows[i], [w[i] for w in weighted], y[i], inverse[i], units[i] if units is not None else None)
-        for i in range(n)
-    ]
+class Block:
+    """n batches of one size in one set of buffers, and the views of them that a step takes."""
+
+    def __init__(self, n: int, s: int, b: int, d: int, weightings: Sequence[Weighting], *, unit: bool):
+        like = weightings[0].of_class
+        self.shape, self.weightings = (n, s, b, d), weightings
+        self.x = like.new_zeros(n, s, b + 1, d + 1)
+        self.x[:, :, :b, d] = 1
+        self.labels = torch.empty(n, s, b, 1, dtype=torch.int64, device=like.device)
+        self.norm, self.inverse = like.new_empty(n, s, b), like.new_empty(n, s, b)
+        self.weighted = [torch.zeros_like(self.x) for _ in weightings]
+        self.weight, self.total = like.new_empty(n, s, b), like.new_empty(n, s, 1)
+        self.unit = like.new_zeros(n, s, b, d + 1) if unit else None
+        self.features, self.samples = self.x[:, :, :b, :d], self.x[:, :, :b]
+        self.batches = [
+            Batch(
+                self.x[i],
+                [w[i] for w in self.weighted],
+                self.labels[i],
+                self.inverse[i, ..., None],
+                None if self.unit is None else self.unit[i],
+            )
+            for i in range(n)
+        ]
+
+    def fill(self, features: Tensor, labels: Tensor, order: Tensor, first: int) -> list[Batch]:
+        """The batches that begin at position `first` of the order."""
+        n, s, b, d = self.shape
+        rows = order[:, first : first + n * b].reshape(s, n, b).transpose(0, 1).reshape(-1).to(features.device)
+        self.features.copy_(features.index_select(0, rows).view(n, s, b, d))
+        self.labels.copy_(labels.index_select(0, rows).view(n, s, b, 1))
+        torch.linalg.vector_norm(self.features, dim=-1, out=self.norm)
+        torch.reciprocal(self.norm.clamp_min_(torch.finfo(self.x.dtype).tiny), out=self.inverse)
+        torch.div(self.inverse, b, out=self.weight)
+        mean = torch.matmul(self.weight[:, :, None], self.features)
+        self.x[:, :, b:, :d] = mean
+        for weighting, weighted in zip(self.weightings, self.weighted, strict=True):
+            torch.index_select(weighting.of_class, 0, self.labels.view(-1), out=self.weight.view(-1))
+            if weighting.by_sum:
+                self.weight.div_(torch.sum(self.weight, -1, keepdim=True, out=self.total))
+            else:
+                self.weight.div_(b)
+            torch.mul(self.samples, self.weight[..., None], out=weighted[:, :, :b])
+        if self.unit is not None:
+            torch.mul(self.features, self.inverse[..., None], out=self.unit[..., :d])
+        return self.batches

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.rebalance.batches import Batch, Weighting, batch_order, blocks
+from pipeline.rebalance.batches import Batch, Batches, Weighting, batch_order
 from pipeline.rebalance.features import Features
 from pipeline.rebalance.formulation import Penalty
 from pipeline.rebalance.stack import Form, Stack
@@ -95,10 +95,11 @@ def fit_heads(
     order = sorted(range(len(heads)), key=lambda i: (heads[i].form.cb, heads[i].penalised, str(heads[i].form)))
     weight = np.empty((len(seeds), len(heads), classes, width), np.float64 if dtype == torch.float64 else np.float32)
     bias = np.empty(weight.shape[:3], weight.dtype)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     with _arithmetic(device):
         for first, last in passes:
             chosen = order[first:last]
-            fitted = _fit_pass(features, [heads[i] for i in chosen], seeds, schedule, rows, device, dtype)
+            fitted = _fit_pass(features, [heads[i] for i in chosen], seeds, schedule, rows, device, dtype, threads)
             for members, head in fitted:
                 at = [chosen[i] for i in members]
                 weight[:, at] = head[..., :-1].cpu().numpy()
@@ -120,6 +121,7 @@ def _fit_pass(
     rows: np.ndarray | None,
     device: torch.device,
     dtype: torch.dtype,
+    threads: int,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yields (head numbers, fitted (S, k, C, D+1)) of every stack after one pass over the data."""
     counts = torch.as_tensor(features.counts, dtype=torch.float64)
@@ -129,7 +131,6 @@ def _fit_pass(
     labels = torch.as_tensor(features.labels, dtype=torch.int64)
     taken = np.arange(len(labels)) if rows is None else rows
     size = min(schedule.batch_size, len(taken))
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
     logits = len(seeds) * size * len(start)  # of one head
     stacks = []
     for members in stacked(heads, max(1, CPU_STACK_LOGITS // logits) if device.type == "cpu" else len(heads), threads):
@@ -148,12 +149,15 @@ def _fit_pass(
     workers = min(threads, len(stacks))
     worth_sharing = 2 * logits * start.shape[1] >= SHARED_PRODUCT
     torch.set_num_threads(threads // workers if worth_sharing else 1)
+    batches = Batches(len(seeds), len(taken), size, start.shape[1] - 1, weightings, unit=unit)
     with ThreadPoolExecutor(workers) as pool:
         for epoch in range(schedule.epochs):
             advance = partial(_advance, lr=schedule.lr_of(epoch))
             view = torch.as_tensor(features.views[features.view_of_epoch(epoch, augmented=schedule.augmented)])
             order = torch.as_tensor(np.stack([taken[batch_order(len(taken), seed=s, epoch=epoch)] for s in seeds]))
-            for block in blocks(view, labels, order, size, weightings, unit=unit):
+            if view.nbytes < _free_bytes(device) // 4:
+                view = view.to(device)
+            for block in batches.epoch(view, labels.to(view.device), order):
                 list(pool.map(advance, [stack for _, stack in stacks], itertools.repeat(block)))
     for members, stack in stacks:
         yield members, stack.weight

@@ -29,11 +29,11 @@ class TrueCosine:
 
     def compute(self, batch: "Batch") -> Tensor:
         own, of_class = self.own.view(-1), self.of_class.view(-1)
-        torch.add(self.head_start, batch.labels[:, :, None], out=self.own)
+        torch.add(self.head_start, batch.labels, out=self.own)
         torch.index_select(self.step.logits.view(-1), 0, self.step.truth.view(-1), out=self.value.view(-1))
         self.bias.copy_(self.stack.weight[..., self.stack.width])
         torch.index_select(self.bias.view(-1), 0, own, out=of_class)
-        self.value.sub_(self.of_class).mul_(batch.inverse_norm[..., None])
+        self.value.sub_(self.of_class).mul_(batch.inverse_norm)
         torch.index_select(self.stack.norms.view(-1), 0, own, out=of_class)
         return self.value.div_(self.of_class)
 
@@ -51,7 +51,8 @@ class MeanTarget:
         summed = self.stack.form.penalty.kl_weight == "batch"  # turns the batch mean into the sum over this batch
         self.scale = self.stack.kl_weight * (step.size if summed else 1)
         self.slope, self.pull, self.share = (torch.empty_like(n) for _ in range(3))
-        self.total = n.new_empty(*n.shape[:2], 1)
+        self.pull_column, self.total = self.pull[..., None], n.new_empty(*n.shape[:2], 1)
+        self.mean_logits = step.logits[:, -1]
         if self.stack.form.penalty.hardness == "scalar":
             self.true_cosine, self.mean_cosine = TrueCosine(step), n.new_empty(n.shape[:2])
 
@@ -71,7 +72,7 @@ class MeanTarget:
             torch.mean(self.true_cosine.compute(batch), dim=1, out=self.mean_cosine)
             torch.addcmul(n, stack.half_target, self.mean_cosine.sub_(1)[..., None], out=slope)
         else:
-            torch.div(self.step.logits[:, -1], n, out=self.pull)
+            torch.div(self.mean_logits, n, out=self.pull)
             torch.addcmul(n, stack.half_target, self.pull.sub_(1), out=slope)
         if rule.divergence == "mse":
             slope.mul_(2 / stack.classes)
@@ -83,7 +84,7 @@ class MeanTarget:
 
     def add_slope(self) -> None:
         torch.div(self.slope, self.stack.norms, out=self.pull)
-        self.stack.velocity[..., : self.stack.width].addcmul_(self.stack.vectors, self.pull[..., None])
+        self.stack.velocity_of_vectors.addcmul_(self.stack.vectors, self.pull_column)
 
 
 class EveryTarget:
@@ -131,7 +132,7 @@ class EveryTarget:
             torch.mul(self.slack[..., None], half[:, None], out=self.p)
         else:
             torch.sub(self.step.logits[:, :-1], stack.weight[:, None, ..., stack.width], out=self.projected)
-            self.projected.mul_(batch.inverse_norm[..., None, None])
+            self.projected.mul_(batch.inverse_norm[..., None])
             torch.div(half, n, out=self.per_class)
             torch.addcmul(half[:, None], self.projected, self.per_class[:, None], value=-1, out=self.p)
 

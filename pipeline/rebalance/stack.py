@@ -57,8 +57,9 @@ class Stack:
         self.momentum, self.weight_decay = momentum, weight_decay
         self.penalised = bool((kl_weight > 0).any())
         self.seeds, self.heads, self.classes, self.width = *weight.shape[:3], weight.shape[3] - 1
-        self.vectors = weight[..., : self.width]
         self.velocity = torch.zeros_like(weight)
+        self.vectors, self.velocity_of_vectors = weight[..., : self.width], self.velocity[..., : self.width]
+        self.tiny, self.eps = torch.finfo(weight.dtype).tiny, torch.finfo(weight.dtype).eps
         self.norms = weight.new_empty(weight.shape[:3])
         self._steps: dict[int, Step] = {}
 
@@ -84,25 +85,27 @@ class Step:
         self.row_start = (rows[..., None] * k + torch.arange(k, device=w.device)) * c
         self.truth = torch.empty_like(self.row_start)
         self.minus_one = w.new_full((self.truth.numel(),), -1)
-        flat = (s, k * c, stack.width + 1)
-        self.rows, self.velocity = stack.weight.view(flat), stack.velocity.view(flat)
         self.pull = (EveryTarget if stack.form.needs_every_target else MeanTarget)(self) if stack.penalised else None
+        # views that every step takes
+        self.logits_flat, residual_flat = self.logits.flatten(2), self.residual.flatten(2)
+        self.residual_line, self.truth_line = self.residual.view(-1), self.truth.view(-1)
+        self.matrix = w.flatten(1, 2).transpose(1, 2)
+        self.velocity = stack.velocity.flatten(1, 2)
+        self.products = [
+            (self.velocity[:, a * c : b * c], residual_flat[:, :, a * c : b * c].transpose(1, 2), weighting)
+            for a, b, weighting in stack.slices
+        ]
 
     def run(self, batch: Batch, lr: float) -> None:
         stack = self.stack
-        logits, residual = self.logits.flatten(2), self.residual.flatten(2)
-        torch.bmm(batch.x, self.rows.transpose(1, 2), out=logits)
-        torch.add(self.row_start, batch.labels[:, :, None], out=self.truth)
+        torch.bmm(batch.x, self.matrix, out=self.logits_flat)
+        torch.add(self.row_start, batch.labels, out=self.truth)
         self.compute_residual()
-        for first, last, weights in stack.slices:
-            part = slice(first * stack.classes, last * stack.classes)
-            into = self.velocity[:, part]
-            torch.baddbmm(
-                into, residual[:, :, part].transpose(1, 2), batch.weighted[weights], beta=stack.momentum, out=into
-            )
+        for velocity, residual, weighting in self.products:
+            torch.baddbmm(velocity, residual, batch.weighted[weighting], beta=stack.momentum, out=velocity)
         if self.pull is not None:
             torch.linalg.vector_norm(stack.vectors, dim=-1, out=stack.norms)
-            stack.norms.clamp_min_(torch.finfo(stack.norms.dtype).tiny)
+            stack.norms.clamp_min_(stack.tiny)
             self.pull.add(batch)
         if stack.weight_decay:
             stack.velocity.add_(stack.weight, alpha=stack.weight_decay)
@@ -110,14 +113,14 @@ class Step:
 
     def compute_residual(self) -> None:
         """residual = ∂(classification loss of one sample)/∂logits, before the sample's weight."""
-        p, truth = self.residual, self.truth.view(-1)
+        p = self.residual
         torch.softmax(self.logits, -1, out=p)
         if self.stack.form.cb == "softmax":
-            p.view(-1).index_add_(0, truth, self.minus_one)
+            self.residual_line.index_add_(0, self.truth_line, self.minus_one)
             return
         # r = p·∂l/∂p is −1 for the true class and p/(1 − p) for the others; ∂l/∂z = r − p·Σr
-        torch.neg(p, out=self.ratio).add_(1).clamp_min_(torch.finfo(p.dtype).eps)
+        torch.neg(p, out=self.ratio).add_(1).clamp_min_(self.stack.eps)
         torch.div(p, self.ratio, out=self.ratio)
-        self.ratio.view(-1).index_fill_(0, truth, -1)
+        self.ratio.view(-1).index_fill_(0, self.truth_line, -1)
         torch.sum(self.ratio, -1, keepdim=True, out=self.ratio_sum)
         torch.sub(self.ratio, p.mul_(self.ratio_sum), out=p)

@@ -49,7 +49,11 @@ def caption(document: Mapping[str, Any]) -> str:
     if settings:
         stored = settings.get("views_stored", 1)
         seen = f"{stored - 1} augmented views" if settings["views"] == "augmented" else "the clean view"
-        parts += [f"fitted on {seen}", f"{settings['formulation']}'s formulation", "no test-time flips"]
+        parts += [
+            f"fitted on {seen} (encoder in evaluation mode)",
+            f"{settings['formulation']}'s formulation",
+            "no test-time flips",
+        ]
     if "backbones" in document:
         repeated = f"n = {document['backbones']} backbones"
     else:

@@ -138,7 +138,7 @@ def test_few_bytes_mean_more_passes_and_the_same_heads(features):
 def test_small_blocks_change_nothing(features, monkeypatch):
     heads = [Head("cb-softmax", 0.3, penalty("code"))]
     once = fit_heads(features, heads, seeds=(0, 1), schedule=SHORT, dtype=torch.float64)
-    monkeypatch.setattr("pipeline.rebalance.batches.BLOCK_BYTES", 1)
+    monkeypatch.setattr("pipeline.rebalance.batches.BLOCK_BYTES", {"cpu": 1})
     assert_equal(once, fit_heads(features, heads, seeds=(0, 1), schedule=SHORT, dtype=torch.float64), 1e-12)
 
 

@@ -151,11 +151,11 @@ def test_selected_is_the_mean_on_test_of_what_was_best_on_val(swept):
 
 def test_the_tables_on_disk_agree(swept):
     out = Path(swept.out)
-    rows = read_csv((out / "results.csv"))
+    rows = read_csv(out / "results.csv")
     assert len(rows) == len(swept.results)
     assert rows[0]["lam"] == ""
     assert float(rows[-1]["all"]) == swept.results[-1].all
-    lines = read_csv((out / "per_class.csv"))
+    lines = read_csv(out / "per_class.csv")
     mine = [x for x in lines if x["method"] == "cb" and x["seed"] == "4" and x["split"] == "test"]
     assert [x["name"] for x in mine] == ["class 0", "class 1", "class 2"]
     assert [x["images"] for x in mine] == ["120", "60", "8"]
@@ -223,7 +223,7 @@ def test_folds_choose_where_there_is_no_validation_split(tmp_path):
     assert CAVEAT in result.notes
     kinds = [(r.method, r.lam, r.seed) for r in result.results if r.split == "kfold"]
     assert len(kinds) == len(set(kinds)) == 9
-    lines = read_csv((tmp_path / "out/per_class.csv"))
+    lines = read_csv(tmp_path / "out/per_class.csv")
     held_out = [int(x["total"]) for x in lines if x["split"] == "kfold" and x["method"] == "cb" and x["seed"] == "1"]
     assert held_out == [120, 60, 8]
     best = max((0.1, 0.9), key=lambda v: np.mean([r.all for r in result.results if (r.lam, r.split) == (v, "kfold")]))
