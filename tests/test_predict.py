@@ -78,8 +78,12 @@ def test_batch_size_and_company_change_nothing(model, folder):
 
 def test_unreadable_files_are_named_and_skipped(model, folder):
     reasons: list[str] = []
-    rows = list(predict(model, [folder], skipped=reasons.append, batch_size=1))
+    rows = {row.path: row for row in predict(model, [folder], skipped=reasons.append, batch_size=8)}
     assert len(rows) == 41
+    for name in ("13.png", "14.png", "15.png"):  # read in one batch with the file that cannot be read
+        (alone,) = predict(model, [folder / name])
+        assert rows[alone.path].guesses[0].name == alone.guesses[0].name
+        assert rows[alone.path].guesses[0].probability == pytest.approx(alone.guesses[0].probability, abs=1e-5)
     assert len(reasons) == 1
     assert "13a.jpg: unreadable image" in reasons[0]
 

@@ -126,7 +126,7 @@ def test_training_curves_have_every_epoch_and_none_without_metrics(run, tmp_path
 
 
 def test_strange_class_names_and_many_classes_draw_without_a_warning(tmp_path):
-    names = ("$a_{", "猫", "a very long name that does not fit", "é", "<b>")
+    names = ("$a_{$", "猫", "a very long name that does not fit", "é", "<b>")
     write_report(made_run(tmp_path / "names", names=names))
     many = made_run(tmp_path / "many", names=[str(i) for i in range(150)], counts=[200 - i for i in range(150)], lam="0.1")
     paths = write_report(many).figures
