@@ -49,6 +49,8 @@ def test_calibration_error_by_hand():
     expected = (abs(1 - (0.95 + 0.97)) + abs(1 - 0.5)) / 3
     assert expected_calibration_error(confidence, hit) == pytest.approx(100 * expected)
     assert expected_calibration_error(np.array([1.0, 1.0]), np.array([True, True])) == 0
+    same = expected_calibration_error(np.array([0.88, 0.92]), np.array([True, False]))  # both in 13/15 … 14/15
+    assert same == pytest.approx(100 * 0.8 / 2)
     edge = np.array([0.2, 0.21])  # 3/15 belongs to the third bin, .21 to the fourth: gaps do not cancel
     assert expected_calibration_error(edge, np.array([True, False])) == pytest.approx(100 * (0.8 + 0.21) / 2)
 

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.rebalance.batches import batch_order
-from pipeline.rebalance.engine import Head, Schedule, fit_heads, plan
+from pipeline.rebalance.engine import Head, Schedule, fit_heads, plan, stacked
 from pipeline.rebalance.features import Features
 from pipeline.rebalance.formulation import penalty
 from pipeline.rebalance.objective import iwb_objective
@@ -168,3 +170,22 @@ def test_plan_is_even_and_covers_every_head_once():
     assert plan(10, 1, 4) == [(0, 3), (3, 6), (6, 10)]
     assert plan(3, 100, 1) == [(0, 1), (1, 2), (2, 3)]
     assert plan(5, 1, 5) == [(0, 5)]
+
+
+@given(
+    st.lists(st.sampled_from(["ce", "cb-softmax", "cb-bce"]), min_size=1, max_size=20),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.randoms(use_true_random=False),
+)
+def test_stacks_hold_every_head_once_and_like_beside_like(losses, most, threads, random):
+    kinds = [penalty(), penalty(hardness="scalar"), penalty(kl_weight=0.0), penalty(kl_weight=9.0)]
+    heads = [Head(loss, 0.1, random.choice(kinds)) for loss in losses]
+    stacks = stacked(heads, most, threads)
+    assert sorted(i for stack in stacks for i in stack) == list(range(len(heads)))
+    for stack in stacks:
+        assert 1 <= len(stack) <= most
+        assert len({heads[i].form for i in stack if heads[i].penalised}) <= 1
+        assert len({heads[i].form.cb for i in stack}) == 1
+        weightings = [heads[i].weighting for i in stack]
+        assert len(list(itertools.groupby(weightings))) == len(set(weightings)), "one product for each weighting"

@@ -11,9 +11,12 @@ import cache
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.metrics import scores
-from pipeline.rebalance import RebalanceResult, rebalance, run
+from pipeline.rebalance import RebalanceResult, rebalance, run, sweep
+from pipeline.rebalance.engine import Head, Schedule, fit_heads
 from pipeline.rebalance.features import Features
 from pipeline.rebalance.folds import CAVEAT
+from pipeline.rebalance.formulation import penalty
+from pipeline.rebalance.load import load
 from pipeline.rebalance.result import read_heads
 from pipeline.report.table import results_table
 
@@ -228,6 +231,39 @@ def test_folds_choose_where_there_is_no_validation_split(tmp_path):
     assert held_out == [120, 60, 8]
     best = max((0.1, 0.9), key=lambda v: np.mean([r.all for r in result.results if (r.lam, r.split) == (v, "kfold")]))
     assert result.selected["lam"] == best
+
+
+def test_no_fold_is_fitted_on_what_it_is_scored_on(store, tmp_path, monkeypatch):
+    fit, given = sweep.fit_heads, []
+
+    def spy(*args, rows, **more):
+        given.append(rows)
+        return fit(*args, rows=rows, **more)
+
+    monkeypatch.setattr(sweep, "fit_heads", spy)
+    config = RebalanceConfig(lam="0.1,0.9", seeds=(0,), select_on="kfold", **QUICK)
+    result = rebalance(store, config, out=tmp_path)
+    everything, *folds = given
+    assert everything is None
+    held_out = [np.setdiff1d(np.arange(188), rows) for rows in folds]
+    assert len(folds) == 5
+    assert sorted(np.concatenate(held_out)) == list(range(188))
+    assert {r.split for r in result.results} == {"val", "kfold", "test"}
+
+
+@pytest.mark.parametrize(("formulation", "form"), [("paper", "cb-softmax"), ("code", "cb-bce")])
+def test_reference_rows_are_the_loss_alone_and_the_formulation_decides_its_form(store, tmp_path, formulation, form):
+    config = RebalanceConfig(lam="0.4", loss="ce", formulation=formulation, seeds=(3,), beta=0.99, **QUICK)
+    rebalance(store, config, out=tmp_path)
+    described, weight, _ = read_heads(tmp_path / "heads.safetensors")
+    loaded, rule = load(store, augmented=True), penalty(formulation)
+    alone = [Head("ce"), Head(form, beta=0.99), Head("ce", 0.0, rule), Head("ce", 0.4, rule)]
+    kept = [("ce", None), ("cb", None), ("iwb", 0.0), ("iwb", 0.4)]
+    schedule = Schedule(epochs=2, batch_size=32, lr=0.05)
+    expected, _ = fit_heads(loaded.features, alone, seeds=(3,), schedule=schedule)
+    for k, kind in enumerate(kept):
+        at = next(i for i, h in enumerate(described) if (h["method"], h["lam"]) == kind)
+        np.testing.assert_allclose(weight[at], expected[0, k], rtol=1e-5, atol=1e-6)
 
 
 def test_without_validation_split_the_error_says_kfold(tmp_path):
