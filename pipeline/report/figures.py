@@ -19,6 +19,7 @@ BEFORE: Row = {"color": BLACK, "linestyle": ":"}
 ALONE: Row = {"color": RED, "linestyle": "--"}
 ZERO: Row = {"color": GREEN, "linestyle": "-."}
 TARGET: Row = {"color": ORANGE, "linestyle": (0, (4, 1.5, 1, 1.5, 1, 1.5))}
+NARROW = 0.18  # share of the classes below which a group has no room for its full label
 FEATURES_FOR_A_FIGURE = 2**27  # numbers; a target line is not worth reading more
 
 
@@ -196,14 +197,12 @@ def class_change(study: Study) -> Drawing | None:
     axes.bar(x[up], y[up], width, color=BLUE, label="better than stage 1")
     axes.bar(x[~up], y[~up], width, **worse)
     axes.axhline(0, color=BLACK, linewidth=1)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low - 0.04 * (high - low), high + 0.18 * (high - low))
     _mark_groups(axes, study.counts[order], change)
     look.class_axis(axes, [study.first.store.class_names[c] for c in order], study.counts)
     axes.set_ylabel("change of test accuracy\n[percentage points]")
     gain, loss, known = int((change > 0).sum()), int((change < 0).sum()), int(np.isfinite(change).sum())
     mean = signed(float(np.nanmean(change)))
-    axes.set_title(f"{gain} classes gain, {loss} lose, {known - gain - loss} stay; mean {mean} points", pad=10)
+    axes.set_title(f"{gain} classes gain, {loss} lose, {known - gain - loss} stay; mean {mean} points", pad=40)
     look.legend(figure, np.array([axes]))
     name = str(study.first.selected) if len(study.backbones) == 1 else "The selected head of each backbone"
     caption = f"{name} less stage 1, test split, classes from largest to smallest; mean over {study.repeated}."
@@ -219,10 +218,11 @@ def _mark_groups(axes: "Axes", counts: np.ndarray, change: np.ndarray) -> None:
             continue
         if start:
             axes.axvline(start + 0.5, color=GREY, linewidth=1, linestyle="--")
-        text = f"{group} ({BOUNDS[group]} images)\n" + (f"mean {signed(known.mean())}" if len(known) else "no sample")
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
-        place: Row = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
-        axes.text(start + 0.5 + size / 2, 0.985, text, fontsize=10.5, bbox=box, **place)
+        wide = size >= NARROW * len(counts)
+        text = f"{group} ({BOUNDS[group]} images)\nmean " if wide else f"{group}\n"
+        text += signed(known.mean()) if len(known) else "–"
+        place: Row = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "color": GREY}
+        axes.text(start + 0.5 + size / 2, 1.015, text, fontsize=10.5, **place)
         start += size
 
 

@@ -144,8 +144,10 @@ def _tiles(lines: Sequence[Line]) -> str:
         a, b = (line.cells[column].mean for line in (before, after))
         if a is not None and b is not None:
             name = TITLES[column] + (f" ({BOUNDS[column]} images)" if column in BOUNDS else "")
-            sign, mark = ("up", "▲") if b >= a else ("down", "▼")
+            sign, mark = ("up", "▲") if b > a else ("down", "▼")
             change = f"<em class={sign}>{mark} {abs(b - a):.1f} against stage 1</em>"
+            if not round(b - a, 1):
+                change = "<em>as after stage 1</em>"
             tiles.append(f"<div class=tile><span>{name}</span><b>{b:.1f}<small> %</small></b>{change}</div>")
     return f"<div class=tiles>{''.join(tiles)}</div>"
 
@@ -188,8 +190,8 @@ def _choice(study: Study) -> str:
 
 def _near(study: Study) -> str:
     """How sure the choice is: what lies within one standard error of it."""
-    lams = [f"{s['lam']:g}" for s in study.first.results.get("within_one_se", ()) if s.get("lam") is not None]
-    if len(study.backbones) > 1 or len(lams) < 2:
+    lams = [f"{s['lam']:g}" for s in study.document.get("within_one_se", ()) if s.get("lam") is not None]
+    if len(lams) < 2:
         return ""
     return f"<p>Within one standard error of the best on the same split: λ = {', '.join(lams)}.</p>"
 

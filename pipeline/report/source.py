@@ -154,7 +154,7 @@ class Study:
 
     folder: Path
     backbones: Sequence[Backbone]
-    choice: dict[str, Any]
+    document: dict[str, Any]
     stages: dict[str, Any]
 
     @property
@@ -188,7 +188,7 @@ class Study:
     @property
     def chosen_on(self) -> str | None:
         """val or kfold; None where a single λ was given."""
-        return self.choice.get("chosen_on")
+        return self.document["selected"].get("chosen_on")
 
     @property
     def choosing_split(self) -> str:
@@ -258,15 +258,15 @@ def read_study(run: Path) -> Study:
         first = f"run `pipeline rebalance {run / 'features.zarr'}` first"
         raise DataError(f"{run}: nothing to report: no rebalance/results.json; {first}")
     together = run / "results.json"
-    choice = read_results(together)["selected"] if seeds and together.is_file() else None
-    backbones = [_read_backbone(path, choice) for path in found]
+    joint = read_results(together) if seeds and together.is_file() else None
+    backbones = [_read_backbone(path, joint["selected"] if joint else None) for path in found]
     for other in backbones[1:]:
         if other.store.class_names != backbones[0].store.class_names:
             raise DataError(
                 f"{other.results_path}: has other classes than {backbones[0].results_path}; report them apart"
             )
     stages = _json_or_empty(run / "run.json").get("stages", {})
-    return Study(run, backbones, choice or backbones[0].results["selected"], stages)
+    return Study(run, backbones, joint or backbones[0].results, stages)
 
 
 def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:

@@ -84,6 +84,8 @@ def test_several_backbones_are_named_as_what_was_repeated(runs, tmp_path):
     assert "standard deviation over 3 backbones" in text
     assert "chosen by the mean over backbones on the validation split" in text
     assert "batch orders of one backbone" not in text
+    near = [f"{s['lam']:g}" for s in json.loads((runs / "results.json").read_text())["within_one_se"]]
+    assert ("Within one standard error of the best on the same split: λ = " + ", ".join(near) in text) == (len(near) > 1)
 
 
 def test_folds_are_named_as_what_chose(tmp_path):
