@@ -24,6 +24,5 @@ ENV HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/tmp/huggingface TORCH_HOME=/
 RUN mkdir -p /work && chmod 1777 /work
 USER 1000:1000
 WORKDIR /work
-VOLUME /work
 ENTRYPOINT ["pipeline"]
 CMD ["--help"]

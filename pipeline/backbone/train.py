@@ -161,7 +161,7 @@ class Trainer:
         # channels_last is slower on a CPU for small networks
         self.memory_format = torch.channels_last if cuda else torch.contiguous_format
         self.model = build_model(settings, num_classes=len(dataset.class_names)).to(device)
-        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.model.to(memory_format=self.memory_format)
         check_input(self.model, self.transform, device)
         self.network = network_facts(settings, self.model)
         self.optimiser = torch.optim.SGD(
