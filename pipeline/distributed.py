@@ -149,7 +149,8 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
         nproc_per_node=nproc,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint="127.0.0.1:0",  # a container may not know its own name
+        local_addr="127.0.0.1",
         max_restarts=0,
     )
     try:
