@@ -13,7 +13,17 @@ from typing import Any
 
 from pipeline.provenance import LIBRARIES
 
-SHOWN = (*LIBRARIES, "click", "rich", "pydantic", "safetensors", "scikit-learn", "matplotlib", "pillow", "google-crc32c")
+SHOWN = (
+    *LIBRARIES,
+    "click",
+    "rich",
+    "pydantic",
+    "safetensors",
+    "scikit-learn",
+    "matplotlib",
+    "pillow",
+    "google-crc32c",
+)
 LITTLE_DISK, LITTLE_MEMORY = 2.0, 2.0  # GiB
 
 
@@ -104,7 +114,9 @@ def _import_libraries() -> str:
     import torch
     import torchvision
 
-    torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where torch and torchvision do not belong together
+    torchvision.ops.nms(
+        torch.zeros(1, 4), torch.zeros(1), 0.5
+    )  # fails where torch and torchvision do not belong together
     return "torch, torchvision and timm load and fit together"
 
 
@@ -182,7 +194,9 @@ def _run_stage2(device: str) -> str:
     labels = np.repeat([0, 1], [100, 10])
     noise = np.random.default_rng(0).normal(size=(110, 4)).astype(np.float32)
     features = noise + np.where(labels == 0, 3.0, -3.0)[:, None].astype(np.float32)
-    zero = Features([features], labels, np.bincount(labels), 0.01 * np.eye(2, 4, dtype=np.float32), np.zeros(2, np.float32))
+    zero = Features(
+        [features], labels, np.bincount(labels), 0.01 * np.eye(2, 4, dtype=np.float32), np.zeros(2, np.float32)
+    )
     schedule = Schedule(epochs=3, lr=0.05, batch_size=16)
     weight, bias = fit_heads(zero, [Head("cb-softmax", 0.1, penalty())], seeds=[0], schedule=schedule, device=device)
     right = (features @ weight[0, 0].T + bias[0, 0]).argmax(1) == labels

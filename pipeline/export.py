@@ -128,7 +128,9 @@ def _weights(checkpoint: "Checkpoint", weight: Any, bias: Any, to: str) -> bytes
 
     layer = classifier(checkpoint.model)
     if layer.bias is None:
-        raise DataError(f"{checkpoint.path}: the network's classifier has no bias, so it cannot carry the rebalanced head")
+        raise DataError(
+            f"{checkpoint.path}: the network's classifier has no bias, so it cannot carry the rebalanced head"
+        )
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weight))
         layer.bias.copy_(torch.from_numpy(bias))

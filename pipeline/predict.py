@@ -146,7 +146,9 @@ def _exported(path: Path, compare: bool) -> Model:
         network = build_model(settings, num_classes=config["num_classes"])
         weights = path / config["weights"]
         safe = weights.suffix == ".safetensors"
-        network.load_state_dict(load_file(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True))
+        network.load_state_dict(
+            load_file(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True)
+        )
         layer = classifier(network)
         heads = [(layer.weight.detach().numpy(), layer.bias.detach().numpy())]
         if compare:
@@ -205,7 +207,10 @@ def csv_lines(rows: Iterable[Prediction]) -> Iterator[str]:
         columns: dict[str, Any] = {"path": row.path}
         for prefix, guesses in (("", row.guesses), ("stage1_", row.stage1 or ())):
             for place, guess in enumerate(guesses, 1):
-                columns |= {f"{prefix}class_{place}": guess.name, f"{prefix}probability_{place}": f"{guess.probability:.6f}"}
+                columns |= {
+                    f"{prefix}class_{place}": guess.name,
+                    f"{prefix}probability_{place}": f"{guess.probability:.6f}",
+                }
         if number == 0:
             yield _csv(columns)
         yield _csv(columns.values())

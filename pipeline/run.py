@@ -23,8 +23,6 @@ from pipeline.rebalance.backbones import combine
 from pipeline.report import write_report
 from pipeline.report.table import results_table
 
-RESULTS = ("results.json", "results.csv", "heads.safetensors", "run.json")
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -71,17 +69,22 @@ class Ledger:
         except (OSError, ValueError, KeyError):
             self.stages = {}
 
-    def up_to_date(self, stage: str, inputs: Any, outputs: Sequence[Path]) -> bool:
-        """Whether the stage was made from these inputs and its outputs are still what it wrote."""
+    def up_to_date(self, stage: str, inputs: Any) -> bool:
+        """Whether the stage was made from these inputs and every file it wrote is still as it was."""
         known = self.stages.get(stage, {})
-        return known.get("inputs") == _digest(inputs) and known.get("outputs") == [file_digest(p) for p in outputs]
+        files = known.get("outputs", {})
+        whole = all(file_digest(self.path.parent / name) == digest for name, digest in files.items())
+        return known.get("inputs") == _digest(inputs) and bool(files) and whole
+
+    def outputs(self, stage: str) -> list[Path]:
+        return [self.path.parent / name for name in self.stages[stage]["outputs"]]
 
     def did(self, stage: str, seconds: float, *, inputs: Any = None, outputs: Sequence[Path] = ()) -> None:
         self.redone.append(stage)
         self.stages[stage] = {
             "seconds": round(seconds, 2),
             "inputs": _digest(inputs),
-            "outputs": [file_digest(p) for p in outputs],
+            "outputs": {str(p.relative_to(self.path.parent)): file_digest(p) for p in outputs},
         }
 
     def write(self, **facts: Any) -> None:
@@ -163,29 +166,30 @@ def _one_backbone(
         return {}
     folder = out / "rebalance"
     inputs = {"store": dumped.digest, "settings": config.rebalance.model_dump(mode="json")}
-    outputs = [folder / file for file in RESULTS]
-    if ledger.up_to_date(name + "rebalance", inputs, outputs):
+    if ledger.up_to_date(name + "rebalance", inputs):
         talk.say(f"{folder}: up to date")
     else:
         started = time.perf_counter()
         rebalance(store, config.rebalance, out=folder, device=device)
+        outputs = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".csv", ".safetensors")]
         ledger.did(name + "rebalance", time.perf_counter() - started, inputs=inputs, outputs=outputs)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def _report(out: Path, backbones: Sequence[Path], ledger: Ledger, talk: Talk) -> tuple[Path, tuple[Path, ...]]:
-    made_from = [p / "rebalance" / file for p in backbones for file in RESULTS] + [
+    """report.html and its pictures, drawn again if any backbone's results or training curve has changed."""
+    made_from = [p / "rebalance" / "results.json" for p in backbones] + [
         p / "backbone/metrics.jsonl" for p in backbones
     ]
     inputs, html = [file_digest(p) for p in made_from], out / "report.html"
-    pictures = [out / "figures" / name for name in ("accuracy-lambda.png", "weight-norms.png")]
-    if not ledger.up_to_date("report", inputs, [html, *pictures]):
-        started = time.perf_counter()
-        write_report(out)
-        ledger.did("report", time.perf_counter() - started, inputs=inputs, outputs=[html, *pictures])
-    else:
+    if ledger.up_to_date("report", inputs):
         talk.say(f"{html}: up to date")
-    return html, tuple(pictures)
+    else:
+        started = time.perf_counter()
+        written = write_report(out)
+        numbers = [figure.with_suffix(".csv") for figure in written.figures]
+        ledger.did("report", time.perf_counter() - started, inputs=inputs, outputs=[html, *written.figures, *numbers])
+    return html, tuple(p for p in ledger.outputs("report") if p.suffix == ".png")
 
 
 def _with_seed(config: Config, seed: int) -> Config:

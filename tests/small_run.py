@@ -32,7 +32,13 @@ def made_run(run: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "t
     settings = {"lam": "0.05,0.1,1", "seeds": (0, 1), "epochs": 2, "lr": 0.02, **settings}
     rebalance(store or run / "features.zarr", RebalanceConfig.model_validate(settings), out=run / "rebalance")
     lines = [
-        {"epoch": e, "loss": 2 / e, "train_accuracy": 20.0 * e, "val_accuracy": 15.0 * e if e % 2 else None, "val_few": None}
+        {
+            "epoch": e,
+            "loss": 2 / e,
+            "train_accuracy": 20.0 * e,
+            "val_accuracy": 15.0 * e if e % 2 else None,
+            "val_few": None,
+        }
         for e in (1, 2, 3)
     ]
     (run / "backbone").mkdir()

@@ -58,7 +58,10 @@ def test_the_model_card_has_the_table_the_choice_and_the_limits(run, tmp_path):
     export_model(run, out=tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     selected = read_results(run / "rebalance" / "results.json")["selected"]
-    assert f"| {selected['few']:.1f} ± {selected['few_std']:.1f} | {selected['all']:.1f} ± {selected['all_std']:.1f} |" in card
+    assert (
+        f"| {selected['few']:.1f} ± {selected['few_std']:.1f} | {selected['all']:.1f} ± {selected['all_std']:.1f} |"
+        in card
+    )
     assert "λ was chosen on validation." in card
     assert "holds one head of them: batch order 0 of 2" in card
     assert "363 images, 110 … 5 a class" in card

@@ -27,7 +27,11 @@ def run(tiny_backbone, tmp_path_factory):
         ("backbone/last.pt", "stage-1 checkpoint", ["cifar_resnet8 ×0.25", "2 of 2 epochs, complete", "363"]),
         ("backbone", "stage-1 checkpoint", ["weights digest"]),
         ("backbone/run.json", "record of pipeline train-backbone", ["torch"]),
-        ("features.zarr", "feature store", ["sealed", "363 samples, 3 view(s)", "16 wide, float16", "fingerprint dataset"]),
+        (
+            "features.zarr",
+            "feature store",
+            ["sealed", "363 samples, 3 view(s)", "16 wide, float16", "fingerprint dataset"],
+        ),
         ("rebalance/results.json", "rebalancing results", ["2 batch order(s) of one backbone", "λ       "]),
         ("rebalance", "rebalancing results", ["stage 1"]),
         ("rebalance/heads.safetensors", "rebalanced heads", ["10 classes × 16 features", "iwb (cb, λ = 0.05): 2"]),

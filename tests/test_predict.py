@@ -73,7 +73,9 @@ def test_batch_size_and_company_change_nothing(model, folder):
     alone = [next(iter(predict(model, [folder / f"{i:02}.png"]))) for i in range(5)]
     together = list(predict(model, [folder / f"{i:02}.png" for i in range(5)], batch_size=3))
     assert [a.guesses[0].name for a in alone] == [t.guesses[0].name for t in together]
-    assert [a.guesses[0].probability for a in alone] == pytest.approx([t.guesses[0].probability for t in together], abs=1e-6)
+    assert [a.guesses[0].probability for a in alone] == pytest.approx(
+        [t.guesses[0].probability for t in together], abs=1e-6
+    )
 
 
 def test_unreadable_files_are_named_and_skipped(model, folder):
@@ -91,7 +93,11 @@ def test_unreadable_files_are_named_and_skipped(model, folder):
 def test_nothing_readable_is_an_error(model, folder, tmp_path):
     with pytest.raises(DataError, match=r"none of 1 image\(s\) could be read"):
         list(predict(model, [folder / "13a.jpg"]))
-    for given, said in (([], "no image was given"), ([tmp_path], "no image in this folder"), (["x*.png"], "no such file")):
+    for given, said in (
+        ([], "no image was given"),
+        ([tmp_path], "no image in this folder"),
+        (["x*.png"], "no such file"),
+    ):
         with pytest.raises(DataError, match=said):
             list(predict(model, given))
     for wrong in ({"top_k": 0}, {"batch_size": 0}):
@@ -114,7 +120,9 @@ def test_rows_as_csv_json_lines_and_table(model, folder):
     rows = list(predict(model, [folder / "00.png", folder / "01.png"], top_k=2, compare=True))
     read = list(csv.DictReader(csv_lines(rows)))
     assert [r["class_1"] for r in read] == [r.guesses[0].name for r in rows]
-    assert [float(r["stage1_probability_2"]) for r in read] == pytest.approx([r.stage1[1].probability for r in rows], abs=1e-6)
+    assert [float(r["stage1_probability_2"]) for r in read] == pytest.approx(
+        [r.stage1[1].probability for r in rows], abs=1e-6
+    )
     documents = [json.loads(line) for line in json_lines(rows)]
     assert documents[1]["top"][0] == {"name": rows[1].guesses[0].name, "probability": rows[1].guesses[0].probability}
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115

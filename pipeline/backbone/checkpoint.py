@@ -51,9 +51,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        raise DataError(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:160]}); train again with --overwrite"
-        ) from error
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise DataError(f"{path}: not a readable checkpoint ({reason}); train again with --overwrite") from error
     if not isinstance(state, dict) or not {"format", "model", "config", "transform"} <= state.keys():
         raise DataError(f"{path}: a checkpoint, but not one of `pipeline train-backbone`; give the last.pt of a run")
     if state["format"] != FORMAT:

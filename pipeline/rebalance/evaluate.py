@@ -13,8 +13,9 @@ from pipeline.errors import DataError
 from pipeline.metrics import GROUPS
 from pipeline.rebalance.load import read_split
 from pipeline.rebalance.methods import Setting
-from pipeline.rebalance.result import MEASURES, Row, mean_and_std, read_heads
+from pipeline.rebalance.result import MEASURES, Row, mean_and_std
 from pipeline.rebalance.sweep import score
+from pipeline.report.source import read_heads
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,12 +5,10 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import DataError
 from pipeline.metrics import Scores
 from pipeline.rebalance.methods import Setting
 
@@ -110,20 +108,6 @@ def heads_safetensors(
 
     metadata = {"heads": json.dumps(heads)} | {key: json.dumps(value) for key, value in facts.items()}
     return save({"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}, metadata)
-
-
-def read_heads(path: Path) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """(what each head is, weight (H, C, D), bias (H, C)) of a heads.safetensors; DataError where it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            heads = json.loads((file.metadata() or {})["heads"])
-            return heads, file.get_tensor("weight"), file.get_tensor("bias")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; make it with `pipeline rebalance`") from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: not the heads of `pipeline rebalance` ({error}); run it again") from error
 
 
 def _csv(lines: Sequence[dict[str, Any]]) -> str:

@@ -130,13 +130,15 @@ class Backbone:
             return None
         return np.where(seen > 0, 100 * total / np.maximum(seen, 1), np.nan)
 
-
     def _measured(self, kind: Kind, split: str) -> tuple[np.ndarray, np.ndarray]:
         """(right, seen) samples of every class (C,), summed over the heads of a kind."""
         heads, weight, bias = self.heads
         right, seen = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
         mine = [i for i, head in enumerate(heads) if kind.matches(head)]
-        if split not in self.store.splits or self.store.rows(split) * weight[0].size * len(mine) > PRODUCTS_FOR_A_FIGURE:
+        if (
+            split not in self.store.splits
+            or self.store.rows(split) * weight[0].size * len(mine) > PRODUCTS_FOR_A_FIGURE
+        ):
             return right, seen
         labels = self.store.labels(split)
         for chunk in self.store.chunks(split) if mine else ():

@@ -17,7 +17,7 @@ from pipeline.rebalance.features import Features
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.formulation import penalty
 from pipeline.rebalance.load import load
-from pipeline.rebalance.result import read_heads
+from pipeline.report.source import read_heads
 from pipeline.report.table import results_table
 
 REAL = Path(__file__).parents[3] / "shared/data/features/cifar100_lt_if100_resnet32.npz"

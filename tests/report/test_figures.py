@@ -79,7 +79,9 @@ def test_weight_norms_are_those_of_the_heads_largest_class_first(run):
     facts, weight, _ = study.first.heads
     mine = [i for i, f in enumerate(facts) if f["lam"] == study.first.selected.lam and f["method"] == "iwb"]
     expected = np.linalg.norm(weight[mine].astype(np.float64), axis=2).mean(0)
-    np.testing.assert_allclose([row[str(study.first.selected)] for row in drawing.table], expected[study.by_size], atol=1e-4)
+    np.testing.assert_allclose(
+        [row[str(study.first.selected)] for row in drawing.table], expected[study.by_size], atol=1e-4
+    )
     before = np.linalg.norm(study.first.store.classifier[0], axis=1)
     np.testing.assert_allclose([row["stage 1"] for row in drawing.table], before[study.by_size], atol=1e-4)
 
@@ -88,7 +90,10 @@ def test_target_norms_are_the_mean_target_of_the_objective(run):
     backbone = read_study(run).first
     facts, weight, _ = backbone.heads
     first = next(i for i, f in enumerate(facts) if backbone.selected.matches(f))
-    vectors, features = torch.from_numpy(weight[first]).double(), torch.from_numpy(backbone.store.read("train")).double()
+    vectors, features = (
+        torch.from_numpy(weight[first]).double(),
+        torch.from_numpy(backbone.store.read("train")).double(),
+    )
     labels = torch.from_numpy(backbone.store.labels("train"))
     number = number_coefficient(torch.from_numpy(backbone.store.counts).double())
     expected = target(number, hardness_coefficient(vectors, features, labels), backbone.selected.lam).mean(0)
@@ -128,7 +133,9 @@ def test_training_curves_have_every_epoch_and_none_without_metrics(run, tmp_path
 def test_strange_class_names_and_many_classes_draw_without_a_warning(tmp_path):
     names = ("$a_{$", "猫", "a very long name that does not fit", "é", "<b>")
     write_report(made_run(tmp_path / "names", names=names))
-    many = made_run(tmp_path / "many", names=[str(i) for i in range(150)], counts=[200 - i for i in range(150)], lam="0.1")
+    many = made_run(
+        tmp_path / "many", names=[str(i) for i in range(150)], counts=[200 - i for i in range(150)], lam="0.1"
+    )
     paths = write_report(many).figures
     assert all(path.stat().st_size > 10_000 for path in paths)
 

@@ -31,7 +31,9 @@ def test_the_table_has_the_measured_numbers_and_says_what_chose(run, tmp_path):
     document = json.loads((run / "rebalance" / "results.json").read_text())
     report = write_report(run, out=tmp_path)
     text, selected = text_of(report), document["selected"]
-    assert f"λ = {selected['lam']:g} was chosen on the validation split among 0.05, 0.1, 1, the test split unseen" in text
+    assert (
+        f"λ = {selected['lam']:g} was chosen on the validation split among 0.05, 0.1, 1, the test split unseen" in text
+    )
     assert "not selected on" in text
     assert "2 batch orders of one backbone" in text
     for column in ("all", "many", "medium", "few", "ece"):
@@ -85,7 +87,9 @@ def test_several_backbones_are_named_as_what_was_repeated(runs, tmp_path):
     assert "chosen by the mean over backbones on the validation split" in text
     assert "batch orders of one backbone" not in text
     near = [f"{s['lam']:g}" for s in json.loads((runs / "results.json").read_text())["within_one_se"]]
-    assert ("Within one standard error of the best on the same split: λ = " + ", ".join(near) in text) == (len(near) > 1)
+    assert ("Within one standard error of the best on the same split: λ = " + ", ".join(near) in text) == (
+        len(near) > 1
+    )
 
 
 def test_folds_are_named_as_what_chose(tmp_path):

@@ -102,7 +102,12 @@ def damage(folder, what):
 
 @pytest.mark.parametrize(
     ("what", "said"),
-    [("store", "feature store"), ("json", "not a readable"), ("keys", "no baseline"), ("all", "run `pipeline rebalance")],
+    [
+        ("store", "feature store"),
+        ("json", "not a readable"),
+        ("keys", "no baseline"),
+        ("all", "run `pipeline rebalance"),
+    ],
 )
 def test_what_is_missing_is_named(run, tmp_path, what, said):
     folder = shutil.copytree(run, tmp_path / "copy")
