@@ -11,7 +11,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cache import write_durably
 from pipeline import distributed
 from pipeline.backbone import checkpoint
+from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
 from pipeline.backbone.model import build_model, check_input, class_accuracy, input_transform, network_facts
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
@@ -34,78 +35,7 @@ from pipeline.metrics import group_means
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
 
-VAL_GROUPS = {"all": "val_accuracy", "many": "val_many", "medium": "val_medium", "few": "val_few"}
 AGREE_EVERY = 20  # steps between two looks at signals and clocks where looking costs a collective
-
-
-@dataclass(frozen=True)
-class Begin:
-    """Said once: what is trained, on what, and where it starts."""
-
-    network: dict[str, Any]
-    dataset: dict[str, Any]
-    device: str
-    precision: str
-    ranks: int
-    first_epoch: int
-    epochs: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step of rank 0."""
-
-    epoch: int
-    step: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One finished epoch; loss and train_accuracy over its augmented batches, accuracies in %, balanced over classes."""
-
-    epoch: int
-    epochs: int
-    lr: float
-    loss: float
-    train_accuracy: float
-    val_accuracy: float | None
-    val_many: float | None
-    val_medium: float | None
-    val_few: float | None
-    images_per_s: float
-    seconds: float
-    peak_memory_mb: float
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished stage 1."""
-
-    checkpoint: Path
-    epochs: int
-    trained_epochs: int
-    network: dict[str, Any]
-    dataset: dict[str, Any]
-    last: dict[str, Any] | None
-    best_val_accuracy: float | None
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"checkpoint": str(self.checkpoint)}
-
-    def __str__(self) -> str:
-        line = self.last or {}
-        val = ", ".join(f"{g} {line[k]:.1f}%" for g, k in VAL_GROUPS.items() if line.get(k) is not None)
-        return (
-            f"{self.checkpoint}: {self.network['network']} ({self.network['parameters']:,} parameters), {self.epochs} epochs\n"
-            f"balanced validation accuracy of the last epoch: {val or 'no validation split'}\n"
-            f"next: pipeline dump-features"
-        )
-
-
-Event = Begin | Step | Epoch
 
 
 def train_backbone(
