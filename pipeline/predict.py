@@ -85,10 +85,11 @@ def predict(
     loaded = load_model(model, compare=compare)
     network = loaded.network.to(where).eval()
     heads = [(weight.to(where), bias.to(where)) for weight, bias in loaded.heads]
-    read = 0
+    read, first_reason = 0, ""
     for start, pixels, reasons in _read(paths, loaded.transform, batch_size):
         good = [i for i, reason in enumerate(reasons) if reason is None]
         for reason in filter(None, reasons):
+            first_reason = first_reason or reason
             skipped(reason)
         if not good:
             continue
@@ -99,7 +100,7 @@ def predict(
         for position, i in enumerate(good):
             yield Prediction(str(paths[start + i]), *(guesses[position] for guesses in each))
     if not read:
-        raise DataError(f"none of {len(paths)} image(s) could be read; give image files such as photo.jpg")
+        raise DataError(f"none of {len(paths)} image(s) could be read; the first: {first_reason}")
 
 
 def find_images(images: Sequence[Path | str]) -> list[Path]:

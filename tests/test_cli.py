@@ -92,6 +92,36 @@ def test_verify_and_info_and_report_and_evaluate(finished):
     assert (folder / "runs/tiny/report.html").stat().st_size > 10_000
 
 
+def test_export_and_predict(finished):
+    """Real digits through the exported model: the labels it gives are those of the digits it was trained on."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder, _ = finished
+    bunch = load_digits()
+    for label in (0, 1):
+        row = np.flatnonzero(bunch.target == label)[0]
+        (folder / "photos").mkdir(exist_ok=True)
+        Image.fromarray(np.round(bunch.images[row] * (255 / 16)).astype(np.uint8)).save(folder / f"photos/{label}.png")
+    (folder / "photos" / "torn.png").write_bytes(b"no image")
+    code, out, err = pipeline("export", "--out", "model", "--json", cwd=folder)
+    assert code == 0, err
+    assert (folder / "model" / "README.md").is_file()
+    code, out, err = pipeline("predict", "model", "photos", "--json", "--compare", cwd=folder)
+    assert code == 0, err
+    document = json.loads(out)
+    assert [os.path.basename(p["path"]) for p in document["predictions"]] == ["0.png", "1.png"]
+    assert all(len(p["top"]) == 3 and p["top"][0]["probability"] > 0.1 for p in document["predictions"])
+    assert len(document["skipped"]) == 1
+    assert "torn.png" in document["skipped"][0]
+    code, out, err = pipeline("predict", "model", "photos/torn.png", cwd=folder)
+    assert code == 3
+    assert "torn.png" in err
+    code, out, err = pipeline("predict", "model", "photos", "--format", "csv", cwd=folder)
+    assert out.splitlines()[0].startswith("path,class_1,probability_1")
+
+
 def test_a_damaged_store_is_found_and_repaired(finished):
     folder, _ = finished
     chunk = folder / "runs/tiny/features.zarr/train/features/c/1/0/0"
