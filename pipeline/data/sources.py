@@ -167,7 +167,7 @@ def as_rgb(images: np.ndarray, origin: str) -> np.ndarray:
     if 0 in images.shape:
         raise DataError(f"{origin}: no images in it ({images.shape})")
     images = images[..., None] if images.ndim == 3 else images
-    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else np.ascontiguousarray(images)
 
 
 def _rows(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Split:
