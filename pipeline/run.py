@@ -182,7 +182,7 @@ def _report(out: Path, backbones: Sequence[Path], ledger: Ledger, talk: Talk) ->
         p / "backbone/metrics.jsonl" for p in backbones
     ]
     inputs, html = [file_digest(p) for p in made_from], out / "report.html"
-    if ledger.up_to_date("report", inputs):
+    if not ledger.redone and ledger.up_to_date("report", inputs):
         talk.say(f"{html}: up to date")
     else:
         started = time.perf_counter()
