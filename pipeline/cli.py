@@ -148,7 +148,7 @@ def dump_command(config, checkpoint, out, views, dtype, overwrite, nproc, device
     Images are those the checkpoint was trained with, unless both CONFIG and --checkpoint are given.
     """
     extra = ([f"dump.views={views}"] if views else []) + ([f"dump.dtype={dtype}"] if dtype else [])
-    talk, named = _config(config, [], told=config is not None or checkpoint is None)
+    talk, named = _config(config, sets, told=config is not None or checkpoint is None)
     path = checkpoint or named.run_dir / "backbone" / "last.pt"
     if not path.is_file():
         from pipeline.errors import DataError
@@ -216,7 +216,7 @@ def rebalance_command(store, config, out, device, sets, as_json, debug, **option
     if options["seeds"] is not None:
         options["seeds"] = list(_whole_numbers("--seeds", options["seeds"]) or ())
     options["method"] = list(options["method"]) or None
-    talk, path, tree = _store_and_tree(store, config)
+    talk, path, tree = _store_and_tree(store, config, sets=sets)
     from pipeline.config import lay_over, make_config
 
     for key, value in options.items():
@@ -391,7 +391,7 @@ def _dump_config(named: "Config | None", saved: "Config", *, both: bool, sets: A
 
 
 def _store_and_tree(
-    store: str | None, config: str | None, *, settings_from_store: bool = True
+    store: str | None, config: str | None, *, sets: Any = (), settings_from_store: bool = True
 ) -> "tuple[Talk, Path, dict]":
     """(console, store, configuration tree) of a rebalance: settings of --config, else of the store, else of the default."""
     from pipeline.config import find_config, load_config
@@ -399,7 +399,7 @@ def _store_and_tree(
     from pipeline.errors import DataError
 
     talk = Talk()
-    named = load_config(find_config(config)) if config or store is None else None
+    named = load_config(find_config(config), sets) if config or store is None else None
     if store is None:
         assert named is not None
         path = named.run_dir / "features.zarr"
@@ -514,7 +514,9 @@ def _explained(error: Exception) -> tuple[str, int]:
             errno.EACCES: "choose a folder you may write to with --out, or change its permissions",
             errno.EROFS: "choose a folder you may write to with --out",
         }.get(error.errno, "see --debug for where it happened")
-        return f"{error.filename or 'file system'}: {error.strerror}; {advice}", FAILED
+        name = Path(str(error.filename or "file system"))
+        shown = name.parent if name.suffix == ".tmp" else name  # of a durable write, whose own name says nothing
+        return f"{shown}: {error.strerror}; {advice}", FAILED
     return (
         f"{type(error).__name__}: {' '.join(str(error).split())[:400]} (this should not happen: --debug shows where)",
         FAILED,

@@ -192,9 +192,10 @@ def load_config(path: Path, settings: Iterable[str] = ()) -> Config:
             value = data.get(key)
             if isinstance(value, str) and not Path(value).expanduser().is_absolute():
                 data[key] = str(path.parent / value) if path not in shipped_configs().values() else value
+    settings = tuple(settings)
     for setting in settings:
         lay_over(tree, setting)
-    return make_config(tree, str(path))
+    return make_config(tree, " ".join([str(path), *(f"--set {s}" for s in settings)]))
 
 
 def make_config(tree: dict, origin: str) -> Config:

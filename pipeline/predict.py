@@ -80,7 +80,7 @@ def predict(
     """
     if top_k < 1 or batch_size < 1:
         raise ConfigError("top-k and batch size must be 1 or more")
-    paths = find_images(images)
+    paths = find_images(images, skipped)
     where = choose_device(device)
     loaded = load_model(model, compare=compare)
     network = loaded.network.to(where).eval()
@@ -103,9 +103,13 @@ def predict(
         raise DataError(f"none of {len(paths)} image(s) could be read; the first: {first_reason}")
 
 
-def find_images(images: Sequence[Path | str]) -> list[Path]:
-    """Files as they are, folders with every image below them, globs, each file once; DataError where that is nothing."""
+def find_images(images: Sequence[Path | str], skipped: Callable[[str], object] = lambda reason: None) -> list[Path]:
+    """Files as they are, folders with every image below them, globs, each file once.
+
+    skipped is called with the reason for each name that leads to no image; DataError where none does.
+    """
     found: dict[Path, None] = {}
+    reasons = []
     for given in images:
         path = Path(given)
         if path.is_dir():
@@ -116,10 +120,13 @@ def find_images(images: Sequence[Path | str]) -> list[Path]:
             inside = sorted(Path(p) for p in glob.glob(str(given), recursive=True) if Path(p).is_file())
         if not inside:
             kind = "no image in this folder" if path.is_dir() else "no such file, folder or pattern"
-            raise DataError(f"{given}: {kind}; give image files ({', '.join(sorted(EXTENSIONS))})")
+            reasons.append(f"{given}: {kind}")
         found |= dict.fromkeys(inside)
     if not found:
-        raise DataError("no image was given; name image files, folders or patterns such as 'photos/*.jpg'")
+        first = reasons[0] if reasons else "no image was given"
+        raise DataError(f"{first}; give image files ({', '.join(sorted(EXTENSIONS))}), folders or patterns")
+    for reason in reasons:
+        skipped(reason)
     return list(found)
 
 

@@ -106,12 +106,9 @@ def run_pipeline(
     Raises what the stages raise; everything finished stays.
     """
     talk = talk or Talk(quiet=True)
-    if seeds and (out / "backbone").exists():
-        raise ConfigError(f"{out} holds a run of one backbone; take another --out for --seeds, or leave --seeds away")
-    if not seeds and any(out.glob("seed-*")):
-        raise ConfigError(f"{out} holds a run of several backbones; give its --seeds again, or take another --out")
     places = {out / f"seed-{s}": _with_seed(config, s) for s in seeds} if seeds else {out: config}
     with distributed.ranks(device) as ranks:
+        ranks.together(lambda: _refuse_other_kind(out, seeds))
         ledger = Ledger(out / "run.json")
         documents = [
             _one_backbone(c, p, ledger, ranks, device, overwrite, talk, named=bool(seeds)) for p, c in places.items()
@@ -129,6 +126,13 @@ def run_pipeline(
         )
         seconds = {stage: entry["seconds"] for stage, entry in ledger.stages.items()}
         return RunResult(out, results, report, pictures, seconds, tuple(ledger.redone))
+
+
+def _refuse_other_kind(out: Path, seeds: Sequence[int] | None) -> None:
+    if seeds and (out / "backbone" / "last.pt").exists():
+        raise ConfigError(f"{out} holds a run of one backbone; take another --out for --seeds, or leave --seeds away")
+    if not seeds and any(out.glob("seed-*/backbone/last.pt")):
+        raise ConfigError(f"{out} holds a run of several backbones; give its --seeds again, or take another --out")
 
 
 def _one_backbone(

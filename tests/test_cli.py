@@ -58,6 +58,16 @@ def test_without_any_configuration_the_digits_are_taken(tmp_path):
     assert json.loads(out)["checkpoint"] == "runs/digits-lt/backbone/last.pt"
 
 
+def test_another_name_is_another_run_in_every_command(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / "pipeline.yaml").write_text((folder / "pipeline.yaml").read_text())
+    for words in (["train-backbone", "--set", "backbone.epochs=1"], ["dump-features"], ["rebalance", "--lam", "0.05"]):
+        code, _, err = pipeline(*words, "--set", "name=other", cwd=tmp_path)
+        assert code == 0, err
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["other"]
+    assert (tmp_path / "runs/other/rebalance/results.json").is_file()
+
+
 def test_rebalance_json_follows_the_contract(finished):
     folder, _ = finished
     code, out, err = pipeline("rebalance", "--lam", "0.05,0.2", "--json", "--out", "other", cwd=folder)
@@ -192,9 +202,6 @@ def test_errors_are_json_too(tmp_path, monkeypatch, capsys):
     assert "no such checkpoint" in document["error"]
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0 and not os.path.exists("/dev/full"), reason="needs a place that cannot be written"
-)
 def test_a_place_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")

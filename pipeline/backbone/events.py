@@ -70,7 +70,7 @@ class TrainResult:
         return (
             f"{self.checkpoint}: {self.network['network']} ({self.network['parameters']:,} parameters), {self.epochs} epochs\n"
             f"balanced validation accuracy of the last epoch: {val or 'no validation split'}\n"
-            f"next: pipeline dump-features"
+            f"next: pipeline dump-features --checkpoint {self.checkpoint}"
         )
 
 

@@ -108,7 +108,8 @@ class Loader:
         self._plan.batches = [[(int(i), key) for i in positions] for positions in rows]
         for images, errors in self._files:
             if errors:
-                raise DataError(errors[0])
+                more = f" (and {len(errors) - 1} more in the same batch)" if len(errors) > 1 else ""
+                raise DataError(errors[0] + more)
             yield self.transform.normalise(images.to(self.device, non_blocking=True))
 
     def _take(self, positions: np.ndarray, key: int | None) -> Tensor:

@@ -90,11 +90,11 @@ def lambda_axis(axes: "Axes", lams: Sequence[float]) -> None:
     places = np.log10(lams) if wide else np.array(lams)
     ticks, last = [lams[0]], places[0]
     for lam, place in zip(lams[1:], places[1:], strict=True):
-        if place - last >= 0.13 * (places[-1] - places[0]):
+        if place - last >= 0.17 * (places[-1] - places[0]):
             ticks, last = [*ticks, lam], place
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
 
 
 def class_axis(axes: "Axes", names: Sequence[str], counts: np.ndarray) -> None:

@@ -243,7 +243,7 @@ def training_curves(study: Study) -> Drawing | None:
     for number, backbone in enumerate(kept):
         named = {"alpha": 1.0 if number == 0 else 0.45}
         epochs, losses = zip(*((m["epoch"], m["loss"]) for m in backbone.metrics), strict=True)
-        left.plot(epochs, losses, color=BLUE, linewidth=2, marker="o" if len(epochs) == 1 else None, **named)
+        left.plot(epochs, losses, color=BLACK, linewidth=2, marker="o" if len(epochs) == 1 else None, **named)
         for key, label, style in lines:
             points = [(m["epoch"], m[key]) for m in backbone.metrics if m.get(key) is not None]
             if points:
@@ -255,7 +255,7 @@ def training_curves(study: Study) -> Drawing | None:
     left.set(title=f"Training loss: {last['loss']:.2f} at the end", ylabel="cross-entropy [nats per image]")
     left.set_ylim(bottom=0)
     ends = f"training {last['train_accuracy']:.0f} %" + (f", validation {val:.0f} %" if val is not None else "")
-    right.set(title=f"Accuracy at the end: {ends}", ylabel="accuracy [%]", ylim=(0, 100))
+    right.set(title=f"Accuracy at the end: {ends}", ylabel="accuracy [%]", ylim=(0, 102))
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -48,7 +48,7 @@ class Report:
         return {"report": str(self.path), "figures": figures, "repeated": self.repeated, "rows": list(self.rows)}
 
     def __str__(self) -> str:
-        return "\n".join([f"report: {self.path}", *(f"figure: {figure}" for figure in self.figures)])
+        return "\n".join([f"report: {self.path}", *(f"picture: {figure}" for figure in self.figures)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ def results_table(document: Mapping[str, Any]) -> Table:
             tested.setdefault(_setting(row), []).append(row)
     selected = _setting(document["selected"])
     order = sorted(tested, key=lambda s: (_rank(s, selected), s[2] or 0.0))
+    chosen = "◀ selected" if document["selected"]["chosen_on"] else "◀ given"
     near = {_setting(facts) for facts in document.get("within_one_se", ())}
     title = "Test accuracy in %, mean ± std" if document["selected"]["n"] > 1 else "Test accuracy in %"
     table = Table(title=title, caption=caption(document), caption_justify="left", title_justify="left", box=box.SIMPLE)
@@ -30,7 +31,7 @@ def results_table(document: Mapping[str, Any]) -> Table:
         table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for i, setting in enumerate(order):
-        mark = "◀ selected" if setting == selected else "within 1 SE" if setting in near else ""
+        mark = chosen if setting == selected else "within 1 SE" if setting in near else ""
         cells = [spread(tested[setting], column) for column in COLUMNS]
         last_of_block = i + 1 == len(order) or _rank(order[i + 1], selected) // 10 != _rank(setting, selected) // 10
         style = "bold" if setting == selected else None
@@ -48,7 +49,11 @@ def caption(document: Mapping[str, Any]) -> str:
         parts.append(f"{network['feature_width']}-d features")
     if settings:
         stored = settings.get("views_stored", 1)
-        seen = f"{stored - 1} augmented views" if settings["views"] == "augmented" else "the clean view"
+        seen = (
+            f"{stored - 1} augmented view{'s' if stored != 2 else ''}"
+            if settings["views"] == "augmented"
+            else "the clean view"
+        )
         parts += [
             f"fitted on {seen} (encoder in evaluation mode)",
             f"{settings['formulation']}'s formulation",
