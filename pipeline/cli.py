@@ -158,7 +158,9 @@ def dump_command(config, checkpoint, out, views, dtype, overwrite, nproc, device
         )
     if _relaunched(nproc):
         return
+    from cache import open_cache
     from pipeline.backbone.checkpoint import load_checkpoint
+    from pipeline.console import describe_dataset
     from pipeline.dump import dump_features
 
     backbone = load_checkpoint(path)
@@ -169,6 +171,7 @@ def dump_command(config, checkpoint, out, views, dtype, overwrite, nproc, device
     talk.say(f"checkpoint: {path}; store: {out}")
     with talk.progress("dumping") as bar:
         result = dump_features(backbone, chosen, out=out, device=device, overwrite=overwrite, report=bar.move)
+    talk.say(describe_dataset(open_cache(out).provenance["dataset"]))
     _show(result, as_json)
 
 

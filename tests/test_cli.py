@@ -50,6 +50,8 @@ def test_the_three_commands_as_they_stand(finished):
     assert results["selected"]["chosen_on"] is None  # nothing was chosen: there was one λ
     for (_, _, err), took in zip(said, ("pipeline.yaml", "last.pt", "features.zarr"), strict=True):
         assert took in err  # each says what it took
+    counts = "images per class: 110 78 55 39 27 19 14 9 7 5"
+    assert all(counts in err and "fingerprint: " in err for _, _, err in said[:2])
 
 
 def test_without_any_configuration_the_digits_are_taken(tmp_path):

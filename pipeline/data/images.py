@@ -25,7 +25,8 @@ def read_image(path: Path | str) -> Image.Image:
         raise DataError(f"{path}: unreadable image ({reason}); replace the file or take it away") from error
     if turned.mode.startswith("I") or turned.mode == "F":
         pixels = np.asarray(turned).astype(np.float64)
-        scale = 257.0 if pixels.max(initial=0) > 255 else 1.0
+        # "I" and "F" say nothing of their range
+        scale = 257.0 if turned.mode.startswith("I;16") or pixels.max(initial=0) > 255 else 1.0
         turned = Image.fromarray(np.clip(np.round(pixels / scale), 0, 255).astype(np.uint8))
     if turned.mode == "P" and "transparency" in turned.info:
         turned = turned.convert("RGBA")

@@ -91,6 +91,21 @@ def test_every_image_is_seen_once_an_epoch_in_equal_batches(tmp_path):
     assert checkpoint.read(tmp_path / "last.pt")["epoch"] == 1
 
 
+def test_each_epoch_sees_other_crops_in_another_order(tmp_path, monkeypatch):
+    from pipeline.data.transform import Loader
+
+    seen = []
+    real = Loader.batches
+    monkeypatch.setattr(
+        Loader, "batches", lambda self, rows, key=None: seen.append((key, rows)) or real(self, rows, key)
+    )
+    train_backbone(config(epochs=2, validate_every=2), out=tmp_path)
+    (first, rows), (second, others) = [(key, np.concatenate(rows)) for key, rows in seen if key is not None]
+    assert first != second
+    assert (rows != others).any()
+    assert sorted(rows) == sorted(others) == list(range(363))
+
+
 def test_a_finished_training_is_not_done_again(tmp_path):
     train_backbone(config(), out=tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
@@ -147,6 +162,11 @@ def test_resuming_in_mid_epoch_is_exact(tmp_path):
             stops += stop.exit_code == 143
     assert stops >= 5
     assert_same_state(undisturbed, tmp_path / "pieces" / "last.pt")
+    told = [
+        [json.loads(s) for s in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("whole", "pieces")
+    ]
+    for key in ("loss", "train_accuracy", "val_accuracy"):  # an epoch in pieces is told as a whole one
+        assert [line[key] for line in told[0]] == pytest.approx([line[key] for line in told[1]], rel=1e-12)
 
 
 def test_another_configuration_is_refused_and_overwrite_starts_anew(tmp_path):

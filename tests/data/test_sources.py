@@ -201,12 +201,15 @@ def test_cifar10_reads_torchvisions_files(tmp_path, monkeypatch):
         ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
         ("P", 0, None),
         ("1", 1, (255, 255, 255)),
-        ("I;16", 257 * 90, (90, 90, 90)),
+        ("I;16", 257 * 200, (200, 200, 200)),
+        ("I;16", 257, (1, 1, 1)),
+        ("I;16", 128, (0, 0, 0)),  # dark, but 16-bit all the same
+        ("I", 257 * 200, (200, 200, 200)),
         ("LA", (50, 9), (50, 50, 50)),
     ],
 )
 def test_whatever_mode_becomes_rgb(tmp_path, mode, value, expected):
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
     Image.new(mode, (4, 4), value).save(path)
     image = read_image(path)
     assert image.mode == "RGB"
