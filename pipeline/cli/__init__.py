@@ -1,0 +1,36 @@
+"""The command line: parse, call one public function, print. Heavy libraries are imported inside the commands."""
+
+import sys
+
+import click
+
+from pipeline.cli import artefacts, features, stages
+from pipeline.cli.outcome import exit_code
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="iwb-pipeline", prog_name="pipeline")
+def cli() -> None:
+    """Train an image classifier once on unbalanced classes, re-balance it in seconds.
+
+    \b
+    The three steps:  pipeline train-backbone → pipeline dump-features → pipeline rebalance --lam 0.05
+    All in one:       pipeline run digits-lt
+    """
+
+
+for _group in (stages, features, artefacts):
+    for _command in _group.COMMANDS:
+        cli.add_command(_command)
+
+
+def invoke(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    return exit_code(cli, sys.argv[1:] if arguments is None else arguments)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(invoke())

@@ -1,0 +1,95 @@
+"""What is made of a run: report, export, predict; and what any artefact is: info, doctor."""
+
+import json
+
+import click
+
+from pipeline.cli.options import PATH, Examples, shared
+from pipeline.cli.outcome import show
+from pipeline.cli.places import run_folder
+from pipeline.errors import FAILED
+
+
+@click.command("report", cls=Examples, example="pipeline report runs/digits-lt")
+@click.argument("run", required=False)
+@click.option("--out", type=PATH, help="Where report.html and figures/ go [default: the run].")
+@shared
+def report_command(run, out, as_json, debug):
+    """One self-contained HTML page of a run, and its figures as PNG with their numbers as CSV."""
+    from pipeline.report import write_report
+
+    show(write_report(run_folder(run), out=out), as_json)
+
+
+@click.command("export", cls=Examples, example="pipeline export runs/digits-lt --to timm --out model")
+@click.argument("run", required=False)
+@click.option("--to", "kind", type=click.Choice(["timm", "safetensors"]), default="timm", show_default=True)
+@click.option("--out", type=PATH, required=True, help="The folder to make.")
+@click.option("--lam", type=float, help="Take the head of this λ instead of the selected one.")
+@shared
+def export_command(run, kind, out, lam, as_json, debug):
+    """The whole model with the rebalanced head, its configuration and a model card, as a folder."""
+    from pipeline.export import export_model
+
+    show(export_model(run_folder(run), to=kind, out=out, lam=lam), as_json)
+
+
+@click.command("predict", cls=Examples, example="pipeline predict model photos/ --top-k 3")
+@click.argument("model", type=PATH)
+@click.argument("images", nargs=-1, required=True)
+@click.option("--top-k", type=click.IntRange(1), default=3, show_default=True, help="How many classes to name.")
+@click.option("--format", "layout", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--compare", is_flag=True, help="Also say what the head before rebalancing says.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
+@shared
+def predict_command(model, images, top_k, layout, batch_size, compare, device, as_json, debug):
+    """Label images with an exported model or a run.
+
+    MODEL is a folder of `pipeline export` or a run; IMAGES are files, folders and globs. Unreadable files are reported and
+    left out; exit code 3 if none could be read.
+    """
+    from rich.console import Console
+
+    from pipeline import predict as predictor
+    from pipeline.console import Talk
+
+    skipped: list[str] = []
+    rows = predictor.predict(
+        model, images, top_k=top_k, batch_size=batch_size, device=device, compare=compare, skipped=skipped.append
+    )
+    if as_json:
+        document = {"predictions": [row.to_dict() for row in rows], "skipped": skipped}
+        click.echo(json.dumps(document, indent=1, allow_nan=False))
+    elif layout == "table":
+        Console(highlight=False).print(predictor.table(rows))
+    else:
+        for line in predictor.csv_lines(rows) if layout == "csv" else predictor.json_lines(rows):
+            click.echo(line)
+    for reason in skipped:
+        Talk().say(f"left out: {reason}")
+
+
+@click.command("info", cls=Examples, example="pipeline info runs/digits-lt/features.zarr")
+@click.argument("path", type=PATH)
+@shared
+def info_command(path, as_json, debug):
+    """What an artefact is and what made it: a run, checkpoint, store, results, heads, export or configuration."""
+    from pipeline.info import describe
+
+    show(describe(path), as_json)
+
+
+@click.command("doctor", cls=Examples, example="pipeline doctor")
+@shared
+def doctor_command(as_json, debug):
+    """Versions, devices, the precision chosen and why, and a short self-test."""
+    from pipeline.doctor import doctor
+
+    found = doctor()
+    show(found, as_json)
+    if not found.ok:
+        raise click.exceptions.Exit(FAILED)
+
+
+COMMANDS = (report_command, export_command, predict_command, info_command, doctor_command)

@@ -1,0 +1,105 @@
+"""From features to a table: rebalance, evaluate; and whether a store is whole: verify."""
+
+import click
+
+from pipeline.cli.options import PATH, Examples, number, settings, shared, whole_numbers
+from pipeline.cli.outcome import show
+from pipeline.cli.places import results_folder, store_and_tree
+
+
+@click.command("rebalance", cls=Examples, example="pipeline rebalance --lam 0.01:0.5:log:12")
+@click.argument("store", required=False)
+@click.option("--config", help="Take the rebalance settings from this configuration, not from the store's.")
+@click.option(
+    "--lam", metavar="LAM", help="0.05 | 0.01,0.05,0.1 | 0.01:0.5:log:32 | auto: λ, the scale of the target P."
+)
+@click.option("--method", multiple=True, help="iwb (default), cb, ce …; repeatable.")
+@click.option(
+    "--loss", type=click.Choice(["cb", "ce"]), help="Class-balanced loss or cross-entropy beside the KL term."
+)
+@click.option(
+    "--formulation",
+    type=click.Choice(["paper", "code"]),
+    help="As the paper writes it, or as its released code does it.",
+)
+@click.option(
+    "--cb", type=click.Choice(["softmax", "bce"]), help="Form of the class-balanced loss [default: the formulation's]."
+)
+@click.option("--hardness", type=click.Choice(["vector", "scalar", "none"]), help="Sample-wise part of the target.")
+@click.option("--number/--no-number", default=None, help="Class-wise part of the target.")
+@click.option("--divergence", type=click.Choice(["kl", "mse"]), help="How far the norms are from the target.")
+@click.option("--kl-weight", metavar="W|batch", help="Weight of the KL term [default: the formulation's].")
+@click.option(
+    "--views", type=click.Choice(["augmented", "clean"]), help="Train on the augmented views or on the clean one."
+)
+@click.option("--seeds", metavar="0,1,2", help="Batch orders.")
+@click.option("--epochs", type=click.IntRange(1))
+@click.option("--lr", type=click.FloatRange(0, min_open=True))
+@click.option("--batch-size", type=click.IntRange(1))
+@click.option(
+    "--select-on", type=click.Choice(["val", "kfold"]), help="What the choice of λ is made on; never the test split."
+)
+@click.option("--out", type=PATH, help="Where results go [default: rebalance/ beside the store].")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
+@settings
+@shared
+def rebalance_command(store, config, out, device, sets, as_json, debug, **options):
+    """Fit the classifier on the cached features: class-balanced loss + KL(weight norms ‖ target P), many λ in one pass.
+
+    STORE is a feature store, a run's folder, or the name of a configuration whose run has one.
+    """
+    if options["seeds"] is not None:
+        options["seeds"] = list(whole_numbers("--seeds", options["seeds"]) or ())
+    options["method"] = list(options["method"]) or None
+    talk, path, tree = store_and_tree(store, config, sets=sets)
+    from pipeline.config import lay_over, make_config
+
+    for key, value in options.items():
+        if value is not None:
+            tree.setdefault("rebalance", {})[key] = number(value) if key == "kl_weight" else value
+    for setting in sets:
+        lay_over(tree, setting)
+    chosen = make_config(tree, "rebalance settings")
+    from pipeline.rebalance import rebalance
+
+    out = out or results_folder(path)
+    talk.say(f"store: {path}; results: {out}")
+    show(rebalance(path, chosen.rebalance, out=out, device=device), as_json)
+
+
+@click.command(
+    "evaluate",
+    cls=Examples,
+    example="pipeline evaluate runs/digits-lt --heads runs/digits-lt/rebalance/heads.safetensors",
+)
+@click.argument("store", required=False)
+@click.option(
+    "--heads",
+    type=PATH,
+    help="heads.safetensors of a rebalance [default: rebalance/heads.safetensors beside the store].",
+)
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@shared
+def evaluate_command(store, heads, split, as_json, debug):
+    """The table of given heads on one split; nothing is fitted and nothing is chosen."""
+    talk, path, _ = store_and_tree(store, None)
+    heads = heads or results_folder(path) / "heads.safetensors"
+    from pipeline.rebalance import evaluate
+
+    talk.say(f"store: {path}; heads: {heads}")
+    show(evaluate(path, heads, split=split), as_json)
+
+
+@click.command("verify", cls=Examples, example="pipeline verify runs/digits-lt/features.zarr")
+@click.argument("store", required=False)
+@shared
+def verify_command(store, as_json, debug):
+    """Read a whole feature store against its checksums; exit code 3 and the damaged rows where something is wrong."""
+    talk, path, _ = store_and_tree(store, None, settings_from_store=False)
+    from pipeline.info import verify_store
+
+    talk.say(f"store: {path}")
+    show(verify_store(path), as_json)
+
+
+COMMANDS = (rebalance_command, evaluate_command, verify_command)

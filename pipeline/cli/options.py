@@ -1,0 +1,72 @@
+"""What commands share: the options every one has, and how an option's text is read."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import ConfigError
+
+PATH = click.Path(path_type=Path)
+
+
+class Examples(click.Command):
+    """A command whose help ends with an example that works as it stands."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any):
+        kwargs["epilog"] = f"\b\nExample:\n  {example}" if example else None
+        super().__init__(*args, **kwargs)
+
+
+def shared(command: Any) -> Any:
+    """The options every command has."""
+    command = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")(
+        command
+    )
+
+
+def settings(command: Any) -> Any:
+    """--set, of every command that takes a configuration."""
+    return click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a configuration key, such as backbone.epochs=10.",
+    )(command)
+
+
+def workers(command: Any) -> Any:
+    """--device and --nproc, of the commands that see images."""
+    command = click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute."
+    )(command)
+    return click.option(
+        "--nproc",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Processes on this host (torchrun); one a GPU.",
+    )(command)
+
+
+def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """The different numbers, each 0 or more, of a text such as 0,1,2; ConfigError naming the option."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 0 or len(set(numbers)) != len(numbers):
+        raise ConfigError(f"{option} {text}: expected different whole numbers such as 0,1,2")
+    return numbers
+
+
+def number(text: str) -> float | str:
+    """The number a text means, or the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,83 @@
+"""How a command ends: its result on stdout, or an error that says what to type next, with its exit code."""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import DATA, FAILED, INTERRUPTED, USAGE, Elsewhere, PipelineError
+
+
+def show(result: Any, as_json: bool) -> None:
+    """The result on stdout, of rank 0 only: one JSON document, or what a person reads."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=1, allow_nan=False))
+        return
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 110
+    Console(highlight=False, width=width).print(
+        result if hasattr(result, "__rich__") or hasattr(result, "__rich_console__") else str(result), markup=False
+    )
+
+
+def exit_code(command: click.Command, words: list[str]) -> int:
+    """Runs a command on words, which are its context's `obj`; no error but with --debug shows a traceback."""
+    try:
+        code = command.main(words, prog_name="pipeline", standalone_mode=False, obj=words)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.UsageError as error:
+        error.show()
+        return _failed(words, error.format_message(), USAGE, told=True)
+    except click.ClickException as error:
+        return _failed(words, error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _failed(words, "interrupted; the same command goes on where it stopped", INTERRUPTED)
+    except Elsewhere as error:
+        return error.exit_code
+    except Exception as error:
+        if "--debug" in words:
+            import traceback
+
+            traceback.print_exc()
+        return _failed(words, *_explained(error))
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """(what a person is told, exit code) of an exception."""
+    if isinstance(error, PipelineError):
+        return str(error), error.exit_code
+    if type(error).__module__.partition(".")[0] == "cache":
+        return str(error), DATA
+    if isinstance(error, OSError) and error.errno is not None:
+        advice = {
+            errno.ENOSPC: "free some space, then the same command goes on where it stopped",
+            errno.EDQUOT: "free some space, then the same command goes on where it stopped",
+            errno.EACCES: "choose a folder you may write to with --out, or change its permissions",
+            errno.EROFS: "choose a folder you may write to with --out",
+        }.get(error.errno, "see --debug for where it happened")
+        name = Path(str(error.filename or "file system"))
+        shown = name.parent if name.suffix == ".tmp" else name  # of a durable write, whose own name says nothing
+        return f"{shown}: {error.strerror}; {advice}", FAILED
+    return (
+        f"{type(error).__name__}: {' '.join(str(error).split())[:400]} (this should not happen: --debug shows where)",
+        FAILED,
+    )
+
+
+def _failed(words: list[str], message: str, code: int, *, told: bool = False) -> int:
+    if not told:
+        from pipeline.console import Talk
+
+        Talk().error(message)
+    if "--json" in words and not int(os.environ.get("RANK", 0)):
+        click.echo(json.dumps({"error": message, "exit_code": code}))
+    return code

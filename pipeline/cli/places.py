@@ -1,0 +1,70 @@
+"""Which configuration, store and run a command means: CONFIG and STORE may be left out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.console import Talk
+
+
+def take_config(name: str | None, sets: Any, *, told: bool = True) -> "tuple[Talk, Config]":
+    """The console and the configuration a command works with; says which it took."""
+    from pipeline.config import find_config, load_config
+    from pipeline.console import Talk
+
+    talk, path = Talk(), find_config(name)
+    chosen = load_config(path, sets)
+    if told:
+        talk.say(f"configuration: {chosen.name} ({path})")
+    return talk, chosen
+
+
+def results_folder(store: Path) -> Path:
+    """Where results of a store go: rebalance/ beside a run's features.zarr, NAME-rebalance/ beside another NAME.zarr."""
+    return store.parent / ("rebalance" if store.name == "features.zarr" else f"{store.stem}-rebalance")
+
+
+def run_folder(run: str | None) -> Path:
+    """A run's folder from a path, the name of a configuration, or nothing (the default configuration's)."""
+    from pipeline.config import find_config, load_config
+
+    if run is not None and Path(run).exists():
+        return Path(run)
+    try:
+        return load_config(find_config(run)).run_dir
+    except ConfigError:
+        return Path(run or "")
+
+
+def store_and_tree(
+    store: str | None, config: str | None, *, sets: Any = (), settings_from_store: bool = True
+) -> "tuple[Talk, Path, dict]":
+    """(console, store, configuration tree) of a rebalance: settings of --config, else of the store, else of the default."""
+    from pipeline.config import find_config, load_config
+    from pipeline.console import Talk
+    from pipeline.errors import DataError
+
+    talk = Talk()
+    named = load_config(find_config(config), sets) if config or store is None else None
+    if store is None:
+        assert named is not None
+        path = named.run_dir / "features.zarr"
+    elif Path(store).exists():
+        path = Path(store) / "features.zarr" if (Path(store) / "features.zarr").exists() else Path(store)
+    else:
+        try:
+            path = load_config(find_config(store)).run_dir / "features.zarr"
+        except ConfigError:
+            path = Path(store)
+    if not path.exists():
+        raise DataError(f"{path}: no such feature store; make one with `pipeline dump-features`")
+    if named is not None:
+        return talk, path, named.model_dump(mode="json")
+    if not settings_from_store:
+        return talk, path, {}
+    from cache import open_cache
+
+    return talk, path, dict(open_cache(path).provenance["config"])

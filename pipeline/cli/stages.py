@@ -1,0 +1,146 @@
+"""From images to features: run, train-backbone, dump-features."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli.options import PATH, Examples, settings, shared, whole_numbers, workers
+from pipeline.cli.outcome import show
+from pipeline.cli.places import take_config
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+
+@click.command("run", cls=Examples, example="pipeline run digits-lt --seeds 0,1,2")
+@click.argument("config", required=False)
+@click.option("--out", type=PATH, help="Where the run goes [default: runs/CONFIG-NAME].")
+@click.option("--seeds", metavar="0,1,2", help="Train one backbone per seed and aggregate over them.")
+@click.option("--overwrite", is_flag=True, help="Start the run anew.")
+@workers
+@settings
+@shared
+def run_command(config, out, seeds, overwrite, nproc, device, sets, as_json, debug):
+    """Stage 1, feature dump, rebalancing and report in one go; resumes where it stopped.
+
+    CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
+    """
+    talk, chosen = take_config(config, sets)
+    if _relaunched(nproc):
+        return
+    from pipeline.run import run_pipeline
+
+    result = run_pipeline(
+        chosen,
+        out=out or chosen.run_dir,
+        seeds=whole_numbers("--seeds", seeds),
+        device=device,
+        overwrite=overwrite,
+        talk=talk,
+    )
+    show(result, as_json)
+
+
+@click.command("train-backbone", cls=Examples, example="pipeline train-backbone digits-lt --set backbone.epochs=10")
+@click.argument("config", required=False)
+@click.option("--out", type=PATH, help="Where checkpoints go [default: runs/CONFIG-NAME/backbone].")
+@click.option("--overwrite", is_flag=True, help="Start anew instead of continuing the checkpoint there.")
+@workers
+@settings
+@shared
+def train_command(config, out, overwrite, nproc, device, sets, as_json, debug):
+    """Stage 1: train an encoder and classifier with cross-entropy; continues a checkpoint of the same configuration.
+
+    CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
+    """
+    talk, chosen = take_config(config, sets)
+    if _relaunched(nproc):
+        return
+    from pipeline.backbone.train import train_backbone
+    from pipeline.console import TrainingReporter
+
+    out = out or chosen.run_dir / "backbone"
+    with talk.progress("training") as bar:
+        result = train_backbone(chosen, out=out, device=device, overwrite=overwrite, report=TrainingReporter(talk, bar))
+    show(result, as_json)
+
+
+@click.command("dump-features", cls=Examples, example="pipeline dump-features digits-lt --views 4")
+@click.argument("config", required=False)
+@click.option("--checkpoint", type=PATH, help="The backbone [default: runs/CONFIG-NAME/backbone/last.pt].")
+@click.option("--out", type=PATH, help="The store [default: features.zarr in the backbone's run].")
+@click.option(
+    "--views",
+    type=click.IntRange(1),
+    help="Views of each training image: one clean, the rest augmented [default: the configuration's].",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Precision of the stored features [default: the configuration's].",
+)
+@click.option("--overwrite", is_flag=True, help="Dump anew over a store made from something else.")
+@workers
+@settings
+@shared
+def dump_command(config, checkpoint, out, views, dtype, overwrite, nproc, device, sets, as_json, debug):
+    """Run the frozen encoder once over every sample into a zarr store; called again it finishes, verifies or repairs it.
+
+    Images are those the checkpoint was trained with, unless both CONFIG and --checkpoint are given.
+    """
+    extra = ([f"dump.views={views}"] if views else []) + ([f"dump.dtype={dtype}"] if dtype else [])
+    talk, named = take_config(config, sets, told=config is not None or checkpoint is None)
+    path = checkpoint or named.run_dir / "backbone" / "last.pt"
+    if not path.is_file():
+        from pipeline.errors import DataError
+
+        raise DataError(
+            f"{path}: no such checkpoint; make one with `pipeline train-backbone{f' {config}' if config else ''}`"
+        )
+    if _relaunched(nproc):
+        return
+    from cache import open_cache
+    from pipeline.backbone.checkpoint import load_checkpoint
+    from pipeline.console import describe_dataset
+    from pipeline.dump import dump_features
+
+    backbone = load_checkpoint(path)
+    chosen = _dump_config(
+        named if config else None, backbone.config, both=bool(config and checkpoint), sets=(*sets, *extra)
+    )
+    out = out or (path.parent.parent if path.parent.name == "backbone" else path.parent) / "features.zarr"
+    talk.say(f"checkpoint: {path}; store: {out}")
+    with talk.progress("dumping") as bar:
+        result = dump_features(backbone, chosen, out=out, device=device, overwrite=overwrite, report=bar.move)
+    talk.say(describe_dataset(open_cache(out).provenance["dataset"]))
+    show(result, as_json)
+
+
+def _dump_config(named: "Config | None", saved: "Config", *, both: bool, sets: Any) -> "Config":
+    """What is dumped: the checkpoint's images with the named configuration's dump settings; CONFIG's alone with both given."""
+    from pipeline.config import lay_over, make_config
+
+    tree = (named if both and named else saved).model_dump(mode="json")
+    if named and not both:
+        tree |= {"dump": named.dump.model_dump(mode="json"), "rebalance": named.rebalance.model_dump(mode="json")}
+    for setting in sets:
+        lay_over(tree, setting)
+    return make_config(tree, "dump settings")
+
+
+def _relaunched(nproc: int) -> bool:
+    """True if the command ran in nproc torchrun workers instead; exits with their code if they failed."""
+    if nproc == 1 or "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return False
+    from pipeline.distributed import launch
+
+    words = click.get_current_context().obj
+    kept = [w for i, w in enumerate(words) if not w.startswith("--nproc") and (i == 0 or words[i - 1] != "--nproc")]
+    code = launch(nproc, kept)
+    if code:
+        raise click.exceptions.Exit(code)
+    return True
+
+
+COMMANDS = (run_command, train_command, dump_command)
