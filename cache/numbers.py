@@ -12,8 +12,18 @@ def encode(rows: NDArray, dtype: str) -> NDArray:
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
 
 
-def decode(rows: NDArray, dtype: str) -> NDArray:
-    """Stored rows as numbers; bfloat16 becomes float32, which holds each of its values exactly."""
+def decode(rows: NDArray, dtype: str, out: NDArray | None = None) -> NDArray:
+    """Stored rows as numbers; bfloat16 becomes float32, which holds each of its values exactly.
+
+    out: receives them and is returned; of the numbers' own type or of a float type that holds it.
+    """
     if dtype != "bfloat16":
-        return rows
-    return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if out is None:
+            return rows
+        np.copyto(out, rows, casting="safe")
+        return out
+    if out is not None and out.dtype == np.float32 and out.flags.c_contiguous:
+        np.left_shift(rows, 16, out=out.view(np.uint32), dtype=np.uint32)
+        return out
+    numbers = decode(rows, dtype, np.empty(rows.shape, np.float32))
+    return numbers if out is None else decode(numbers, "float32", out)

@@ -99,7 +99,8 @@ def counts_agree(labels: np.ndarray, counts: tuple[int, ...]) -> bool:
 def damaged_chunk(path: Path, root: Root, chunk: Chunk) -> Damage | None:
     """What is wrong with a chunk of features: its own checksum, and the manifest where that lists it."""
     array = root.layout.features(chunk.split)
-    what = _fault(path, root.manifest, array.name, chunk.key, np.empty(array.chunk, array.stored))
+    nothing, size = np.empty(0, array.stored), padding_bytes(array, 0)
+    what = _fault(path, root.manifest, array.name, chunk.key, nothing, padding=size)
     return Damage(array.name, chunk.key, chunk.where, what) if what else None
 
 
@@ -114,9 +115,9 @@ def checked_read(path: Path, manifest: Manifest, array: str, key: str, into: np.
     return crc
 
 
-def _fault(path: Path, manifest: Manifest, array: str, key: str, into: np.ndarray) -> str | None:
+def _fault(path: Path, manifest: Manifest, array: str, key: str, into: np.ndarray, *, padding: int = 0) -> str | None:
     try:
-        checked_read(path, manifest, array, key, into)
+        checked_read(path, manifest, array, key, into, padding=padding)
     except Torn as torn:
         return str(torn)
     return None

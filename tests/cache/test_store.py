@@ -48,6 +48,21 @@ def test_reading_into_a_given_array(small, dtype):
         cache.read("train", 3)
 
 
+@pytest.mark.parametrize("piece", [7, 16, 40])
+def test_chunks_larger_than_a_piece_are_read_and_checked_whole(small, monkeypatch, piece):
+    monkeypatch.setattr("cache.chunks.PIECE", piece)
+    cache = open_cache(small.sealed())
+    np.testing.assert_array_equal(cache.read("train", 1), small.features("train", 1).astype(np.float16))
+    assert verify(small.path) == []
+    file = small.path / "train/features/c/1/5/0"  # of its four rows of ten bytes the last one is padding
+    whole = file.read_bytes()
+    for at in (0, piece, 29, 30, 39, 40):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CacheError, match=r"train/features/c/1/5/0 .* does not match its own checksum"):
+            cache.read("train", 1)
+        assert [damage.chunk for damage in verify(small.path)] == ["c/1/5/0"]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.filterwarnings("error")
 def test_a_plain_zarr_client_reads_the_store(small, dtype):
