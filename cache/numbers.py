@@ -27,3 +27,8 @@ def decode(rows: NDArray, dtype: str, out: NDArray | None = None) -> NDArray:
         return out
     numbers = decode(rows, dtype, np.empty(rows.shape, np.float32))
     return numbers if out is None else decode(numbers, "float32", out)
+
+
+def absent_rows(rows: NDArray, dtype: str) -> NDArray[np.int64]:
+    """Positions of the rows (n, D), as stored, that hold no features: they are not a number from end to end."""
+    return np.flatnonzero(np.isnan(decode(rows[:, 0], dtype)))

@@ -58,8 +58,11 @@ class Cache:
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Training samples per class, (C,)."""
-        return np.array(self._root.counts, np.int64)
+        """Training samples per class, (C,), without those that were skipped."""
+        counts, skipped = np.array(self._root.counts, np.int64), self.skipped("train")
+        if not len(skipped):
+            return counts
+        return counts - np.bincount(self.labels("train")[skipped], minlength=len(counts))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -87,7 +90,7 @@ class Cache:
         return list(self._root.layout.chunks_of(split, view))
 
     def read(self, split: str, view: int = 0, out: NDArray | None = None) -> NDArray:
-        """Features (N, D) of one view: float16 or float32 as stored, bfloat16 as float32.
+        """Features (N, D) of one view: float16 or float32 as stored, bfloat16 as float32; NaN in skipped rows.
 
         out: receives them and is returned; of the stored type (uint16 takes the bits of bfloat16) or of a float type
         that holds it.
@@ -116,6 +119,17 @@ class Cache:
         rows = np.empty((chunk.rows, self.width), stored)
         self._load(chunk, rows)
         return decode(rows, self.dtype, out)
+
+    def skipped(self, split: str) -> NDArray[np.int64]:
+        """Rows, ascending, of the samples that have no features because their images could not be read."""
+        self.rows(split)
+        return np.array(self._root.skipped.get(split, []), np.int64)
+
+    def valid(self, split: str) -> NDArray[np.bool_]:
+        """(N,) whether a sample has features; `read` returns NaN for the others."""
+        valid = np.ones(self.rows(split), bool)
+        valid[self.skipped(split)] = False
+        return valid
 
     def labels(self, split: str) -> NDArray[np.int64]:
         """(N,) class of each sample."""

@@ -17,9 +17,10 @@ FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
 
 @dataclass(frozen=True)
 class Root:
-    """The root attributes, all but two known when the store is made; these are complete exactly when it is sealed.
+    """The root attributes, all but three known when the store is made; these are complete exactly when it is sealed.
 
-    manifest: array name → chunk key → crc32c of the chunk; metadata: name of a group or array → crc32c of its zarr.json.
+    manifest: array name → chunk key → crc32c of the chunk; metadata: name of a group or array → crc32c of its zarr.json;
+    skipped: split → rows without features, by which the fingerprint of a sealed store says what it does not cover.
     """
 
     layout: Layout
@@ -30,6 +31,7 @@ class Root:
     state: str = "open"
     manifest: Manifest = field(default_factory=dict)
     metadata: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def sealed(self) -> bool:
@@ -50,6 +52,7 @@ class Root:
             "class_names": list(self.class_names),
             "counts": list(self.counts),
             "fingerprint": self.fingerprint,
+            **({"skipped": self.skipped} if self.skipped else {}),
         }
 
     def attributes(self) -> dict[str, Any]:
@@ -101,6 +104,7 @@ def read_root(path: Path) -> Root:
             attributes["state"],
             attributes["manifest"],
             attributes["metadata"],
+            attributes.get("skipped", {}),
         )
     except KeyError as error:
         raise CacheError(damaged) from error

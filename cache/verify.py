@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache import store
 from cache.chunks import Torn, checksum, read_chunk
 from cache.layout import Array, CacheError, Chunk
+from cache.numbers import absent_rows
 from cache.root import Manifest, Root, read_root
 
 
@@ -48,11 +50,20 @@ def unfinished(path: Path) -> str:
 
 def damages(path: Path, root: Root) -> list[Damage]:
     """What is wrong in the store's metadata, small arrays and features, in this order."""
+    return survey(path, root)[0]
+
+
+def survey(path: Path, root: Root) -> tuple[list[Damage], dict[str, list[int]]]:
+    """(`damages`; split → rows without features in any of its views, splits that have such), after reading all of it."""
     found = list(damaged_metadata(path, root))
     found += damaged_small(path, root)
+    absent: dict[str, set[int]] = {}
     for chunk in root.layout.chunks():
-        found += filter(None, [damaged_chunk(path, root, chunk)])
-    return found
+        damage, rows = inspected(path, root, chunk)
+        found += filter(None, [damage])
+        if len(rows):
+            absent.setdefault(chunk.split, set()).update(rows.tolist())
+    return found, {split: sorted(rows) for split, rows in absent.items()}
 
 
 def damaged_metadata(path: Path, root: Root) -> Iterator[Damage]:
@@ -96,12 +107,17 @@ def counts_agree(labels: np.ndarray, counts: tuple[int, ...]) -> bool:
     return np.array_equal(np.bincount(labels, minlength=len(counts)), counts)
 
 
-def damaged_chunk(path: Path, root: Root, chunk: Chunk) -> Damage | None:
-    """What is wrong with a chunk of features: its own checksum, and the manifest where that lists it."""
+def inspected(path: Path, root: Root, chunk: Chunk) -> tuple[Damage | None, NDArray[np.int64]]:
+    """(what is wrong with a chunk of features, its rows of the split that hold none).
+
+    Wrong is what its own checksum finds, and the manifest where that lists the chunk.
+    """
     array = root.layout.features(chunk.split)
-    nothing, size = np.empty(0, array.stored), padding_bytes(array, 0)
-    what = _fault(path, root.manifest, array.name, chunk.key, nothing, padding=size)
-    return Damage(array.name, chunk.key, chunk.where, what) if what else None
+    into = np.empty(array.chunk, array.stored)
+    what = _fault(path, root.manifest, array.name, chunk.key, into)
+    if what:
+        return Damage(array.name, chunk.key, chunk.where, what), np.empty(0, np.int64)
+    return None, chunk.start + absent_rows(into[0, : chunk.rows], array.dtype)
 
 
 def checked_read(path: Path, manifest: Manifest, array: str, key: str, into: np.ndarray, *, padding: int = 0) -> int:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,15 @@ from cache.layout import LARGEST, STORED, CacheError, Chunk, Layout, canonical, 
 from cache.lock import Lock
 from cache.numbers import encode
 from cache.root import Manifest, Root, read_root, reopened
-from cache.verify import checked_read, counts_agree, damaged_chunk, damaged_metadata, damages, metadata_checksums
+from cache.verify import (
+    checked_read,
+    counts_agree,
+    damaged_metadata,
+    damages,
+    inspected,
+    metadata_checksums,
+    survey,
+)
 
 
 class Split(NamedTuple):
@@ -49,12 +57,14 @@ def create_store(
     provenance: Mapping[str, Any],
     rows_per_chunk: int | None = None,
     overwrite: bool = False,
+    retry: Mapping[str, Collection[int]] | None = None,
 ) -> "Writer":
     """The writer of a new open store, or of the one that is there if its fingerprint is the same.
 
     splits: by name, "train" among them; dtype: float16, float32 or bfloat16; weight (C, D); bias (C,); counts (C,) of
     the training labels; fingerprint: flat, JSON; provenance: JSON. A sealed store with damaged files is opened again
-    for those alone, a whole one comes back sealed. The writer holds the store's lock until it is closed.
+    for those alone, a whole one comes back sealed. retry: split → rows that were skipped and can be had now; a sealed
+    store is opened again for the chunks that hold them. The writer holds the store's lock until it is closed.
     Raises CacheError for another fingerprint (naming the fields), a second writer, or a path that is no feature store.
     """
     path = Path(path)
@@ -76,7 +86,7 @@ def create_store(
     if not counts_agree(contents["train/labels"], root.counts):
         raise CacheError(f"{path}: counts do not agree with the training labels")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        return _continue(path, root, contents)
+        return _continue(path, root, contents, retry or {})
     with _disk(path):
         if path.exists():
             _remove(path)
@@ -131,17 +141,27 @@ class Writer:
     def chunks(self) -> list[Chunk]:
         return self.layout.chunks()
 
-    def missing(self, *, rank: int = 0, world: int = 1) -> list[Chunk]:
-        """The chunks this rank owns that are absent, torn or damaged, in order; reads those that are there."""
+    @property
+    def skipped(self) -> dict[str, list[int]]:
+        """Split → rows that had no features when the store was last sealed."""
+        return self._root.skipped
+
+    def missing(self, *, rank: int = 0, world: int = 1, skipping: bool = True) -> list[Chunk]:
+        """The chunks this rank owns that are absent, torn or damaged, in order; reads those that are there.
+
+        skipping: whether a chunk may hold rows without features; if not, such a chunk is missing too.
+        """
         if self.sealed:
             return []
         chunks = self.chunks
         mine = owned_chunks(chunks=len(chunks), rank=rank, world=world)
-        return [chunks[i] for i in mine if damaged_chunk(self.path, self._root, chunks[i])]
+        found = ((chunks[i], *inspected(self.path, self._root, chunks[i])) for i in mine)
+        return [chunk for chunk, damage, absent in found if damage or (len(absent) and not skipping)]
 
-    def write(self, chunk: Chunk, rows: NDArray) -> None:
+    def write(self, chunk: Chunk, rows: NDArray, *, absent: Collection[int] = ()) -> None:
         """Stores the features (chunk.rows, D) of one chunk.
 
+        absent: rows of the chunk, counted from its first, that have none: NaN is stored, and the seal lists them.
         Raises CacheError naming the sample where a number is not finite or too large for the store's dtype, and
         where the disk refuses.
         """
@@ -150,14 +170,18 @@ class Writer:
         array = self.layout.features(chunk.split)
         if rows.shape != (chunk.rows, self.layout.width):
             raise ValueError(f"{chunk}: got {rows.shape}, expected {(chunk.rows, self.layout.width)}")
-        self._check_range(chunk, rows)
+        if absent:
+            rows = rows.astype(np.float32)
+            rows[list(absent)] = np.nan
+        self._check_range(chunk, rows, absent)
         where = slice(chunk.view, chunk.view + 1), slice(chunk.start, chunk.stop)
         with _disk(self.path):
             store.write_chunk(self.path, array, chunk.key, encode(rows, array.dtype)[None], where)
 
-    def _check_range(self, chunk: Chunk, rows: NDArray) -> None:
+    def _check_range(self, chunk: Chunk, rows: NDArray, absent: Collection[int]) -> None:
         dtype = self.layout.dtype
         bad = ~(np.abs(rows) <= LARGEST[dtype])
+        bad[list(absent)] = False
         if not bad.any():
             return
         row, column = np.argwhere(bad)[0]
@@ -175,22 +199,29 @@ class Writer:
             self._ids[split] = ids
         return int(self._ids[split][row])
 
-    def seal(self) -> str:
+    def seal(self, identify: Callable[[Mapping[str, list[int]]], Mapping[str, Any]] | None = None) -> str:
         """The store's digest, after every chunk was read back and the store marked sealed in one last write.
 
+        identify: the fingerprint of the content without the skipped rows (split → rows), where that is another one.
         Raises CacheError naming what is missing or damaged; the store then stays open.
         """
         if self._root.sealed:
             return self._root.digest
         if not self._lock:
             raise CacheError(f"{self.path}: only the process that created or resumed the store can seal it")
-        found = damages(self.path, self._root)
+        found, skipped = survey(self.path, self._root)
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             again = "run the same pipeline dump-features command again"
             raise CacheError(f"{self.path}: cannot be sealed: {found[0]}{more}; {again}")
-        manifest, metadata = _manifest(self.path, self.layout), metadata_checksums(self._root)
-        sealed = replace(self._root, state="sealed", manifest=manifest, metadata=metadata)
+        sealed = replace(
+            self._root,
+            state="sealed",
+            fingerprint=json.loads(canonical(dict(identify(skipped)))) if identify else self._root.fingerprint,
+            manifest=_manifest(self.path, self.layout),
+            metadata=metadata_checksums(self._root),
+            skipped=skipped,
+        )
         with _disk(self.path):
             fsync_tree(self.path)  # also what a process killed before its own fsync left, and another took for finished
             self._root = store.write_root(self.path, sealed)
@@ -260,11 +291,13 @@ def _restore_small(path: Path, root: Root, contents: Mapping[str, NDArray]) -> N
                 store.write_chunk(path, array, key, values)
 
 
-def _continue(path: Path, wanted: Root, contents: Mapping[str, NDArray]) -> Writer:
+def _continue(
+    path: Path, wanted: Root, contents: Mapping[str, NDArray], retry: Mapping[str, Collection[int]]
+) -> Writer:
     """The writer of a store that is already there: swept, its small files restored, its damaged chunks open again."""
     there = read_root(path)
     _refuse_other(path, there, wanted, contents)
-    if there.sealed and not damages(path, there):
+    if there.sealed and not _to_open(path, there, retry):
         return Writer(path, there, None)
     lock = Lock(path).take()
     try:
@@ -273,7 +306,7 @@ def _continue(path: Path, wanted: Root, contents: Mapping[str, NDArray]) -> Writ
                 leftover.unlink(missing_ok=True)
             there = read_root(path)  # its last owner may have sealed it just now
             if there.sealed:
-                lost = [(damage.array, damage.chunk) for damage in damages(path, there)]
+                lost = _to_open(path, there, retry)
                 for array, key in lost:  # else a whole chunk in the wrong place would pass for finished
                     (path / array / key).unlink(missing_ok=True)
                 there = store.write_root(path, reopened(there, lost)) if lost else there
@@ -284,6 +317,16 @@ def _continue(path: Path, wanted: Root, contents: Mapping[str, NDArray]) -> Writ
         lock.release()
         raise
     return Writer(path, there, lock)
+
+
+def _to_open(path: Path, root: Root, retry: Mapping[str, Collection[int]]) -> list[tuple[str, str]]:
+    """(array, key) of the chunks of a sealed store that are damaged or hold a row to be tried again."""
+    again = [
+        (chunk.array, chunk.key)
+        for chunk in root.layout.chunks()
+        if any(chunk.start <= row < chunk.stop for row in retry.get(chunk.split, ()))
+    ]
+    return list(dict.fromkeys([(damage.array, damage.chunk) for damage in damages(path, root)] + again))
 
 
 def _refuse_other(path: Path, there: Root, wanted: Root, contents: Mapping[str, NDArray]) -> None:
