@@ -1,0 +1,102 @@
+"""`pipeline bench cache`: what the feature store costs beside a plain array file and a bare encoder."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cache import Split, create_store, open_cache, verify
+from pipeline.bench.measure import Benchmark, Measure, interleaved, machine, ratio
+from pipeline.errors import PipelineError
+
+CLASSES = 100
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def bench_cache(
+    *,
+    rows: int = 115_846,
+    width: int = 2048,
+    repeat: int = 5,
+    folder: Path | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> Benchmark:
+    """Ratios and peak memory of the store on generated features (rows, width), the page cache warm and checksums on.
+
+    The default size is ImageNet-LT's training split. folder: where temporary files go (the system's default), which are
+    removed. Raises PipelineError where the disk has too little room for them.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="bench-cache.", dir=folder) as name:
+        place = Path(name)
+        _room(place, rows * width * 2 * max(BYTES.values()))
+        measures = [
+            measure for dtype in BYTES for measure in reading(place, rows, width, dtype, repeat=repeat, say=say)
+        ]
+    settings = {"rows": rows, "width": width, "repeat": repeat}
+    return Benchmark("cache", machine(), settings, tuple(measures), round(time.perf_counter() - started, 1))
+
+
+def reading(
+    place: Path, rows: int, width: int, dtype: str, *, repeat: int, say: Callable[[str], object]
+) -> Iterator[Measure]:
+    """Loading the training features, and verifying the store, over np.load of the same bytes."""
+    say(f"{dtype}: {rows:,} × {width}, {rows * width * BYTES[dtype] / 1e6:,.0f} MB")
+    path, plain = generated(place / f"{dtype}.zarr", rows, width, dtype), place / f"{dtype}.npy"
+    np.save(plain, open_cache(path).read_bits("train"))
+    ways = {
+        "np.load": lambda: np.load(plain),
+        "load": lambda: open_cache(path).read_bits("train"),
+        "verify": lambda: verify(path),
+    }
+    seconds = interleaved(ways, repeat=repeat)
+    gigabytes = plain.stat().st_size / 1e9
+    for way, target in ("load", 0.8), ("verify", 0.5):
+        pair = {name: seconds[name] for name in (way, "np.load")}
+        why = "reading and checking each chunk costs more than copying it; CPUs that others use slow its threads"
+        yield ratio(
+            f"{way} over np.load, {dtype}",
+            pair,
+            of=way,
+            over="np.load",
+            work=gigabytes,
+            unit="GB",
+            target=target,
+            why=why,
+        )
+    plain.unlink()
+    shutil.rmtree(path)
+
+
+def generated(path: Path, rows: int, width: int, dtype: str) -> Path:
+    """A sealed store of normal numbers, one training view, made chunk by chunk."""
+    labels = np.arange(rows) % CLASSES
+    with create_store(
+        path,
+        splits={"train": Split(1, labels, np.arange(rows))},
+        width=width,
+        dtype=dtype,
+        weight=np.zeros((CLASSES, width)),
+        bias=np.zeros(CLASSES),
+        class_names=[str(c) for c in range(CLASSES)],
+        counts=np.bincount(labels, minlength=CLASSES),
+        fingerprint={"generated": "normal"},
+        provenance={},
+    ) as writer:
+        for chunk in writer.missing():
+            rng = np.random.default_rng([chunk.index, rows])
+            writer.write(chunk, rng.standard_normal((chunk.rows, width), np.float32))
+        writer.seal()
+    return path
+
+
+def _room(place: Path, needed: int) -> None:
+    free = shutil.disk_usage(place).free
+    if free < needed * 1.1:
+        raise PipelineError(
+            f"{place.parent}: {free / 1e9:.1f} GB are free, {needed * 1.1 / 1e9:.1f} GB are needed; "
+            "choose another place with --folder, or fewer --rows"
+        )

@@ -1,0 +1,43 @@
+"""bench: the claims about speed and memory, measured on this machine."""
+
+import json
+
+import click
+
+from pipeline.cli.options import PATH, Examples, shared
+from pipeline.cli.outcome import show
+
+
+@click.group("bench")
+def bench() -> None:
+    """Measure what the program costs on this machine, beside what one would use without it."""
+
+
+@bench.command("cache", cls=Examples, example="pipeline bench cache --rows 20000 --out bench-cache.json")
+@click.option("--rows", type=click.IntRange(1), default=115_846, show_default=True, help="Training samples.")
+@click.option("--width", type=click.IntRange(1), default=2048, show_default=True, help="Features of each.")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions of each timing.")
+@click.option("--folder", type=PATH, help="Where temporary files go [default: the system's].")
+@click.option("--out", type=PATH, help="Also write the result to this JSON file.")
+@shared
+def cache_command(rows, width, repeat, folder, out, as_json, debug):
+    """The feature store: dumping over the bare encoder, loading and verifying over np.load, memory against N.
+
+    The default size is ImageNet-LT's; every ratio is of medians of interleaved repetitions, the page cache warm.
+    """
+    from pipeline.bench.cache import bench_cache
+    from pipeline.console import Talk
+
+    finish(bench_cache(rows=rows, width=width, repeat=repeat, folder=folder, say=Talk().say), out, as_json)
+
+
+def finish(result, out, as_json) -> None:
+    """Shows a benchmark, and writes it where it is wanted."""
+    from cache import write_durably
+
+    if out:
+        write_durably(out, json.dumps(result.to_dict(), indent=1, allow_nan=False))
+    show(result, as_json)
+
+
+COMMANDS = (bench,)
