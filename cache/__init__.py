@@ -5,11 +5,13 @@ Use one: `open_cache`, then `Cache.read`. Check one: `verify`. zarr makes and wr
 are read straight into the caller's memory, so that importing this loads neither torch nor zarr.
 """
 
+from cache.create import Split, create_store
 from cache.files import write_durably
 from cache.layout import CacheError, Chunk, Layout, chunk_rows, owned_chunks
+from cache.place import is_url, locate
 from cache.reader import Cache, open_cache
 from cache.verify import Damage, verify
-from cache.writer import Split, Writer, create_store, open_writer
+from cache.writer import Writer, open_writer
 
 __all__ = [
     "Cache",
@@ -21,6 +23,8 @@ __all__ = [
     "Writer",
     "chunk_rows",
     "create_store",
+    "is_url",
+    "locate",
     "open_cache",
     "open_writer",
     "owned_chunks",

@@ -3,12 +3,11 @@
 Not through zarr: it copies each chunk several times before the caller has it, and shows a missing one as its fill value.
 """
 
-import os
-from pathlib import Path
-
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
+
+from cache.place import Place
 
 PIECE = 1 << 20  # bytes read at a time: their checksum is taken while they are still in the processor's cache
 
@@ -22,7 +21,7 @@ def checksum(data: bytes | NDArray) -> int:
     return google_crc32c.value(data)
 
 
-def read_chunk(path: Path, into: NDArray, *, padding: int = 0) -> int:
+def read_chunk(place: Place, name: str, into: NDArray, *, padding: int = 0) -> int:
     """crc32c of a chunk whose first rows were read into a contiguous array.
 
     padding: bytes that follow those rows in the file and are checked but not kept. Nothing is copied, and a chunk that
@@ -31,8 +30,8 @@ def read_chunk(path: Path, into: NDArray, *, padding: int = 0) -> int:
     flat = into.reshape(-1).view(np.uint8)
     crc, rest, last = 0, np.empty(min(padding, PIECE), np.uint8), np.empty(4, np.uint8)
     try:
-        with open(path, "rb", buffering=0) as file:
-            size, expected = os.fstat(file.fileno()).st_size, flat.nbytes + padding + 4
+        with place.open(name) as (file, size):
+            expected = flat.nbytes + padding + 4
             if size != expected:
                 raise Torn(f"has {size:,} bytes instead of {expected:,}")
             for start in range(0, flat.nbytes, PIECE):

@@ -39,6 +39,12 @@ class Lock:
         _held.add(self._descriptor)
         return self
 
+    def confirm(self) -> None:
+        """Nothing to do: the system keeps the lock as long as we live."""
+
+    def renew(self) -> None:
+        """Nothing to do: it does not run out."""
+
     def release(self) -> None:
         if self._descriptor is not None:
             self._file.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Reading a sealed store: whole chunks straight into the caller's array, each checked against the manifest."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,33 +10,37 @@ from numpy.typing import NDArray
 from cache.chunks import Torn
 from cache.layout import CacheError, Chunk
 from cache.numbers import decode
+from cache.place import Place, locate
 from cache.root import Root, read_root
 from cache.verify import checked_read, damaged_metadata, padding_bytes, unfinished
 
-READERS = min(4, os.cpu_count() or 1)  # chunks read side by side; the system copies without the interpreter's lock
-
 
 def open_cache(path: Path | str) -> "Cache":
-    """The sealed store at path, for reading.
+    """The sealed store at a path or URL, for reading.
 
     Raises CacheError, naming path, field and what to do, where it is missing, no feature store, not sealed, of another
     format version, or its metadata is damaged.
     """
-    path = Path(path)
-    root = read_root(path)
+    place = locate(path)
+    root = read_root(place)
     if not root.sealed:
-        raise CacheError(unfinished(path))
-    for damage in damaged_metadata(path, root):
-        raise CacheError(f"{path}: {damage}; {_repair(path)}")
-    return Cache(path, root)
+        raise CacheError(unfinished(place))
+    for damage in damaged_metadata(place, root):
+        raise CacheError(f"{place}: {damage}; {_repair(place)}")
+    return Cache(place, root)
 
 
 class Cache:
     """A sealed feature store. Numbers are read when asked for, never before; nothing is written."""
 
-    def __init__(self, path: Path, root: Root):
-        self.path = path
+    def __init__(self, place: Place, root: Root):
+        self._place = place
         self._root = root
+
+    @property
+    def path(self) -> Path | str:
+        """The folder, or the URL as text."""
+        return self._place.where
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -86,7 +89,7 @@ class Cache:
     def chunks(self, split: str, view: int = 0) -> list[Chunk]:
         """The chunks of one view in row order, for `read_chunk`."""
         if not 0 <= view < self.views(split):
-            raise CacheError(f"{self.path}: no view {view} of {split}; it has views 0 to {self.views(split) - 1}")
+            raise CacheError(f"{self._place}: no view {view} of {split}; it has views 0 to {self.views(split) - 1}")
         return list(self._root.layout.chunks_of(split, view))
 
     def read(self, split: str, view: int = 0, out: NDArray | None = None) -> NDArray:
@@ -101,7 +104,7 @@ class Cache:
             out = np.empty(shape, np.float32 if self.dtype == "bfloat16" else self._stored(split))
         if out.shape != shape:
             raise ValueError(f"out has shape {out.shape}, the features of {split} have {shape}")
-        with ThreadPoolExecutor(READERS, "read") as pool:
+        with ThreadPoolExecutor(self._place.streams, "read") as pool:
             for _ in pool.map(lambda chunk: self.read_chunk(chunk, out[chunk.start : chunk.stop]), chunks):
                 pass
         return out
@@ -155,7 +158,7 @@ class Cache:
     def _small(self, name: str) -> NDArray:
         array = next((a for a in self._root.layout.small() if a.name == name), None)
         if array is None:
-            raise CacheError(f"{self.path}: no array {name}; the splits are {', '.join(self.splits)}")
+            raise CacheError(f"{self._place}: no array {name}; the splits are {', '.join(self.splits)}")
         into = np.empty(array.shape, array.stored)
         for key in array.keys:
             self._checked(array.name, key, into, 0, "")
@@ -163,10 +166,10 @@ class Cache:
 
     def _checked(self, array: str, key: str, into: NDArray, padding: int, rows: str) -> None:
         try:
-            checked_read(self.path, self._root.manifest, array, key, into, padding=padding)
+            checked_read(self._place, self._root.manifest, array, key, into, padding=padding)
         except Torn as torn:
-            raise CacheError(f"{self.path}: {array}/{key}{rows} {torn}; {_repair(self.path)}") from torn
+            raise CacheError(f"{self._place}: {array}/{key}{rows} {torn}; {_repair(self._place)}") from torn
 
 
-def _repair(path: Path) -> str:
-    return f"repair it: run the pipeline dump-features … --out {path} that made it again"
+def _repair(place: Place) -> str:
+    return f"repair it: run the pipeline dump-features … --out {place} that made it again"

@@ -3,11 +3,11 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from cache.chunks import checksum
 from cache.layout import FORMAT, CacheError, Layout, canonical
+from cache.place import Place
 
 Manifest = dict[str, dict[str, int]]
 
@@ -20,7 +20,8 @@ class Root:
     """The root attributes, all but three known when the store is made; these are complete exactly when it is sealed.
 
     manifest: array name → chunk key → crc32c of the chunk; metadata: name of a group or array → crc32c of its zarr.json;
-    skipped: split → rows without features, by which the fingerprint of a sealed store says what it does not cover.
+    skipped: split → rows without features, by which the fingerprint of a sealed store says what it does not cover;
+    tag: the version of the object it was read from or written to, None in a folder.
     """
 
     layout: Layout
@@ -32,6 +33,7 @@ class Root:
     manifest: Manifest = field(default_factory=dict)
     metadata: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, list[int]] = field(default_factory=dict)
+    tag: Any = field(default=None, compare=False)
 
     @property
     def sealed(self) -> bool:
@@ -62,27 +64,28 @@ class Root:
         return {**known, "check": checksum(canonical(known))}
 
 
-def read_root(path: Path) -> Root:
-    """The root of the store at path, its own checksum verified.
+def read_root(place: Place) -> Root:
+    """The root of the store at a place, its own checksum verified.
 
-    Raises CacheError for a missing path, something else than a store, another format version, or damage.
+    Raises CacheError for a missing store, something else than a store, another format version, or damage.
     """
-    file = path / "zarr.json"
-    if not path.exists():
-        raise CacheError(f"{path}: no such feature store; make it: pipeline dump-features … --out {path}")
-    if not file.is_file():
-        raise CacheError(f"{path}: not a feature store (it has no zarr.json)")
-    again = f"dump again: pipeline dump-features … --out {path} --overwrite"
-    damaged = f"{path}: the metadata in zarr.json is damaged; {again}"
+    again = f"dump again: pipeline dump-features … --out {place} --overwrite"
+    damaged = f"{place}: the metadata in zarr.json is damaged; {again}"
     try:
-        document = json.loads(file.read_bytes())
+        content, tag = place.read("zarr.json")
+        document = json.loads(content)
         attributes = dict(document["attributes"])
+    except (FileNotFoundError, NotADirectoryError):
+        if not place.exists():
+            make = f"make it: pipeline dump-features … --out {place}"
+            raise CacheError(f"{place}: no such feature store; {make}") from None
+        raise CacheError(f"{place}: not a feature store (it has no zarr.json)") from None
     except OSError as error:
-        raise CacheError(f"{file}: cannot be read: {error.strerror}") from error
+        raise CacheError(f"{place}/zarr.json: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CacheError(damaged) from error
     if "format_version" not in attributes and "check" not in attributes:
-        raise CacheError(f"{path}: not a feature store: a zarr {document.get('node_type')} without format_version")
+        raise CacheError(f"{place}: not a feature store: a zarr {document.get('node_type')} without format_version")
     check = attributes.pop("check", None)
     try:
         is_group = (document["zarr_format"], document["node_type"]) == (3, "group")
@@ -93,7 +96,7 @@ def read_root(path: Path) -> Root:
         raise CacheError(damaged)
     version = attributes["format_version"]
     if version != FORMAT:
-        raise CacheError(f"{path}: format_version is {version}, this program reads {FORMAT}; {again}")
+        raise CacheError(f"{place}: format_version is {version}, this program reads {FORMAT}; {again}")
     try:
         root = Root(
             Layout.from_json(attributes["layout"]),
@@ -105,6 +108,7 @@ def read_root(path: Path) -> Root:
             attributes["manifest"],
             attributes["metadata"],
             attributes.get("skipped", {}),
+            tag,
         )
     except KeyError as error:
         raise CacheError(damaged) from error

@@ -3,6 +3,7 @@
 zarr is imported where it is used: it takes most of a second, which who only reads need not wait for.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.files import fsync, write_durably
 from cache.layout import Array
+from cache.place import Place
 from cache.root import Root
 
 # what a plain zarr client shows where a chunk is missing: not a number, never a plausible zero
@@ -48,30 +49,26 @@ def metadata(root: Root) -> dict[str, bytes]:
     return {name: document for name, document in documents.items() if name}
 
 
-def write_root(path: Path, root: Root) -> Root:
-    """Replaces the root zarr.json in one atomic, durable step: this is what seals or opens a store."""
+def write_root(place: Place, root: Root) -> Root:
+    """The root, after its zarr.json was replaced in one atomic, durable step: this is what seals or opens a store.
+
+    Raises Changed where an object store holds another version than root.tag.
+    """
     import zarr
 
     made: dict[str, Any] = {}
     zarr.create_group(made, attributes=root.attributes())
-    write_durably(path / "zarr.json", made["zarr.json"].to_bytes())
-    return root
+    return replace(root, tag=place.write("zarr.json", made["zarr.json"].to_bytes(), tag=root.tag))
 
 
 def write_chunk(
-    path: Path, array: Array, key: str, values: NDArray, where: tuple[slice, ...] | EllipsisType = ...
+    place: Place, array: Array, key: str, values: NDArray, where: tuple[slice, ...] | EllipsisType = ...
 ) -> None:
-    """Assigns `where`, the rows of one whole chunk; it is on the disk on return, and absent if that fails."""
+    """Assigns `where`, the rows of one whole chunk; it is durable on return, and absent or as before if that fails."""
     import zarr
 
-    file = path / array.name / key
-    try:
+    with place.writing(f"{array.name}/{key}"):
         # else zarr compares each chunk with the fill value and leaves out equal ones: slow, and here all have to exist
         with zarr.config.set({"array.write_empty_chunks": True}):
-            opened = zarr.open_array(path / array.name, mode="r+")
+            opened = zarr.open_array(place.zarr(), path=array.name, mode="r+")
         opened[where] = values
-        fsync(file)
-        fsync(file.parent)
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise

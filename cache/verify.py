@@ -11,6 +11,7 @@ from cache import store
 from cache.chunks import Torn, checksum, read_chunk
 from cache.layout import Array, CacheError, Chunk
 from cache.numbers import absent_rows
+from cache.place import Place, locate
 from cache.root import Manifest, Root, read_root
 
 
@@ -37,40 +38,40 @@ def verify(path: Path | str) -> list[Damage]:
     Repair is `pipeline dump-features` with the same settings: it recomputes just these chunks.
     Raises CacheError where there is no sealed store, or its root metadata is damaged.
     """
-    path = Path(path)
-    root = read_root(path)
+    place = locate(path)
+    root = read_root(place)
     if not root.sealed:
-        raise CacheError(unfinished(path))
-    return damages(path, root)
+        raise CacheError(unfinished(place))
+    return damages(place, root)
 
 
-def unfinished(path: Path) -> str:
-    return f"{path}: state is {'open'!r}: its dump did not finish; run the same pipeline dump-features command again"
+def unfinished(place: Place) -> str:
+    return f"{place}: state is {'open'!r}: its dump did not finish; run the same pipeline dump-features command again"
 
 
-def damages(path: Path, root: Root) -> list[Damage]:
+def damages(place: Place, root: Root) -> list[Damage]:
     """What is wrong in the store's metadata, small arrays and features, in this order."""
-    return survey(path, root)[0]
+    return survey(place, root)[0]
 
 
-def survey(path: Path, root: Root) -> tuple[list[Damage], dict[str, list[int]]]:
+def survey(place: Place, root: Root) -> tuple[list[Damage], dict[str, list[int]]]:
     """(`damages`; split → rows without features in any of its views, splits that have such), after reading all of it."""
-    found = list(damaged_metadata(path, root))
-    found += damaged_small(path, root)
+    found = list(damaged_metadata(place, root))
+    found += damaged_small(place, root)
     absent: dict[str, set[int]] = {}
     for chunk in root.layout.chunks():
-        damage, rows = inspected(path, root, chunk)
+        damage, rows = inspected(place, root, chunk)
         found += filter(None, [damage])
         if len(rows):
             absent.setdefault(chunk.split, set()).update(rows.tolist())
     return found, {split: sorted(rows) for split, rows in absent.items()}
 
 
-def damaged_metadata(path: Path, root: Root) -> Iterator[Damage]:
+def damaged_metadata(place: Place, root: Root) -> Iterator[Damage]:
     """Group and array metadata files other than those sealed; in an open store, than those zarr makes for its layout."""
     for name, crc in (root.metadata or metadata_checksums(root)).items():
         try:
-            same = checksum((path / name / "zarr.json").read_bytes()) == crc
+            same = checksum(place.read(f"{name}/zarr.json")[0]) == crc
             what = "is not as it was made"
         except OSError as error:
             same, what = False, f"cannot be read: {error.strerror}"
@@ -83,13 +84,13 @@ def metadata_checksums(root: Root) -> dict[str, int]:
     return {name: checksum(document) for name, document in store.metadata(root).items()}
 
 
-def damaged_small(path: Path, root: Root) -> list[Damage]:
+def damaged_small(place: Place, root: Root) -> list[Damage]:
     """Damaged labels, ids and classifier; also labels that do not give the class counts."""
     found, whole = [], {}
     for array in root.layout.small():
         for key in array.keys:
             into = np.empty(array.shape, array.stored)
-            what = _fault(path, root.manifest, array.name, key, into)
+            what = _fault(place, root.manifest, array.name, key, into)
             if what:
                 found.append(Damage(array.name, key, "", what))
             else:
@@ -107,33 +108,33 @@ def counts_agree(labels: np.ndarray, counts: tuple[int, ...]) -> bool:
     return np.array_equal(np.bincount(labels, minlength=len(counts)), counts)
 
 
-def inspected(path: Path, root: Root, chunk: Chunk) -> tuple[Damage | None, NDArray[np.int64]]:
+def inspected(place: Place, root: Root, chunk: Chunk) -> tuple[Damage | None, NDArray[np.int64]]:
     """(what is wrong with a chunk of features, its rows of the split that hold none).
 
     Wrong is what its own checksum finds, and the manifest where that lists the chunk.
     """
     array = root.layout.features(chunk.split)
     into = np.empty(array.chunk, array.stored)
-    what = _fault(path, root.manifest, array.name, chunk.key, into)
+    what = _fault(place, root.manifest, array.name, chunk.key, into)
     if what:
         return Damage(array.name, chunk.key, chunk.where, what), np.empty(0, np.int64)
     return None, chunk.start + absent_rows(into[0, : chunk.rows], array.dtype)
 
 
-def checked_read(path: Path, manifest: Manifest, array: str, key: str, into: np.ndarray, *, padding: int = 0) -> int:
+def checked_read(place: Place, manifest: Manifest, array: str, key: str, into: np.ndarray, *, padding: int = 0) -> int:
     """crc32c of a chunk read into an array; Torn where the file, its checksum or the manifest disagree.
 
     A chunk that the manifest does not list (an open store) is checked against its own checksum alone.
     """
-    crc = read_chunk(path / array / key, into, padding=padding)
+    crc = read_chunk(place, f"{array}/{key}", into, padding=padding)
     if manifest.get(array, {}).get(key, crc) != crc:
         raise Torn("holds other content than was sealed")
     return crc
 
 
-def _fault(path: Path, manifest: Manifest, array: str, key: str, into: np.ndarray, *, padding: int = 0) -> str | None:
+def _fault(place: Place, manifest: Manifest, array: str, key: str, into: np.ndarray, *, padding: int = 0) -> str | None:
     try:
-        checked_read(path, manifest, array, key, into, padding=padding)
+        checked_read(place, manifest, array, key, into, padding=padding)
     except Torn as torn:
         return str(torn)
     return None

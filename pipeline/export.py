@@ -102,7 +102,8 @@ def matching_checkpoint(backbone: Backbone) -> "Checkpoint":
     """The checkpoint whose features the store holds; DataError where it is another."""
     from pipeline.backbone.checkpoint import load_checkpoint
 
-    folder = backbone.store.path.parent / "backbone"
+    store = backbone.store.path  # one in an object store has its run where its results are
+    folder = (store.parent if isinstance(store, Path) else backbone.results_path.parent.parent) / "backbone"
     wanted = backbone.store.fingerprint.get("checkpoint")
     digests = {}
     for name in ("last.pt", "best.pt"):

@@ -1,0 +1,215 @@
+"""Making a store, or taking up the one that is there if it was made from the same."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cache import store
+from cache.chunks import Torn, checksum, read_chunk
+from cache.layout import STORED, CacheError, Layout, canonical, chunk_rows
+from cache.objects import ABSENT, LEASE, Objects
+from cache.place import Local, Place, locate
+from cache.root import Root, read_root, reopened
+from cache.verify import counts_agree, damaged_metadata, damages
+from cache.writer import Writer
+
+REMOVING = "removing"  # the state of a store that --overwrite is taking out of a bucket
+
+
+class Split(NamedTuple):
+    """One split as `create_store` wants it: views V, labels (N,) in [0, C), ids (N,) of the dataset."""
+
+    views: int
+    labels: ArrayLike
+    ids: ArrayLike
+
+
+def create_store(
+    path: Path | str,
+    *,
+    splits: Mapping[str, Split],
+    width: int,
+    dtype: str,
+    weight: ArrayLike,
+    bias: ArrayLike,
+    class_names: list[str] | tuple[str, ...],
+    counts: ArrayLike,
+    fingerprint: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    rows_per_chunk: int | None = None,
+    overwrite: bool = False,
+    retry: Mapping[str, Collection[int]] | None = None,
+) -> Writer:
+    """The writer of a new open store, or of the one that is there if its fingerprint is the same.
+
+    splits: by name, "train" among them; dtype: float16, float32 or bfloat16; weight (C, D); bias (C,); counts (C,) of
+    the training labels; fingerprint: flat, JSON; provenance: JSON. A sealed store with damaged files is opened again
+    for those alone, a whole one comes back sealed. retry: split → rows that were skipped and can be had now; a sealed
+    store is opened again for the chunks that hold them. The writer holds the store's lock until it is closed.
+    Raises CacheError for another fingerprint (naming the fields), a second writer, or a path that is no feature store.
+    """
+    place = locate(path)
+    layout = Layout(
+        tuple((name, split.views, len(np.asarray(split.labels))) for name, split in splits.items()),
+        width,
+        len(class_names),
+        dtype,
+        rows_per_chunk or chunk_rows(width=width, itemsize=np.dtype(STORED[dtype]).itemsize),
+    )
+    root = Root(
+        layout,
+        tuple(class_names),
+        tuple(int(n) for n in np.asarray(counts)),
+        json.loads(canonical(dict(fingerprint))),
+        json.loads(canonical(dict(provenance))),
+    )
+    contents = _contents(layout, splits, weight, bias)
+    if not counts_agree(contents["train/labels"], root.counts):
+        raise CacheError(f"{place}: counts do not agree with the training labels")
+    if place.occupied() and not overwrite:
+        return _continue(place, root, contents, retry or {})
+    if isinstance(place, Objects):
+        return _make_of_objects(place, root, contents, overwrite)
+    with place.refusals():
+        place.remove()
+        place.build(lambda building: _make(building, root, contents))
+    return Writer(place, root, place.lock().take())
+
+
+def _contents(layout: Layout, splits: Mapping[str, Split], weight: ArrayLike, bias: ArrayLike) -> dict[str, NDArray]:
+    """Array name → values of everything that is known before the first image is encoded."""
+    given = {"classifier/weight": weight, "classifier/bias": bias}
+    for name, split in splits.items():
+        given |= {f"{name}/labels": split.labels, f"{name}/ids": split.ids}
+    contents = {}
+    for array in layout.small():
+        contents[array.name] = np.ascontiguousarray(given[array.name], array.stored)
+        if contents[array.name].shape != array.shape:
+            raise ValueError(f"{array.name} has shape {contents[array.name].shape}, expected {array.shape}")
+    return contents
+
+
+def _make(building: Local, root: Root, contents: Mapping[str, NDArray]) -> None:
+    """All files of a new open store but the chunks of features."""
+    store.make(building.path, root)
+    _restore_small(building, root, contents)
+
+
+def _make_of_objects(place: Objects, root: Root, contents: Mapping[str, NDArray], overwrite: bool) -> Writer:
+    """The writer of a new open store: its root comes first, since it makes all else a part of a store to be finished."""
+    lock = place.lock().take()
+    try:
+        if not overwrite and place.occupied() and read_root(place).state != REMOVING:
+            raise CacheError(f"{place}: another process has made a store there meanwhile; run the same command again")
+        root = store.write_root(place, replace(root, tag=_vacated(place, root)))
+        _restore_metadata(place, root)
+        _restore_small(place, root, contents)
+    except BaseException:
+        lock.release()
+        raise
+    return Writer(place, root, lock)
+
+
+def _vacated(place: Objects, root: Root) -> Any:
+    """The tag a new root has to replace, once nothing else is there.
+
+    A store that is removed is marked as such first: after a kill half-way its chunks must not pass for another's.
+    """
+    names = [name for name in place.names() if name != LEASE]
+    if not names:
+        return ABSENT
+    if "zarr.json" not in names:
+        raise CacheError(f"{place}: not a feature store (it has no zarr.json); remove it or choose another --out")
+    marked = store.write_root(place, replace(root, state=REMOVING, tag=place.read("zarr.json")[1]))
+    place.delete(*(name for name in names if name != "zarr.json"))
+    return marked.tag
+
+
+def _restore_metadata(place: Place, root: Root) -> None:
+    """Writes the metadata files of an open store that are absent or not what zarr makes for its layout."""
+    documents = store.metadata(root)
+    for damage in damaged_metadata(place, root):
+        place.write(f"{damage.array}/zarr.json", documents[damage.array])
+
+
+def _restore_small(place: Place, root: Root, contents: Mapping[str, NDArray]) -> None:
+    """Writes the small arrays that are absent or not what they must be."""
+    for array in root.layout.small():
+        for key in array.keys:
+            values = contents[array.name]
+            try:
+                same = read_chunk(place, f"{array.name}/{key}", np.empty_like(values)) == checksum(values)
+            except Torn:
+                same = False
+            if not same:
+                store.write_chunk(place, array, key, values)
+
+
+def _continue(
+    place: Place, wanted: Root, contents: Mapping[str, NDArray], retry: Mapping[str, Collection[int]]
+) -> Writer:
+    """The writer of a store that is already there: swept, its small files restored, its damaged chunks open again."""
+    there = read_root(place)
+    if isinstance(place, Objects) and there.state == REMOVING:
+        return _make_of_objects(place, wanted, contents, overwrite=False)
+    _refuse_other(place, there, wanted, contents)
+    if there.sealed and not _to_open(place, there, retry):
+        return Writer(place, there, None)
+    lock = place.lock().take()
+    try:
+        with place.refusals():
+            place.sweep()
+            there = read_root(place)  # its last owner may have sealed it just now
+            if there.sealed:
+                lost = _to_open(place, there, retry)
+                for array, key in lost:  # else a whole chunk in the wrong place would pass for finished
+                    place.delete(f"{array}/{key}")
+                there = store.write_root(place, reopened(there, lost)) if lost else there
+            if not there.sealed:
+                _restore_metadata(place, there)
+                _restore_small(place, there, contents)
+    except BaseException:
+        lock.release()
+        raise
+    return Writer(place, there, lock)
+
+
+def _to_open(place: Place, root: Root, retry: Mapping[str, Collection[int]]) -> list[tuple[str, str]]:
+    """(array, key) of the chunks of a sealed store that are damaged or hold a row to be tried again."""
+    again = [
+        (chunk.array, chunk.key)
+        for chunk in root.layout.chunks()
+        if any(chunk.start <= row < chunk.stop for row in retry.get(chunk.split, ()))
+    ]
+    return list(dict.fromkeys([(damage.array, damage.chunk) for damage in damages(place, root)] + again))
+
+
+def _refuse_other(place: Place, there: Root, wanted: Root, contents: Mapping[str, NDArray]) -> None:
+    """Raises CacheError naming each field in which the store differs from the one that is wanted."""
+    old, new = _identity(there), _identity(wanted)
+    for name, values in contents.items():
+        for key, crc in there.manifest.get(name, {}).items():
+            old[f"crc32c of {name}/{key}"], new[f"crc32c of {name}/{key}"] = crc, checksum(values)
+    fields = [f for f in dict.fromkeys([*new, *old]) if old.get(f) != new.get(f)]
+    if fields:
+        listed = "; ".join(f"{f} is {_short(old.get(f))} there, {_short(new.get(f))} wanted" for f in fields)
+        raise CacheError(
+            f"{place}: holds features made otherwise: {listed}. Choose another --out, or replace it with --overwrite"
+        )
+
+
+def _identity(root: Root) -> dict[str, Any]:
+    layout = root.layout
+    sizes = {f"{name} (views, rows)": [views, rows] for name, views, rows in layout.splits}
+    fields = {**sizes, "width": layout.width, "dtype": layout.dtype, "class_names": list(root.class_names)}
+    return {**fields, "counts": list(root.counts), **root.fingerprint}
+
+
+def _short(value: Any) -> str:
+    text = canonical(value).decode()
+    return text if len(text) <= 60 else text[:57] + "..."

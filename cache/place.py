@@ -1,0 +1,158 @@
+"""Where a store lives: a folder, or the objects under a prefix of a bucket. Names are relative to it, as zarr's keys."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cache.files import fsync, fsync_tree, write_durably
+from cache.layout import CacheError
+from cache.lock import Lock
+from cache.objects import SCHEMES, Objects
+
+
+class Local:
+    """A folder: on this host, or one that several hosts share."""
+
+    streams = min(4, os.cpu_count() or 1)  # chunks read side by side; the system copies without the interpreter's lock
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def where(self) -> Path:
+        """What people are told, and what `locate` makes this of."""
+        return self.path
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def occupied(self) -> bool:
+        """Whether anything lies here that a new store would have to make room for."""
+        return self.path.is_dir() and any(self.path.iterdir())
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[tuple[Any, int]]:
+        """(a file with `readinto`, its size); FileNotFoundError where it is missing, OSError where it cannot be read."""
+        with open(self.path / name, "rb", buffering=0) as file:
+            yield file, os.fstat(file.fileno()).st_size
+
+    def read(self, name: str) -> tuple[bytes, None]:
+        """The content; raises as `open` does."""
+        return (self.path / name).read_bytes(), None
+
+    def write(self, name: str, content: bytes, *, tag: Any = None) -> None:
+        """Replaces a file whole; tag is of use on object stores alone, here the lock keeps others away."""
+        write_durably(self.path / name, content)
+
+    def tail(self, name: str, count: int) -> bytes:
+        """The last bytes; raises as `open` does."""
+        with open(self.path / name, "rb") as file:
+            file.seek(-count, os.SEEK_END)
+            return file.read(count)
+
+    def delete(self, *names: str) -> None:
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Makes a file that is written inside durable on leaving, and leaves none where that fails."""
+        file = self.path / name
+        try:
+            yield
+            fsync(file)
+            fsync(file.parent)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+
+    def settle(self) -> None:
+        """Makes durable what a process killed before its own fsync left, and another took for finished."""
+        fsync_tree(self.path)
+
+    def sweep(self) -> None:
+        """Removes the temporary files of killed processes."""
+        for leftover in [*self.path.rglob(".*.tmp"), *self.path.rglob("*.partial")]:
+            leftover.unlink(missing_ok=True)
+
+    def zarr(self) -> Path:
+        """What zarr writes through."""
+        return self.path
+
+    def lock(self) -> Lock:
+        return Lock(self.path)
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Turns what the disk refuses (full, no permission) into a CacheError."""
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"{self}: cannot be written: {error.strerror or error}; finished chunks stay good: "
+                "run the same pipeline dump-features command again when this is mended"
+            ) from error
+
+    def build(self, fill: Callable[["Local"], None]) -> None:
+        """A new folder: filled beside its place and renamed, so that it is there whole or not at all."""
+        path = self.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".building"))
+        umask = os.umask(0)
+        os.umask(umask)
+        building.chmod(0o777 & ~umask)  # mkdtemp gives 0700, which another user of a shared run could not read
+        try:
+            fill(Local(building))
+            fsync_tree(building)
+            os.rename(building, path)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        fsync(path.parent)
+
+    def remove(self) -> None:
+        """Takes a store, or an empty folder, away; a kill half-way leaves no half store under its name."""
+        path = self.path
+        for leftover in path.parent.glob(f".{path.name}.*.building"):
+            shutil.rmtree(leftover)
+        if not path.exists():
+            return
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+            return
+        if not (path / "zarr.json").is_file():
+            raise CacheError(f"{path}: not a feature store (it has no zarr.json); remove it or choose another --out")
+        with Lock(path):
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".building"))
+            os.rename(path, aside)
+            shutil.rmtree(aside)
+
+
+Place = Local | Objects
+
+
+def is_url(where: object) -> bool:
+    """Whether this is the text of an object store's URL, such as s3://bucket/path."""
+    return isinstance(where, str) and where.partition("://")[0] in SCHEMES and "://" in where
+
+
+def locate(where: "Place | Path | str") -> Place:
+    """The place that a path, or the text of a URL, means; nothing is looked at yet.
+
+    Raises CacheError for a URL of another kind, or one that pathlib has broken.
+    """
+    if isinstance(where, Local | Objects):
+        return where
+    if is_url(where):
+        return Objects(str(where))
+    text = os.fspath(where)
+    if "://" in text or text.partition(":/")[0] in SCHEMES:
+        raise CacheError(f"{text}: give a folder, or as text a URL that begins with {', '.join(SCHEMES)} and ://")
+    return Local(Path(where))
