@@ -1,7 +1,5 @@
 """A real S3 server on the loopback address, in a process of its own, and a bucket in it."""
 
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
