@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.memory import free_memory
 from pipeline.provenance import LIBRARIES
 
 SHOWN = (
@@ -89,7 +90,8 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         checks.append(_check("network", lambda: _run_network(device)))
         checks.append(_check("store", _run_store))
         checks.append(_check("stage 2", lambda: _run_stage2(device)))
-    memory, disk = _free_memory(), shutil.disk_usage(folder).free / 2**30
+    free, disk = free_memory(), shutil.disk_usage(folder).free / 2**30
+    memory = None if free is None else free / 2**30
     return Diagnosis(
         ok=all(check.ok for check in checks),
         python=platform.python_version(),
@@ -225,15 +227,6 @@ def _warnings(memory: float | None, disk: float, folder: Path) -> list[str]:
     if not os.access(folder, os.W_OK):
         found.append(f"{folder} cannot be written to; give --out")
     return found
-
-
-def _free_memory() -> float | None:
-    """Memory in GiB that a new process could take, where the system says so."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
-    except (OSError, StopIteration, ValueError):
-        return None
 
 
 def _version(name: str) -> str | None:

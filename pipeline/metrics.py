@@ -30,12 +30,13 @@ def group_means(class_accuracy: np.ndarray, counts: np.ndarray) -> dict[str, flo
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One classifier on one split. correct and total (C,) count samples by true class; ece in %."""
+    """One classifier on one split. correct and total (C,) count samples by true class; ece in %; hit (M,) by sample."""
 
     correct: np.ndarray
     total: np.ndarray
     counts: np.ndarray
     ece: float
+    hit: np.ndarray
 
     @property
     def per_class(self) -> np.ndarray:
@@ -70,6 +71,7 @@ def scores_of(predicted: np.ndarray, confidence: np.ndarray, labels: np.ndarray,
         total=np.bincount(labels, minlength=classes),
         counts=np.asarray(counts),
         ece=expected_calibration_error(confidence, hit),
+        hit=hit,
     )
 
 

@@ -20,8 +20,9 @@ from pipeline.errors import ConfigError
 from pipeline.provenance import provenance
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.backbones import combine
+from pipeline.rebalance.differences import read_hits
 from pipeline.report import write_report
-from pipeline.report.table import results_table
+from pipeline.report.table import results_tables
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class RunResult:
         }
 
     def __rich_console__(self, console, options):
-        yield results_table(self.results)
+        yield results_tables(self.results)
         totals: dict[str, float] = {}
         for stage, seconds in self.stages.items():
             totals[stage.rpartition("/")[2]] = totals.get(stage.rpartition("/")[2], 0.0) + seconds
@@ -116,7 +117,7 @@ def run_pipeline(
         if not ranks.first:
             return None
         if seeds:
-            results = combine(documents)
+            results = combine(documents, [read_hits(place / "rebalance" / "test_hits.safetensors") for place in places])
             write_durably(out / "results.json", json.dumps(results, indent=1))
         else:
             results = documents[0]

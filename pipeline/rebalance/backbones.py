@@ -1,5 +1,6 @@
 """Several backbones of one configuration: one choice of λ for all of them, and what it gives as mean ± std over them."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,38 +8,34 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.rebalance.selection import select
+from pipeline.rebalance.differences import Hits, differences
+from pipeline.rebalance.methods import REFERENCES
+from pipeline.rebalance.selection import Choice, select
 
 MEASURES = ("all", "many", "medium", "few", "ece")
 Setting = tuple[str, str | None, float | None]
 
 
-def combine(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -> dict[str, Any]:
     """One results document over the backbones' own (each as `rebalance` writes it, batch-order seeds within).
 
-    A setting's score is its mean over batch orders, per backbone; the choice is the setting of the same method with the
-    highest mean validation accuracy over backbones; only then are the test scores of the chosen setting averaged.
-    Rows carry the mean and NAME_std (sample standard deviation over backbones) with n. DataError where the backbones have no
-    λ in common.
+    A setting's score is its mean over batch orders, per backbone; the choice is the candidate of all backbones with the
+    highest mean score over them on the split they chose on; only then are the test scores of the chosen setting averaged.
+    Rows carry the mean and NAME_std (sample standard deviation over backbones) with n. hits: what each backbone got right
+    on the test split, for the differences between rows. DataError where the backbones have no candidate in common.
     """
     first = documents[0]
+    candidates, choice, on = choose(documents)
+    chosen = candidates[choice.index]
+    against: dict[str, Any] = {role: setting.facts for role, setting in REFERENCES.items()}
+    if on and choice.runner_up is not None:
+        against["runner_up"] = _facts(candidates[choice.runner_up])
     splits = sorted({row["split"] for row in first["results"]}, key=("kfold", "val", "test").index)
     scores = {split: [_by_setting(d["results"], split) for d in documents] for split in splits}
-    on = first["selected"]["chosen_on"] or splits[0]
-    common = [s for s in scores[on][0] if all(s in of_one for of_one in scores[on])]
-    method, loss = first["selected"]["method"], first["selected"]["loss"]
-    candidates = sorted((s for s in common if s[:2] == (method, loss) and s[2] != 0), key=lambda s: s[2] or 0)
-    if not candidates:
-        raise DataError("the backbones have no λ in common; give a list such as --set rebalance.lam=0.05,0.1,0.2")
-    searched = len(candidates) > 1
-    if searched and on == "test":
-        raise DataError("no validation split to choose λ on; give one λ, or set rebalance.select_on=kfold")
-    choice = select(np.array([[of_one[s]["all"] for of_one in scores[on]] for s in candidates], np.float64))
-    chosen = candidates[choice.index]
     rows = [
         _facts(s) | {"seed": None, "split": split} | _spread([of_one[s] for of_one in scores[split]])
         for split in splits
-        for s in common
+        for s in scores[split][0]
         if all(s in of_one for of_one in scores[split])
     ]
     tested = [of_one[chosen] for of_one in scores.get("test", []) if chosen in of_one]
@@ -49,16 +46,32 @@ def combine(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "baseline": _spread([d["baseline"] for d in documents]),
         "selected": {
             **_facts(chosen),
-            "chosen_on": on if searched else None,
+            "chosen_on": on,
             **_spread(tested),
             "n": len(documents),
             "n_of": "backbones",
         },
+        "candidates": [_facts(s) for s in candidates],
         "results": rows,
         "timing": {key: sum(d["timing"][key] for d in documents) for key in first["timing"]},
-        "within_one_se": [_facts(candidates[i]) for i in choice.within_one_se] if searched else [],
+        "within_one_se": [_facts(candidates[i]) for i in choice.within_one_se] if on else [],
+        "differences": differences(_facts(chosen), against, hits) if hits else None,
         **{key: first[key] for key in ("network", "settings", "notes") if key in first},
     }
+
+
+def choose(documents: Sequence[Mapping[str, Any]]) -> tuple[list[Setting], Choice, str | None]:
+    """(candidates of every backbone, the choice among them, the split it was made on: None for a single candidate)."""
+    each = [[(c["method"], c["loss"], c["lam"]) for c in d["candidates"]] for d in documents]
+    candidates = [s for s in each[0] if all(s in others for others in each)]
+    if not candidates:
+        raise DataError("the backbones have no λ in common; give a list such as --set rebalance.lam=0.05,0.1,0.2")
+    if len(candidates) == 1:
+        return candidates, Choice(0, math.nan, math.nan, ()), None
+    on = documents[0]["selected"]["chosen_on"]
+    scores = [_by_setting(d["results"], on) for d in documents]
+    means = np.array([[of_one[s]["all"] for of_one in scores] for s in candidates], np.float64)
+    return candidates, select(means, methods=[s[0] for s in candidates]), on
 
 
 def _by_setting(rows: Sequence[Mapping[str, Any]], split: str) -> dict[Setting, dict[str, float | None]]:

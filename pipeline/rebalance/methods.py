@@ -30,6 +30,7 @@ class Setting:
 
 
 BASELINE = Setting("baseline")
+REFERENCES = {"baseline": BASELINE, "cb": Setting("cb", "cb")}  # what a selected row is always measured against
 
 
 def asked_methods(names: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pipeline.metrics import Scores
 from pipeline.rebalance.methods import Setting
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 MEASURES = ("all", "many", "medium", "few", "ece")
 
@@ -39,7 +39,9 @@ class RebalanceResult:
     """The table of stage 2 with what it was made from.
 
     baseline and selected are measured on the test split (mean over seeds, NAME_std beside it), after the choice was
-    written. within_one_se: settings whose validation score lies within one standard error of the selected one.
+    written. candidates: the settings chosen among. within_one_se: those whose validation score lies within one standard
+    error of the selected one.
+    differences: the selected row less others on the same test samples, with intervals (differences.py).
     """
 
     store: str
@@ -49,7 +51,9 @@ class RebalanceResult:
     settings: dict[str, Any]
     baseline: dict[str, float | None]
     selected: dict[str, Any]
+    candidates: tuple[dict[str, Any], ...]
     within_one_se: tuple[dict[str, Any], ...]
+    differences: dict[str, Any]
     results: tuple[Row, ...]
     timing: dict[str, float]
     notes: tuple[str, ...]
@@ -59,10 +63,10 @@ class RebalanceResult:
         """The document of `rebalance --json`."""
         return asdict(self)
 
-    def __rich__(self) -> "Table":
-        from pipeline.report.table import results_table
+    def __rich__(self) -> "Group":
+        from pipeline.report.table import results_tables
 
-        return results_table(self.to_dict())
+        return results_tables(self.to_dict())
 
     def __str__(self) -> str:
         from rich.console import Console

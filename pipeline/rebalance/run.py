@@ -12,10 +12,12 @@ from cache import Cache, write_durably
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import choose_device
 from pipeline.errors import ConfigError
+from pipeline.memory import free_memory
 from pipeline.provenance import provenance
+from pipeline.rebalance.differences import Hits, differences
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
-from pipeline.rebalance.methods import Setting, candidates, references, resolved
+from pipeline.rebalance.methods import REFERENCES, Setting, candidates, references, resolved
 from pipeline.rebalance.result import (
     MEASURES,
     RebalanceResult,
@@ -25,8 +27,10 @@ from pipeline.rebalance.result import (
     per_class_csv,
     rows_csv,
 )
-from pipeline.rebalance.selection import AUTO, Choice, parse_lam, refine
+from pipeline.rebalance.selection import AUTO, Choice, count_lam, parse_lam, refine
 from pipeline.rebalance.sweep import Scored, Sweep, score
+
+HEAD_BYTES, COPIES = 4096, 3  # of a head: its rows and scores; its numbers as fitted, stacked and written
 
 
 def rebalance(
@@ -41,23 +45,26 @@ def rebalance(
     """
     started = time.perf_counter()
     out, where = Path(out), choose_device(device)
-    parse_lam(config.lam), candidates(config, ())  # a typing error is told before anything is read
+    count_lam(config.lam), candidates(config, ())  # a typing error is told before anything is read
     loaded = load(store, augmented=config.views == "augmented")
     load_seconds = time.perf_counter() - started
-    config, notes = _with_possible_views(config, loaded)
+    config, notes = with_possible_views(config, loaded)
+    refuse_too_many(config, loaded)
 
     sweep, asked, split = _fit(loaded, config, where)
     choice = sweep.choose(asked, split) if split else Choice(0, math.nan, math.nan, ())
     chosen, near = asked[choice.index], [asked[i].facts for i in choice.within_one_se]
     selected = chosen.facts | {"chosen_on": split}
-    said = (
-        {"selected": selected, "score": choice.score, "standard_error": choice.standard_error}
-        if split
-        else {"selected": selected}
-    )
+    against: dict[str, dict[str, Any] | None] = {role: setting.facts for role, setting in REFERENCES.items()}
+    against["runner_up"] = None if choice.runner_up is None else asked[choice.runner_up].facts
+    said: dict[str, Any] = {"selected": selected}
+    if split:
+        said |= {"score": choice.score, "standard_error": choice.standard_error, "runner_up": against["runner_up"]}
     write_durably(out / "selection.json", json.dumps(said | {"within_one_se": near}, indent=1))
 
-    scored = sweep.scored | {"test": score(sweep.heads, loaded.test(), loaded.features.counts, where)}
+    test = loaded.test()
+    scored = sweep.scored | {"test": score(sweep.heads, test, loaded.features.counts, where)}
+    hits = hits_of(scored["test"], test.labels)
     rows = [_row(*key, name, scores) for name, of in scored.items() for key, scores in of.items()]
     tested = [r for r in rows if r.split == "test" and (r.method, r.loss, r.lam) == tuple(chosen.facts.values())]
     stage_1 = next(r for r in rows if r.split == "test" and r.method == "baseline")
@@ -70,7 +77,9 @@ def rebalance(
         settings=resolved(config) | {"device": str(where), "views_stored": loaded.store.views("train")},
         baseline={m: getattr(stage_1, m) for m in MEASURES},
         selected=selected | {"n": len(tested), "n_of": "batch orders of one backbone"} | mean_and_std(tested),
+        candidates=tuple(setting.facts for setting in asked),
         within_one_se=tuple(near),
+        differences=differences(chosen.facts, against, [hits]),
         results=tuple(rows),
         timing={
             "load_s": round(load_seconds + reading, 3),
@@ -81,6 +90,7 @@ def rebalance(
         notes=tuple(notes + ([CAVEAT] if split == "kfold" else [])),
         out=str(out),
     )
+    write_durably(out / "test_hits.safetensors", hits.to_bytes())
     _write(result, sweep, scored, loaded, config, chosen)
     return result
 
@@ -98,14 +108,13 @@ def _fit(loaded: Loaded, config: RebalanceConfig, device: Any) -> tuple[Sweep, l
     sweep = Sweep(loaded.features, loaded.val, config, device, folds=split == "kfold")
     sweep.add([*references(config), *asked])
     if lams is None and split and (coarse := [s for s in asked if s.method == "iwb"]):
-        best = coarse[sweep.choose(coarse, split).index].lam
-        assert best is not None
-        asked = candidates(config, sorted({*AUTO, *refine(AUTO, best)}))
+        near = {coarse[i].lam for i in sweep.choose(coarse, split).within_one_se}
+        asked = candidates(config, sorted({*AUTO, *refine(AUTO, [lam for lam in near if lam is not None])}))
         sweep.add(asked)
     return sweep, asked, split
 
 
-def _with_possible_views(config: RebalanceConfig, loaded: Loaded) -> tuple[RebalanceConfig, list[str]]:
+def with_possible_views(config: RebalanceConfig, loaded: Loaded) -> tuple[RebalanceConfig, list[str]]:
     """The configuration with the views there are, and what is to be said about it."""
     if config.views == "augmented" and len(loaded.features.views) == 1:
         if "views" in config.model_fields_set:
@@ -115,6 +124,29 @@ def _with_possible_views(config: RebalanceConfig, loaded: Loaded) -> tuple[Rebal
             )
         return config.model_copy(update={"views": "clean"}), ["the store has the clean view alone: no augmentation"]
     return config, []
+
+
+def refuse_too_many(config: RebalanceConfig, loaded: Loaded) -> None:
+    """ConfigError where more λ are asked for than memory holds heads and what is kept of each; nothing was made yet."""
+    samples = sum(loaded.store.rows(split) for split in loaded.store.splits if split != "train")
+    each = len(config.seeds) * (
+        HEAD_BYTES + COPIES * 4 * (loaded.features.weight.size + len(loaded.features.bias)) + samples
+    )
+    free, asked = free_memory() or 4 << 30, count_lam(config.lam)
+    most = max(1, free // 2 // each)
+    if asked > most:
+        raise ConfigError(
+            f"--lam {config.lam}: {asked:,} λ in {len(config.seeds)} batch orders would take {asked * each / 2**30:,.0f} "
+            f"GiB of memory for their heads, {free / 2**30:,.1f} are free; at most {most:,} λ fit, such as "
+            f"--lam 0.01:1:log:{min(most, 32)}"
+        )
+
+
+def hits_of(scored: Scored, labels: np.ndarray) -> Hits:
+    """What Hits needs, of heads scored on the test split."""
+    heads = [setting.facts | {"seed": seed} for setting, seed in scored]
+    of = list(scored.values())
+    return Hits(heads, np.stack([scores.hit for scores in of]), np.asarray(labels), of[0].counts)
 
 
 def _row(setting: Setting, seed: int | None, split: str, scores: Any) -> Row:

@@ -1,8 +1,9 @@
 """Which λ are tried and which setting is chosen. The test split is no argument here, so it cannot be selected on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,20 +15,26 @@ FORMS = "expected λ in [0, 1]: 0.05, 0.01,0.05,0.1, 0.01:0.5:log:32, 0.1:0.5:li
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen setting by number, its mean score, the standard error of that, and all settings within one of them."""
+    """The chosen setting by number, its mean score, the standard error of that, and all settings within one of them.
+
+    runner_up: the best setting of another method, or of the same where there is no other; None where it is alone.
+    """
 
     index: int
     score: float
     standard_error: float
     within_one_se: tuple[int, ...]
+    runner_up: int | None = None
 
 
-def select(val_scores: np.ndarray, *, sampling_error: Sequence[float] | None = None) -> Choice:
+def select(
+    val_scores: np.ndarray, *, sampling_error: Sequence[float] | None = None, methods: Sequence[str] | None = None
+) -> Choice:
     """The setting with the highest mean validation score; the first among equals.
 
     val_scores (M, S): balanced accuracy of M settings in S repetitions. sampling_error (M,): standard error of a
     setting's score that comes from the validation samples being few; repetitions on the same samples do not lower it.
-    It adds in squares to the standard error over repetitions.
+    It adds in squares to the standard error over repetitions. methods (M,): the method of each setting, None for one.
     """
     val_scores = np.asarray(val_scores, np.float64)
     mean = val_scores.mean(1)
@@ -36,7 +43,10 @@ def select(val_scores: np.ndarray, *, sampling_error: Sequence[float] | None = N
     spread = val_scores[best].std(ddof=1) / math.sqrt(repetitions) if repetitions > 1 else 0.0
     error = math.hypot(spread, sampling_error[best] if sampling_error is not None else 0.0)
     near = np.flatnonzero(mean >= mean[best] - error)
-    return Choice(best, float(mean[best]), error, tuple(int(i) for i in near))
+    others = [i for i in range(len(mean)) if i != best]
+    rivals = [i for i in others if methods is not None and methods[i] != methods[best]]
+    runner_up = max(rivals or others, key=lambda i: mean[i], default=None)
+    return Choice(best, float(mean[best]), error, tuple(int(i) for i in near), runner_up)
 
 
 def parse_lam(text: str) -> tuple[float, ...] | None:
@@ -45,32 +55,57 @@ def parse_lam(text: str) -> tuple[float, ...] | None:
     0.05 | 0.01,0.05,0.1 | FROM:TO:log:HOW_MANY | FROM:TO:lin:HOW_MANY. Raises ConfigError naming the value and valid
     forms.
     """
-    text = text.strip()
-    if text == "auto":
+    if text.strip() == "auto":
         return None
-    lams: list[float] = []
-    for part in text.split(","):
-        lams += _grid(part) if ":" in part else [_number(part, text)]
+    lams = [lam for grid in _grids(text) for lam in grid.lams()]
     return tuple(sorted({float(f"{lam:.6g}") for lam in lams}))
 
 
-def refine(lams: Sequence[float], best: float, *, more: int = 7) -> tuple[float, ...]:
-    """The fine grid of `auto`: `more` λ, a factor apart, between the neighbours of the best one in lams (ascending)."""
-    at = lams.index(best)
-    low, high = lams[max(at - 1, 0)], lams[min(at + 1, len(lams) - 1)]
-    fine = {float(f"{lam:.3g}") for lam in np.geomspace(low, high, more + 2)}
-    return tuple(sorted(fine - set(lams)))
+def count_lam(text: str) -> int:
+    """How many λ a text asks for, none of them made; raises what parse_lam does. For `auto` the most it may try."""
+    return 2 * len(AUTO) if text.strip() == "auto" else sum(grid.steps for grid in _grids(text))
 
 
-def _grid(part: str) -> list[float]:
+def refine(lams: Sequence[float], near: Collection[float], *, more: int = 7) -> tuple[float, ...]:
+    """The fine grid of `auto`: `more` new λ where the best may lie, which is from the λ before `near` to the one after.
+
+    near: those of lams (ascending) that the scores cannot tell from the best. Each new λ halves the widest gap, as a
+    factor, that is left: so the grid is fine around a clear best, and even over all of them where none is.
+    """
+    at = [i for i, lam in enumerate(lams) if lam in near]
+    grid = list(lams[max(at[0] - 1, 0) : at[-1] + 2])
+    for _ in range(more):
+        gap = max(range(len(grid) - 1), key=lambda i: grid[i + 1] / grid[i])
+        grid.insert(gap + 1, float(f"{math.sqrt(grid[gap] * grid[gap + 1]):.2g}"))
+    return tuple(sorted(set(grid) - set(lams)))
+
+
+class Grid(NamedTuple):
+    """`steps` λ from low to high."""
+
+    low: float
+    high: float
+    steps: int
+    logarithmic: bool = False
+
+    def lams(self) -> list[float]:
+        space = np.geomspace if self.logarithmic else np.linspace
+        return space(self.low, self.high, self.steps).tolist()
+
+
+def _grids(text: str) -> list[Grid]:
+    numbers = [part if ":" in part else _number(part, text) for part in text.strip().split(",")]
+    return [_grid(part) if isinstance(part, str) else Grid(part, part, 1) for part in numbers]
+
+
+def _grid(part: str) -> Grid:
     fields = part.split(":")
     if len(fields) != 4 or fields[2] not in ("log", "lin") or not fields[3].strip().isdigit() or int(fields[3]) < 2:
         raise ConfigError(f"--lam {part}: {FORMS}")
     low, high, steps = _number(fields[0], part), _number(fields[1], part), int(fields[3])
     if low >= high or (fields[2] == "log" and low == 0):
         raise ConfigError(f"--lam {part}: FROM must be less than TO, and more than 0 on a log grid; {FORMS}")
-    grid = np.geomspace(low, high, steps) if fields[2] == "log" else np.linspace(low, high, steps)
-    return [float(lam) for lam in grid]
+    return Grid(low, high, steps, fields[2] == "log")
 
 
 def _number(part: str, whole: str) -> float:

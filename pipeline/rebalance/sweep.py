@@ -55,7 +55,8 @@ class Sweep:
         found = self.scored[split]
         each = [[found[s, seed if s != BASELINE else None] for seed in self.config.seeds] for s in settings]
         means = np.array([[scores.summary["all"] for scores in of] for of in each], np.float64)
-        return select(means, sampling_error=[float(np.mean([s.standard_error for s in of])) for of in each])
+        errors = [float(np.mean([s.standard_error for s in of])) for of in each]
+        return select(means, sampling_error=errors, methods=[s.method for s in settings])
 
     def _fit(self, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
         started = time.perf_counter()

@@ -27,6 +27,7 @@ from pipeline.report.source import (
     signed,
 )
 from pipeline.report.style import CSS
+from pipeline.report.table import DIFFERENCES, difference, differences_caption, labelled
 
 if TYPE_CHECKING:
     from pipeline.report.figures import Drawing
@@ -167,6 +168,23 @@ def _table(study: Study, lines: Sequence[Line]) -> str:
         only = "" if len(study.backbones) > 1 else ", which says nothing of another training of the network"
         note += f" ± is one standard deviation over {escape(study.repeated)}{only}."
     table = f"<table class=main><thead><tr><th>Head</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f"<div class=scroll>{table}</div><p class=note>{note}</p>{_differences(study)}"
+
+
+def _differences(study: Study) -> str:
+    """The selected head less others on the same test samples; nothing where nothing was compared."""
+    found = study.document.get("differences") or {"rows": ()}
+    rows = labelled(found["rows"])
+    shown = [c for c in DIFFERENCES if any(row[c] for _, row in rows)]
+    if not rows:
+        return ""
+    head = "".join(f"<th>{TITLES[c]}</th>" for c in shown)
+    body = "".join(
+        f"<tr><th>less {escape(label)}</th>{''.join(f'<td>{difference(row[c])}</td>' for c in shown)}</tr>"
+        for label, row in rows
+    )
+    table = f"<table class=main><thead><tr><th>The selected head</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    note = f"Points, with 95 % intervals. {differences_caption(found)}"
     return f"<div class=scroll>{table}</div><p class=note>{note}</p>"
 
 

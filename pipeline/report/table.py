@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 COLUMNS = ("many", "medium", "few", "all", "ece")
+DIFFERENCES = ("many", "medium", "few", "all")
 Setting = tuple[str, str | None, float | None]
 
 
@@ -37,6 +39,55 @@ def results_table(document: Mapping[str, Any]) -> Table:
         style = "bold" if setting == selected else None
         table.add_row(name(setting), *cells, mark, style=style, end_section=last_of_block)
     return table
+
+
+def results_tables(document: Mapping[str, Any]) -> Group:
+    """results_table, and below it how far the selected row differs from others; for a terminal."""
+    differing = differences_table(document)
+    return Group(results_table(document), *([differing] if differing else []))
+
+
+def differences_table(document: Mapping[str, Any]) -> Table | None:
+    """The selected row less others on the same test samples, with 95 % intervals; None where nothing was compared."""
+    found = document.get("differences") or {"rows": ()}
+    if not found["rows"]:
+        return None
+    table = Table(
+        title=f"{name(_setting(document['selected']))} less other rows, in points, with 95 % intervals",
+        caption=differences_caption(found),
+        caption_justify="left",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
+    table.add_column("less", no_wrap=True)
+    for column in DIFFERENCES:
+        table.add_column(column.capitalize(), justify="right", no_wrap=True)
+    for label, row in labelled(found["rows"]):
+        table.add_row(label, *(difference(row[column]) for column in DIFFERENCES))
+    return table
+
+
+def differences_caption(found: Mapping[str, Any]) -> str:
+    """How the intervals were made and what they leave out."""
+    return (
+        f"Paired bootstrap of {found['samples']:,} test samples within their classes, {found['resamples']:,} resamples; it "
+        "speaks of other samples of these classes, not of other trainings."
+    )
+
+
+def labelled(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name, row) of each other setting once, though it may stand in two roles."""
+    ran_up = [_setting(row) for row in rows if row["against"] == "runner_up"]
+    once = {_setting(row): row for row in rows}
+    return [(name(s) + (" (runner-up)" if s in ran_up else ""), row) for s, row in once.items()]
+
+
+def difference(value: Mapping[str, float] | None) -> str:
+    """`+0.4 [−0.1, 0.9]`, or a dash for an empty group."""
+    if value is None:
+        return "–"
+    point, low, high = (round(value[key], 1) or 0.0 for key in ("difference", "low", "high"))  # no −0.0
+    return f"{point:+.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
 
 
 def caption(document: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 
 from pipeline.errors import DataError
 from pipeline.rebalance.backbones import combine
+from pipeline.rebalance.differences import Hits
 
 
 def row(method, lam, seed, split, value, few=None):
@@ -24,6 +26,7 @@ def document(val, test, *, store="a"):
         "fingerprint": store,
         "baseline": baseline,
         "selected": selected,
+        "candidates": [{"method": "iwb", "loss": "cb", "lam": lam} for lam in val if lam],
         "results": rows,
         "timing": timing,
     }
@@ -49,6 +52,29 @@ def test_the_test_split_does_not_move_the_choice():
     val = {0.1: [50, 50], 0.2: [40, 40]}
     for test in ({0.1: [0, 0], 0.2: [99, 99]}, {0.1: [99, 99], 0.2: [0, 0]}):
         assert combine([document(val, test)] * 2)["selected"]["lam"] == 0.1
+
+
+def test_methods_compete_over_all_backbones_and_differences_are_of_the_same_samples():
+    """By hand: cb has the best mean validation, (44 + 46)/2, though the first backbone alone chose iwb."""
+    documents = [document({0.1: [a, a]}, {0.1: [50, 50]}) for a in (45, 43)]
+    for d, val, test in zip(documents, (44, 46), (60, 62), strict=True):
+        d["candidates"].append({"method": "cb", "loss": "cb", "lam": None})
+        d["results"] += [row("cb", None, 0, "val", val), row("cb", None, 0, "test", test)]
+    heads = [{"method": m, "loss": None if m == "baseline" else "cb", "lam": None} for m in ("baseline", "cb")]
+    heads.append({"method": "iwb", "loss": "cb", "lam": 0.1})
+    right = np.array([[0, 0, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]], bool)
+    hits = [Hits(heads, right, np.array([0, 0, 1, 1]), np.array([150, 9])) for _ in documents]
+    combined = combine(documents, hits)
+    assert (combined["selected"]["method"], combined["selected"]["all"]) == ("cb", 61)
+    rows = {r["against"]: r for r in combined["differences"]["rows"]}
+    assert rows.keys() == {"baseline", "runner_up"}  # cb less cb says nothing
+    assert (rows["baseline"]["many"]["difference"], rows["runner_up"]["few"]["difference"]) == (100, 50)
+    assert rows["runner_up"]["lam"] == 0.1
+
+
+def test_one_setting_is_not_chosen():
+    selected = combine([document({0.1: [50]}, {0.1: [40]})] * 2)["selected"]
+    assert (selected["chosen_on"], selected["all"]) == (None, 40)
 
 
 def test_only_lambdas_that_every_backbone_tried_count():

@@ -12,6 +12,7 @@ from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.metrics import scores
 from pipeline.rebalance import RebalanceResult, rebalance, run, sweep
+from pipeline.rebalance.differences import paired_difference
 from pipeline.rebalance.engine import Head, Schedule, fit_heads
 from pipeline.rebalance.features import Features
 from pipeline.rebalance.folds import CAVEAT
@@ -186,6 +187,46 @@ def test_the_choice_is_on_disk_before_the_test_split_is_read(store, tmp_path, mo
     assert json.loads((tmp_path / "selection.json").read_text())["selected"]["lam"] == result.selected["lam"]
 
 
+def test_where_the_test_split_cannot_be_read_the_choice_is_there_and_the_run_fails(tmp_path):
+    store = write_store(tmp_path / "s.zarr")
+    chunk = store / "test/features/c/0/0/0"
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    with pytest.raises(DataError, match="test/features"):
+        rebalance(store, RebalanceConfig(lam="0.1,0.3", seeds=(0,), **QUICK), out=tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["selection.json"]
+    chosen = json.loads((tmp_path / "out/selection.json").read_text())
+    assert chosen["selected"]["lam"] in (0.1, 0.3)
+    assert {chosen["selected"]["lam"], chosen["runner_up"]["lam"]} == {0.1, 0.3}
+    assert chosen["selected"]["chosen_on"] == "val"
+
+
+def test_the_differences_are_those_of_the_heads_it_kept(swept, store):
+    described, weight, bias = read_heads(Path(swept.out) / "heads.safetensors")
+    opened = cache.open_cache(store)
+    labels = opened.labels("test")
+    answers = opened.read("test") @ weight.transpose(0, 2, 1) + bias[:, None]
+
+    def rate(method, lam):
+        return np.mean(
+            [
+                a.argmax(1) == labels
+                for a, h in zip(answers, described, strict=True)
+                if (h["method"], h["lam"]) == (method, lam)
+            ],
+            axis=0,
+        )
+
+    rows = {row["against"]: row for row in swept.differences["rows"]}
+    other = {0.1: 0.9, 0.9: 0.1}[swept.selected["lam"]]
+    assert [(r["method"], r["lam"]) for r in rows.values()] == [("baseline", None), ("cb", None), ("iwb", other)]
+    for row in rows.values():
+        first, second = rate("iwb", swept.selected["lam"]), rate(row["method"], row["lam"])
+        expected = paired_difference(first, second, labels, COUNTS)
+        assert {g: row[g] for g in expected} == expected
+    assert rows["baseline"]["few"]["difference"] == pytest.approx(swept.selected["few"] - swept.baseline["few"])
+    assert swept.differences["samples"] == 120
+
+
 def test_labels_of_the_test_split_cannot_change_the_choice(tmp_path):
     choices = []
     for flip in (False, True):
@@ -214,7 +255,7 @@ def test_auto_goes_from_coarse_to_fine(store, tmp_path):
     result = rebalance(store, RebalanceConfig(seeds=(0,), **QUICK), out=tmp_path)
     lams = {r.lam for r in result.results if r.method == "iwb"}
     assert {0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0} < lams
-    assert len(lams) >= 9 + 6
+    assert len(lams) == 9 + 7
     assert result.selected["chosen_on"] == "val"
 
 
@@ -358,6 +399,9 @@ def test_the_table_says_what_it_is(swept):
         "2 augmented views",
         "n = 2 batch orders of one backbone",
         "selected on validation; no row was selected on the test split",
+        "less other rows, in points, with 95 % intervals",
+        "(runner-up)",
+        "Paired bootstrap of 120 test samples within their classes, 2,000 resamples",
     ):
         assert part in " ".join(text.split()), part
     assert f"{swept.selected['all']:.1f} ± {swept.selected['all_std']:.1f}" in text

@@ -1,6 +1,7 @@
 """λ as typed, and the choice among settings."""
 
 import inspect
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.rebalance.folds import stratified_folds
-from pipeline.rebalance.selection import AUTO, parse_lam, refine, select
+from pipeline.rebalance.selection import AUTO, count_lam, parse_lam, refine, select
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,15 @@ def test_a_grid_of_32():
     assert len(grid) == 32
     assert (grid[0], grid[-1]) == (0.01, 0.5)
     assert parse_lam(",".join(map(str, grid))) == grid
+
+
+@pytest.mark.parametrize("text", ["0.05", "0.1,0.05", "0:1:lin:11", "0.01:0.5:log:32,0.7", "0.3:0.4:lin:2"])
+def test_lambdas_are_counted_without_being_made(text):
+    assert count_lam(text) == len(parse_lam(text))
+
+
+def test_counting_needs_no_memory():
+    assert count_lam("0:1:lin:100000000000000") == 10**14
 
 
 @pytest.mark.parametrize(
@@ -62,13 +72,21 @@ def test_what_is_no_lambda_is_named_with_the_valid_forms(text, named):
 
 
 @pytest.mark.parametrize("best", AUTO)
-def test_refining_stays_between_the_neighbours_and_adds_only_new_lambdas(best):
-    fine = refine(AUTO, best)
+def test_refining_a_clear_best_stays_between_its_neighbours_and_adds_only_new_lambdas(best):
+    fine = refine(AUTO, [best])
     at = AUTO.index(best)
     low, high = AUTO[max(at - 1, 0)], AUTO[min(at + 1, len(AUTO) - 1)]
-    assert len(fine) >= 6
+    assert len(fine) == 7
     assert all(low < lam < high for lam in fine)
     assert not set(fine) & set(AUTO)
+
+
+def test_refining_what_cannot_be_told_apart_spreads_over_all_of_it():
+    """Every factor between neighbours is at most 2 where the coarse grid has 2.5, instead of seven λ around one of them."""
+    every = sorted({*AUTO, *refine(AUTO, AUTO)})
+    assert max(b / a for a, b in pairwise(every)) < 1.75
+    between = refine(AUTO, [0.05, 0.1, 0.2])
+    assert (min(between), max(between)) == (0.025, 0.24)
 
 
 def test_the_highest_mean_is_chosen_and_the_first_among_equals():
@@ -88,8 +106,16 @@ def test_one_standard_error_by_hand():
     assert both.standard_error == pytest.approx(2.5)  # 2 over orders, 1.5 over samples
 
 
+def test_the_runner_up_is_of_another_method_where_there_is_one():
+    scores = np.array([[50.0], [49.0], [40.0], [41.0]])
+    assert select(scores).runner_up == 1
+    assert select(scores, methods=["iwb", "iwb", "cb", "ce"]).runner_up == 3
+    assert select(scores, methods=["iwb"] * 4).runner_up == 1
+    assert select(scores[:1]).runner_up is None
+
+
 def test_no_test_split_can_be_given():
-    assert list(inspect.signature(select).parameters) == ["val_scores", "sampling_error"]
+    assert list(inspect.signature(select).parameters) == ["val_scores", "sampling_error", "methods"]
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(2, 5))

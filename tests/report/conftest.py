@@ -15,9 +15,11 @@ def run(tmp_path_factory):
 def runs(tmp_path_factory):
     """Three backbones with their joint choice."""
     from pipeline.rebalance.backbones import combine
+    from pipeline.rebalance.differences import read_hits
 
     folder = tmp_path_factory.mktemp("report") / "three"
     parts = [made_run(folder / f"seed-{s}", seed=s) for s in (0, 2, 10)]
     documents = [json.loads((p / "rebalance" / "results.json").read_text()) for p in parts]
-    (folder / "results.json").write_text(json.dumps(combine(documents)))
+    hits = [read_hits(p / "rebalance" / "test_hits.safetensors") for p in parts]
+    (folder / "results.json").write_text(json.dumps(combine(documents, hits)))
     return folder

@@ -59,6 +59,17 @@ def test_what_the_norm_term_adds_is_said_apart(run, tmp_path):
     assert len(said.split(", ")) == 4
 
 
+def test_differences_stand_in_the_page_with_their_intervals(run, runs, tmp_path):
+    for folder, results in ((run, "rebalance/results.json"), (runs, "results.json")):
+        found = json.loads((folder / results).read_text())["differences"]
+        text = text_of(write_report(folder, out=tmp_path))
+        for row in found["rows"]:
+            low, high = (f"{row['all'][k]:.1f}".replace("-0.0", "0.0").replace("-", "−") for k in ("low", "high"))
+            assert f"[{low}, {high}]" in text
+        assert "less stage 1 (baseline)" in text
+        assert f"{found['samples']} test samples" in text
+
+
 def test_names_are_escaped(tmp_path):
     run = made_run(tmp_path / "<i>&run", lam="0.1")
     page = write_report(run).path.read_text(encoding="utf-8")

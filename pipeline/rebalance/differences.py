@@ -1,0 +1,116 @@
+"""How far the test accuracy of one row differs from another's on the same samples, and how sure that is."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import DataError
+from pipeline.metrics import GROUPS, class_groups
+from pipeline.seeds import derive
+
+RESAMPLES, LEVEL = 2000, 0.95
+Column = dict[str, float] | None
+
+
+def paired_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    labels: np.ndarray,
+    counts: np.ndarray,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Column]:
+    """all, many, medium, few: {difference, low, high} of balanced accuracy in points, first less second.
+
+    first, second (M,): how often, of 0…1, each is right on a sample; labels (M,); counts (C,) training images decide the
+    groups. low and high bound the middle 95 % of a bootstrap over samples: each class is drawn anew from its own samples,
+    the same draw for both. None for a group without a sample.
+    """
+    values, code = np.unique(np.round(first - second, 12), return_inverse=True)
+    classes = len(counts)
+    table = np.bincount(labels * len(values) + code, minlength=classes * len(values)).reshape(classes, -1)
+    known = table.sum(1) > 0
+    group = np.argmax(list(class_groups(counts).values()), axis=0)
+    # classes with equal sizes and equal values are drawn together: the sum of their draws is one larger draw
+    kinds, alike = np.unique(np.column_stack([group, table])[known], axis=0, return_counts=True)
+    random = np.random.default_rng(derive(seed, "bootstrap"))
+    point, drawn, sizes = np.zeros(len(GROUPS)), np.zeros((len(GROUPS), resamples)), np.zeros(len(GROUPS))
+    for (g, *row), number in zip(kinds, alike, strict=True):
+        there = np.flatnonzero(row)
+        share = np.array(row)[there] / np.sum(row)
+        point[g] += number * (share @ values[there])
+        drawn[g] += random.multinomial(number * np.sum(row), share, size=resamples) @ values[there] / np.sum(row)
+        sizes[g] += number
+    found = {"all": _column(point.sum(), drawn.sum(0), sizes.sum())}
+    return found | {name: _column(point[g], drawn[g], sizes[g]) for g, name in enumerate(GROUPS)}
+
+
+def _column(point: float, drawn: np.ndarray, classes: float) -> Column:
+    if not classes:
+        return None
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {name: float(100 * v / classes) for name, v in (("difference", point), ("low", low), ("high", high))}
+
+
+@dataclass(frozen=True, eq=False)
+class Hits:
+    """Which test samples each head got right: heads say what each is (with its seed), hit (H, M), labels (M,)."""
+
+    heads: Sequence[Mapping[str, Any]]
+    hit: np.ndarray
+    labels: np.ndarray
+    counts: np.ndarray
+
+    def rate(self, facts: Mapping[str, Any]) -> np.ndarray:
+        """(M,) share of a setting's seeds that are right on each sample."""
+        mine = [i for i, head in enumerate(self.heads) if all(head[key] == value for key, value in facts.items())]
+        return self.hit[mine].mean(0)
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file, a bit for each sample and head."""
+        from safetensors.numpy import save
+
+        bits, labels = np.packbits(self.hit, axis=1), self.labels.astype(np.int32)
+        heads = json.dumps(list(self.heads))
+        return save({"hit": bits, "labels": labels, "counts": np.asarray(self.counts)}, {"heads": heads})
+
+
+def read_hits(path: Path) -> Hits:
+    """What Hits.to_bytes wrote; DataError if it is missing or other."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            heads, labels = json.loads((file.metadata() or {})["heads"]), file.get_tensor("labels")
+            hit = np.unpackbits(file.get_tensor("hit"), axis=1, count=len(labels)).astype(bool)
+            return Hits(heads, hit, labels, file.get_tensor("counts"))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not readable ({error}); run `pipeline rebalance` again") from error
+
+
+def differences(
+    selected: Mapping[str, Any], others: Mapping[str, Mapping[str, Any] | None], hits: Sequence[Hits]
+) -> dict[str, Any]:
+    """The selected row less each of the others, by their roles, over the test samples of all backbones.
+
+    hits: one a backbone, of the same test samples; a row's rate is its mean over seeds, then over backbones. A role
+    without a row, or with the selected one, is left out.
+    """
+
+    def rate(facts: Mapping[str, Any]) -> np.ndarray:
+        return np.mean([of_one.rate(facts) for of_one in hits], axis=0)
+
+    first = hits[0]
+    if any(not np.array_equal(of_one.labels, first.labels) for of_one in hits[1:]):
+        raise DataError("the backbones were tested on different samples: train them with the same data settings")
+    rows = [
+        {"against": role, **facts, **paired_difference(rate(selected), rate(facts), first.labels, first.counts)}
+        for role, facts in others.items()
+        if facts is not None and facts != selected
+    ]
+    return {"resamples": RESAMPLES, "level": LEVEL, "samples": len(first.labels), "rows": rows}
