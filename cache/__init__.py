@@ -1,8 +1,9 @@
 """A checksummed, resumable store of features: a zarr v3 group that any zarr client can read.
 
 Make one: `create_store` (one process), `open_writer` (others beside it), `Writer.missing`, `write`, `seal`.
-Use one: `open_cache`, then `Cache.read`. Check one: `verify`. zarr makes and writes the files; chunks
-are read straight into the caller's memory, so that importing this loads neither torch nor zarr.
+Use one: `open_cache`, then `Cache.read`, or `Cache.stream` where it is larger than memory. Check one: `verify`.
+zarr makes and writes the files; chunks are read straight into the caller's memory, so that importing this loads neither
+torch nor zarr.
 """
 
 from cache.create import Split, create_store
@@ -10,6 +11,7 @@ from cache.files import write_durably
 from cache.layout import CacheError, Chunk, Layout, chunk_rows, owned_chunks
 from cache.place import is_url, locate
 from cache.reader import Cache, open_cache
+from cache.stream import stream_order
 from cache.verify import Damage, verify
 from cache.writer import Writer, open_writer
 
@@ -28,6 +30,7 @@ __all__ = [
     "open_cache",
     "open_writer",
     "owned_chunks",
+    "stream_order",
     "verify",
     "write_durably",
 ]

@@ -3,6 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+# the type that a reader gets for each type of store
+NUMBERS = {"float16": np.float16, "bfloat16": np.float32, "float32": np.float32}
+
 
 def encode(rows: NDArray, dtype: str) -> NDArray:
     """Finite features as the store keeps them: float16, float32, or the bits of bfloat16 rounded to nearest even."""

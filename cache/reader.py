@@ -1,17 +1,19 @@
 """Reading a sealed store: whole chunks straight into the caller's array, each checked against the manifest."""
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cache.chunks import Torn
 from cache.layout import CacheError, Chunk
-from cache.numbers import decode
+from cache.numbers import NUMBERS, decode
 from cache.place import Place, locate
 from cache.root import Root, read_root
+from cache.stream import Block, stream, stream_order, stream_window, wanted_rows
 from cache.verify import checked_read, damaged_metadata, padding_bytes, unfinished
 
 
@@ -101,7 +103,7 @@ class Cache:
         """
         chunks, shape = self.chunks(split, view), (self.rows(split), self.width)
         if out is None:
-            out = np.empty(shape, np.float32 if self.dtype == "bfloat16" else self._stored(split))
+            out = np.empty(shape, NUMBERS[self.dtype])
         if out.shape != shape:
             raise ValueError(f"out has shape {out.shape}, the features of {split} have {shape}")
         with ThreadPoolExecutor(self._place.streams, "read") as pool:
@@ -122,6 +124,55 @@ class Cache:
         rows = np.empty((chunk.rows, self.width), stored)
         self._load(chunk, rows)
         return decode(rows, self.dtype, out)
+
+    def read_rows(self, split: str, rows: ArrayLike, view: int = 0) -> NDArray:
+        """Features (len(rows), D) of the rows asked for, in that order, as `read` gives them.
+
+        Chunks that hold any of them are read whole, one at a time. Raises IndexError for a row that is not there.
+        """
+        wanted = np.asarray(rows, np.int64)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.rows(split):
+            raise IndexError(f"rows reach from {wanted.min()} to {wanted.max()}; {split} has {self.rows(split)} rows")
+        out = np.empty((len(wanted), self.width), NUMBERS[self.dtype])
+        for chunk in self.chunks(split, view):
+            here = np.flatnonzero((chunk.start <= wanted) & (wanted < chunk.stop))
+            if len(here):
+                out[here] = self.read_chunk(chunk)[wanted[here] - chunk.start]
+        return out
+
+    def stream(
+        self,
+        split: str,
+        *,
+        views: int | Sequence[int] = 0,
+        seed: int,
+        epoch: int,
+        memory_bytes: int,
+        multiple_of: int = 1,
+        rows: ArrayLike | None = None,
+    ) -> Iterator[Block]:
+        """Blocks (rows (n,) int64, features (n, D) as `read` gives them) of one epoch, in shuffled order.
+
+        Every row that has features comes exactly once. views: the epoch sees views[epoch % len(views)]. rows: those
+        wanted, None for all. n is a multiple of multiple_of in every block but the last, so batches can be cut from
+        blocks as they come. The order is that of `stream_order`: a function of seed, epoch, the store's layout and
+        memory_bytes, within which it is the better mixed the larger they are (cache/stream.py says how well).
+        At most memory_bytes are held, the block given out included, and twice multiple_of rows.
+        Raises CacheError where memory_bytes is too small for a pool of chunks (it names the least), or as `read` does.
+        """
+        window = stream_window(self._root.layout, split, memory_bytes=memory_bytes)
+        of_epochs = np.atleast_1d(views)
+        view = int(of_epochs[epoch % len(of_epochs)])
+        return stream(self, split, view=view, window=window, seed=seed, epoch=epoch, multiple_of=multiple_of, rows=rows)
+
+    def stream_order(
+        self, split: str, *, seed: int, epoch: int, memory_bytes: int, rows: ArrayLike | None = None
+    ) -> NDArray[np.int64]:
+        """The rows (N,) in the order in which `stream` with the same arguments gives them; no features are read."""
+        layout = self._root.layout
+        window = stream_window(layout, split, memory_bytes=memory_bytes)
+        per_chunk, only = layout.features(split).chunk[1], wanted_rows(self, split, rows)
+        return stream_order(self.rows(split), per_chunk, window=window, seed=seed, epoch=epoch, only=only)
 
     def skipped(self, split: str) -> NDArray[np.int64]:
         """Rows, ascending, of the samples that have no features because their images could not be read."""
