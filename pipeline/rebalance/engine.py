@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.rebalance import native
 from pipeline.rebalance.batches import Batch, Batches, Weighting, batch_order
 from pipeline.rebalance.features import Features
 from pipeline.rebalance.formulation import Penalty
+from pipeline.rebalance.native import instruction_sets
 from pipeline.rebalance.stack import Form, Stack
 from pipeline.rebalance.target import class_balanced_weights, number_coefficient
 
@@ -24,6 +27,7 @@ CPU_STACK_LOGITS = 100_000  # the logits, residuals, heads and momentum of a sta
 SHARED_PRODUCT = (
     10**8
 )  # operations from which cores gain by sharing one matrix product; below it each has its own stack
+KERNEL_BLOCK_BYTES = 4 << 20  # features that the kernel takes at a time, one set of them while the next is gathered
 ALONE = Penalty(kl_weight=0.0)
 
 
@@ -78,32 +82,37 @@ def fit_heads(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     memory_bytes: int | None = None,
+    kernel: str | None = next(iter(instruction_sets()), None),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights (S, K, C, D) and biases (S, K, C) of K heads in each of S batch orders, all started from the stage-1
     head.
 
     rows: the training rows to fit on, None for all; the counts stay those of all. memory_bytes: what heads and
     buffers may take; where they take more, the heads are fitted in several passes over the data. What is fitted
-    together does not change a head beyond the rounding of dtype.
+    together does not change a head beyond the rounding of dtype. kernel: the instruction set of `native` to use on a
+    CPU, None for the tensor engine.
     """
     device = torch.device(device)
     n = len(features.labels) if rows is None else len(rows)
     classes, width = features.weight.shape
-    row = torch.empty((), dtype=dtype).element_size() * len(seeds) * classes
-    per_head = row * (2 * (width + 1) + 5 * (min(schedule.batch_size, n) + 1))
+    real = np.float64 if dtype == torch.float64 else np.float32
+    by_kernel = device.type == "cpu" and kernel
+    row = np.dtype(real).itemsize * len(seeds) * classes
+    per_head = row * (2 * (width + 1) + (0 if by_kernel else 5 * (min(schedule.batch_size, n) + 1)))
     passes = plan(len(heads), per_head, memory_bytes or _free_bytes(device) // 2)
     order = sorted(range(len(heads)), key=lambda i: (heads[i].form.cb, heads[i].penalised, str(heads[i].form)))
-    weight = np.empty((len(seeds), len(heads), classes, width), np.float64 if dtype == torch.float64 else np.float32)
-    bias = np.empty(weight.shape[:3], weight.dtype)
+    weight = np.empty((len(seeds), len(heads), classes, width), real)
+    bias = np.empty(weight.shape[:3], real)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
+    fit_pass = partial(_fit_native, instruction_set=by_kernel) if by_kernel else partial(_fit_stacks, device=device)
     with _arithmetic(device):
         for first, last in passes:
             chosen = order[first:last]
-            fitted = _fit_pass(features, [heads[i] for i in chosen], seeds, schedule, rows, device, dtype, threads)
-            for members, head in fitted:
+            fitted = fit_pass(features, [heads[i] for i in chosen], seeds, schedule, rows, threads=threads, dtype=dtype)
+            for members, of_stack, bias_of_stack in fitted:
                 at = [chosen[i] for i in members]
-                weight[:, at] = head[..., :-1].cpu().numpy()
-                bias[:, at] = head[..., -1].cpu().numpy()
+                weight[:, at] = of_stack
+                bias[:, at] = bias_of_stack
     return weight, bias
 
 
@@ -113,17 +122,79 @@ def plan(heads: int, cost: int, budget: int) -> list[tuple[int, int]]:
     return [(heads * i // runs, heads * (i + 1) // runs) for i in range(runs)]
 
 
-def _fit_pass(
+def _fit_native(
     features: Features,
     heads: Sequence[Head],
     seeds: Sequence[int],
     schedule: Schedule,
     rows: np.ndarray | None,
-    device: torch.device,
-    dtype: torch.dtype,
+    *,
     threads: int,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yields (head numbers, fitted (S, k, C, D+1)) of every stack after one pass over the data."""
+    dtype: torch.dtype,
+    instruction_set: str,
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Yields (head numbers, weights (S, K, C, D), biases (S, K, C)) of all heads after one pass over the data."""
+    counts = torch.as_tensor(features.counts, dtype=torch.float64)
+    kinds = sorted({h.weighting for h in heads})
+    fitted = native.Heads(
+        features.weight,
+        features.bias,
+        seeds=len(seeds),
+        penalties=[h.penalty for h in heads],
+        half_targets=torch.stack([_half_target(counts, h) for h in heads]).numpy(),
+        class_weights=[(_class_weights(counts, *kind).numpy(), kind[0] != "cb-bce") for kind in kinds],
+        weighting=[kinds.index(h.weighting) for h in heads],
+        bce=[h.loss == "cb-bce" for h in heads],
+        dtype=np.float64 if dtype == torch.float64 else np.float32,
+        instruction_set=instruction_set,
+    )
+    taken = np.arange(len(features.labels)) if rows is None else rows
+    size = min(schedule.batch_size, len(taken))
+    at_once = max(1, KERNEL_BLOCK_BYTES // (size * features.weight.shape[1] * fitted.dtype.itemsize)) * size
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(threads) as pool:
+        running: Iterator[None] = iter(())
+        for epoch in range(schedule.epochs):
+            view = torch.as_tensor(features.views[features.view_of_epoch(epoch, augmented=schedule.augmented)])
+            orders = [torch.as_tensor(taken[batch_order(len(taken), seed=s, epoch=epoch)]) for s in seeds]
+            advance = partial(
+                fitted.advance,
+                pool,
+                threads,
+                batch=size,
+                lr=schedule.lr_of(epoch),
+                momentum=schedule.momentum,
+                weight_decay=schedule.weight_decay,
+            )
+            for first in range(0, len(taken), at_once):
+                blocks = [_kernel_block(view, features.labels, o[first : first + at_once], dtype) for o in orders]
+                deque(running, 0)  # the next block is gathered while this one runs
+                running = advance(blocks)
+        deque(running, 0)
+    yield list(range(len(heads))), fitted.weight, fitted.bias
+
+
+def _kernel_block(
+    view: Tensor, labels: np.ndarray, order: Tensor, dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features (n, D), 1/|x| (n,) and labels (n,) int32 of some rows."""
+    features = view.index_select(0, order).to(dtype)
+    norm = torch.linalg.vector_norm(features, dim=1).clamp_min_(torch.finfo(dtype).tiny)
+    return features.numpy(), norm.reciprocal_().numpy(), labels[order.numpy()].astype(np.int32)
+
+
+def _fit_stacks(
+    features: Features,
+    heads: Sequence[Head],
+    seeds: Sequence[int],
+    schedule: Schedule,
+    rows: np.ndarray | None,
+    *,
+    threads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Yields (head numbers, weights (S, k, C, D), biases (S, k, C)) of every stack after one pass over the data."""
     counts = torch.as_tensor(features.counts, dtype=torch.float64)
     kinds = sorted({h.weighting for h in heads})
     weightings = [Weighting(_class_weights(counts, *kind).to(device, dtype), kind[0] != "cb-bce") for kind in kinds]
@@ -160,7 +231,8 @@ def _fit_pass(
             for block in batches.epoch(view, labels.to(view.device), order):
                 list(pool.map(advance, [stack for _, stack in stacks], itertools.repeat(block)))
     for members, stack in stacks:
-        yield members, stack.weight
+        head = stack.weight.cpu().numpy()
+        yield members, head[..., :-1], head[..., -1]
 
 
 @torch.no_grad()  # which is a setting of each thread

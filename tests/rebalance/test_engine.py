@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import shutil
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.rebalance import native
 from pipeline.rebalance.batches import batch_order
 from pipeline.rebalance.engine import Head, Schedule, fit_heads, plan, stacked
 from pipeline.rebalance.features import Features
@@ -18,6 +22,13 @@ from pipeline.rebalance.objective import iwb_objective
 COUNTS = np.array([23, 11, 6, 3, 2])
 SHORT = Schedule(epochs=3, lr=0.05, momentum=0.9, weight_decay=0.01, batch_size=8)
 CB = {"ce": None, "cb-softmax": "softmax", "cb-bce": "bce"}
+
+
+ENGINES = [None, *(["double"] if native.instruction_sets() else [])]  # both in float64: tensors, and the kernel
+
+
+def test_the_kernel_was_built_if_there_is_a_compiler():
+    assert native.instruction_sets() or not shutil.which("cc"), "install the package again: pip install -e '.[dev]'"
 
 
 @pytest.fixture(scope="module")
@@ -82,26 +93,78 @@ PENALTIES = [
 
 @pytest.mark.parametrize(("hardness", "direction", "divergence", "detach", "kl_weight"), PENALTIES)
 def test_every_penalty_is_what_autograd_computes(features, hardness, direction, divergence, detach, kl_weight):
+    """By tensors, by the kernel, and by three threads of the kernel that share each head."""
     rule = penalty(
         hardness=hardness, direction=direction, divergence=divergence, detach_target=detach, kl_weight=kl_weight
     )
     heads = [Head("cb-softmax", 0.4, rule), Head("cb-softmax", 0.9, rule)]
-    weight, bias = fit_heads(features, heads, seeds=(0, 3), schedule=SHORT, dtype=torch.float64)
-    for s, seed in enumerate((0, 3)):
-        for k, head in enumerate(heads):
-            assert_equal((weight[s, k], bias[s, k]), by_autograd(features, head, seed, SHORT))
+    expected = [[by_autograd(features, head, seed, SHORT) for head in heads] for seed in (0, 3)]
+    for kernel in ENGINES:
+        weight, bias = fit_heads(features, heads, seeds=(0, 3), schedule=SHORT, dtype=torch.float64, kernel=kernel)
+        for s, k in itertools.product(range(2), range(2)):
+            assert_equal((weight[s, k], bias[s, k]), expected[s][k])
+    with three_threads_on_one_head():
+        weight, bias = fit_heads(features, heads[1:], seeds=(3,), schedule=SHORT, dtype=torch.float64)
+    assert_equal((weight[0, 0], bias[0, 0]), expected[1][1])
 
 
+@contextmanager
+def three_threads_on_one_head():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "SHARED", 0)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kernel", ENGINES)
 @pytest.mark.parametrize("loss", CB)
 @pytest.mark.parametrize("formulation", ["paper", "code"])
 @pytest.mark.parametrize("number", [True, False])
-def test_every_loss_is_what_autograd_computes(features, loss, formulation, number):
+def test_every_loss_is_what_autograd_computes(features, loss, formulation, number, kernel):
     head = Head(loss, 0.3, penalty(formulation, number=number), beta=0.9)
-    weight, bias = fit_heads(features, [head], seeds=(1,), schedule=SHORT, dtype=torch.float64)
+    weight, bias = fit_heads(features, [head], seeds=(1,), schedule=SHORT, dtype=torch.float64, kernel=kernel)
     assert_equal((weight[0, 0], bias[0, 0]), by_autograd(features, head, 1, SHORT))
 
 
-def test_heads_of_all_kinds_fitted_together_are_those_fitted_alone(features, monkeypatch):
+@pytest.mark.parametrize("kernel", [None, *(name for name in native.instruction_sets() if name != "double")])
+@pytest.mark.parametrize("classes", [5, 16, 17, 67])
+def test_every_instruction_set_computes_the_same_in_float32(kernel, classes):
+    """Numbers of classes with and without padding; a width and a batch that fill no register tile."""
+    random = np.random.default_rng(classes)
+    labels = random.permutation(np.repeat(np.arange(classes), 3 + np.arange(classes) % 4))
+    centres = random.normal(size=(classes, 13))
+    views = (centres[labels] + random.normal(size=(3, len(labels), 13))).astype(np.float32)
+    weight, bias = 0.3 * random.normal(size=(classes, 13)), random.normal(size=classes)
+    many = Features(views, labels, np.bincount(labels), weight, bias)
+    schedule = Schedule(epochs=2, lr=0.05, batch_size=9)
+    for head in (Head("cb-softmax", 0.5, penalty()), Head("cb-bce", 0.5, penalty("code", kl_weight=1.0))):
+        fitted = fit_heads(many, [head], seeds=(1,), schedule=schedule, kernel=kernel)
+        expected = by_autograd(many, head, 1, schedule)
+        assert_equal((fitted[0][0, 0], fitted[1][0, 0]), expected, 2e-5)
+
+
+def test_threads_that_share_a_head_give_the_head_of_one(features):
+    head = Head("cb-softmax", 0.5, penalty())
+    alone = fit_heads(features, [head], seeds=(0,), schedule=SHORT)
+    with three_threads_on_one_head():
+        shared = fit_heads(features, [head], seeds=(0,), schedule=SHORT)
+    assert_equal(shared, alone, 1e-5)
+
+
+def test_logits_far_apart_neither_overflow_nor_turn_into_nan(features):
+    loud = Features(features.views * 1e4, features.labels, COUNTS, features.weight, features.bias)
+    for kernel in [None, *native.instruction_sets()]:
+        dtype = torch.float64 if kernel == "double" else torch.float32
+        weight, _ = fit_heads(loud, [Head("ce")], seeds=(0,), schedule=SHORT, kernel=kernel, dtype=dtype)
+        assert np.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("kernel", ENGINES)
+def test_heads_of_all_kinds_fitted_together_are_those_fitted_alone(features, monkeypatch, kernel):
     monkeypatch.setattr("pipeline.rebalance.engine.CPU_STACK_LOGITS", 3 * 2 * 5 * 8)
     heads = [
         Head("ce"),
@@ -114,34 +177,39 @@ def test_heads_of_all_kinds_fitted_together_are_those_fitted_alone(features, mon
         Head("cb-bce"),
         Head("ce", 0.7, penalty(hardness="scalar")),
     ]
-    weight, bias = fit_heads(features, heads, seeds=(0, 7), schedule=SHORT, dtype=torch.float64)
+    weight, bias = fit_heads(features, heads, seeds=(0, 7), schedule=SHORT, dtype=torch.float64, kernel=kernel)
     for s, seed in enumerate((0, 7)):
         for k, head in enumerate(heads):
             assert_equal((weight[s, k], bias[s, k]), by_autograd(features, head, seed, SHORT))
 
 
-def test_float32_stacks_equal_solo_fits_to_rounding(features):
+@pytest.mark.parametrize("kernel", [None, *list(native.instruction_sets())[:1]])
+def test_float32_stacks_equal_solo_fits_to_rounding(features, kernel):
     heads = [Head("cb-softmax", lam, penalty()) for lam in (0.0, 0.3, 0.8)] + [Head("ce")]
-    stacked = fit_heads(features, heads, seeds=(0, 1), schedule=SHORT)
+    stacked = fit_heads(features, heads, seeds=(0, 1), schedule=SHORT, kernel=kernel)
     assert stacked[0].dtype == np.float32
     for s, k in itertools.product(range(2), range(4)):
-        solo = fit_heads(features, [heads[k]], seeds=(s,), schedule=SHORT)
+        solo = fit_heads(features, [heads[k]], seeds=(s,), schedule=SHORT, kernel=kernel)
         assert_equal((stacked[0][s, k], stacked[1][s, k]), (solo[0][0, 0], solo[1][0, 0]), 1e-5)
     assert np.abs(stacked[0][0] - stacked[0][1]).max() > 1e-3, "two seeds must see two orders"
 
 
-def test_few_bytes_mean_more_passes_and_the_same_heads(features):
+@pytest.mark.parametrize("kernel", ENGINES)
+def test_few_bytes_mean_more_passes_and_the_same_heads(features, kernel):
     heads = [Head("cb-softmax", lam, penalty()) for lam in (0.0, 0.3, 0.8)] + [Head("cb-bce")]
-    once = fit_heads(features, heads, seeds=(0,), schedule=SHORT, dtype=torch.float64)
-    often = fit_heads(features, heads, seeds=(0,), schedule=SHORT, dtype=torch.float64, memory_bytes=1)
+    fit = partial(fit_heads, features, heads, seeds=(0,), schedule=SHORT, dtype=torch.float64, kernel=kernel)
+    once, often = fit(), fit(memory_bytes=1)
     assert_equal(once, often, 1e-12)
 
 
-def test_small_blocks_change_nothing(features, monkeypatch):
+@pytest.mark.parametrize("kernel", ENGINES)
+def test_small_blocks_change_nothing(features, monkeypatch, kernel):
     heads = [Head("cb-softmax", 0.3, penalty("code"))]
-    once = fit_heads(features, heads, seeds=(0, 1), schedule=SHORT, dtype=torch.float64)
+    fit = partial(fit_heads, features, heads, seeds=(0, 1), schedule=SHORT, dtype=torch.float64, kernel=kernel)
+    once = fit()
     monkeypatch.setattr("pipeline.rebalance.batches.BLOCK_BYTES", {"cpu": 1})
-    assert_equal(once, fit_heads(features, heads, seeds=(0, 1), schedule=SHORT, dtype=torch.float64), 1e-12)
+    monkeypatch.setattr("pipeline.rebalance.engine.KERNEL_BLOCK_BYTES", 1)
+    assert_equal(once, fit(), 1e-12)
 
 
 def test_a_fold_sees_its_rows_and_keeps_the_counts_of_all(features):
