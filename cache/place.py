@@ -37,6 +37,10 @@ class Local:
         """Whether anything lies here that a new store would have to make room for."""
         return self.path.is_dir() and any(self.path.iterdir())
 
+    def names(self) -> Iterator[str]:
+        """The name of every file here."""
+        yield from (str(file.relative_to(self.path)) for file in self.path.rglob("*") if file.is_file())
+
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[tuple[Any, int]]:
         """(a file with `readinto`, its size); FileNotFoundError where it is missing, OSError where it cannot be read."""

@@ -39,7 +39,7 @@ WAITING = 2  # encoded chunks that may wait for the disk; with the one being enc
 class DumpResult:
     """A sealed store. samples: split → N; written: chunks that this call computed, of `chunks` in all."""
 
-    store: Path
+    store: Path | str
     digest: str
     samples: dict[str, int]
     views: int
@@ -66,7 +66,7 @@ def dump_features(
     backbone: Checkpoint,
     config: Config,
     *,
-    out: Path,
+    out: Path | str,
     device: str = "auto",
     overwrite: bool = False,
     report: Callable[[int, int, str], object] = lambda done, total, note: None,
@@ -267,7 +267,7 @@ def _fitting(dataset: Dataset, backbone: Checkpoint) -> Dataset:
 
 
 def _writer(
-    backbone: Checkpoint, config: Config, dataset: Dataset, *, out: Path, ranks: Ranks, overwrite: bool
+    backbone: Checkpoint, config: Config, dataset: Dataset, *, out: Path | str, ranks: Ranks, overwrite: bool
 ) -> Writer:
     """Rank 0 makes or takes up the store, then the others join."""
     head = classifier(backbone.model)
@@ -323,7 +323,7 @@ def _seal(writer: Writer) -> str:
         return writer.seal()
 
 
-def _obey(signals: Signals, out: Path) -> None:
+def _obey(signals: Signals, out: Path | str) -> None:
     if signals.received:
         stop = Terminated(f"stopped; the finished chunks are in {out}: the same command goes on")
         stop.exit_code = signals.exit_code

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache import CacheError, open_cache, open_writer, verify
+from cache import CacheError, Writer, open_cache, open_writer, verify
 from pipeline.config import find_config, load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.report.source import read_heads, read_results
@@ -35,7 +35,7 @@ Facts = dict[str, Any]
 class Artefact:
     """What `describe` found: the kind of thing, its key facts, and what made it."""
 
-    path: Path
+    path: Path | str
     kind: str
     facts: Facts
     made: Facts = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Artefact:
 class Verified:
     """A store of which every byte was read and found right."""
 
-    store: Path
+    store: Path | str
     digest: str
     chunks: int
 
@@ -69,7 +69,7 @@ class Verified:
         return f"{self.store}: whole; {self.chunks} chunks of features read, every checksum holds; digest {self.digest}"
 
 
-def verify_store(path: Path) -> Verified:
+def verify_store(path: Path | str) -> Verified:
     """Reads a whole sealed store against its checksums; DataError lists what is damaged and how to repair it."""
     try:
         store, damaged = open_cache(path), verify(path)
@@ -83,11 +83,13 @@ def verify_store(path: Path) -> Verified:
     return Verified(path, store.digest, chunks)
 
 
-def describe(path: Path) -> Artefact:
-    """What lies at a path (or the shipped configuration of that name), and what made it.
+def describe(path: Path | str) -> Artefact:
+    """What lies at a path, URL of a store, or shipped configuration of that name, and what made it.
 
     Raises DataError where it is missing, damaged or nothing of ours, naming what could have been given.
     """
+    if isinstance(path, str):
+        return _store(path)
     if not path.exists():
         try:
             return _config(find_config(str(path)))
@@ -105,12 +107,12 @@ def describe(path: Path) -> Artefact:
         raise DataError(f"{path}: not as this version writes it ({error!r}); expected {EXPECTED}") from error
 
 
-def _store(path: Path) -> Artefact:
+def _store(path: Path | str) -> Artefact:
     """A sealed store through its own reader; of one that is not, how far it has come."""
     try:
-        attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
-        if attributes.get("state") == "open":
-            return _open_store(path, attributes)
+        writer = open_writer(path)
+        if not writer.sealed:
+            return _open_store(path, writer)
         store = open_cache(path)
     except CacheError as error:
         raise DataError(str(error)) from error
@@ -131,10 +133,10 @@ def _store(path: Path) -> Artefact:
     )
 
 
-def _open_store(path: Path, attributes: Facts) -> Artefact:
-    writer = open_writer(path)
-    layout, chunks = writer.layout, writer.chunks
-    there = sum((path / chunk.array / chunk.key).is_file() for chunk in chunks)
+def _open_store(path: Path | str, writer: Writer) -> Artefact:
+    layout, chunks, place = writer.layout, writer.chunks, writer.place
+    attributes = json.loads(place.read("zarr.json")[0])["attributes"]
+    there = len({f"{chunk.array}/{chunk.key}" for chunk in chunks}.intersection(place.names()))
     sizes = {s: f"{rows:,} samples, {views} view(s)" for s, views, rows in layout.splits}
     facts = {
         "state": f"open: {there} of {len(chunks)} chunks are there; the same pipeline dump-features goes on with it",

@@ -96,6 +96,7 @@ def run_pipeline(
     config: Config,
     *,
     out: Path,
+    store: Path | str | None = None,
     seeds: Sequence[int] | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -103,6 +104,7 @@ def run_pipeline(
 ) -> RunResult | None:
     """Trains, dumps, rebalances and reports under `out`, continuing whatever is there; None on ranks other than the first.
 
+    store: where the features go, under it seed-N for each of several backbones; features.zarr in the run if None.
     seeds: one backbone each under out/seed-N on the same subset, combined by choosing λ on their mean validation accuracy.
     Raises what the stages raise; everything finished stays.
     """
@@ -112,7 +114,10 @@ def run_pipeline(
         ranks.together(lambda: _refuse_other_kind(out, seeds))
         ledger = Ledger(out / "run.json")
         documents = [
-            _one_backbone(c, p, ledger, ranks, device, overwrite, talk, named=bool(seeds)) for p, c in places.items()
+            _one_backbone(
+                c, p, _store_of(p, store, named=bool(seeds)), ledger, ranks, device, overwrite, talk, named=bool(seeds)
+            )
+            for p, c in places.items()
         ]
         if not ranks.first:
             return None
@@ -136,8 +141,26 @@ def _refuse_other_kind(out: Path, seeds: Sequence[int] | None) -> None:
         raise ConfigError(f"{out} holds a run of several backbones; give its --seeds again, or take another --out")
 
 
+def _store_of(out: Path, store: Path | str | None, *, named: bool) -> Path | str:
+    """Where a backbone's features go: features.zarr in its folder, or what was asked for, with several seed-N below it."""
+    if store is None:
+        return out / "features.zarr"
+    if not named:
+        return store
+    return f"{store}/{out.name}" if isinstance(store, str) else store / out.name
+
+
 def _one_backbone(
-    config: Config, out: Path, ledger: Ledger, ranks: Ranks, device: str, overwrite: bool, talk: Talk, *, named: bool
+    config: Config,
+    out: Path,
+    store: Path | str,
+    ledger: Ledger,
+    ranks: Ranks,
+    device: str,
+    overwrite: bool,
+    talk: Talk,
+    *,
+    named: bool,
 ) -> dict[str, Any]:
     """Stages 1, dump and 2 of one backbone; the results document."""
     name = f"{out.name}/" if named else ""
@@ -159,7 +182,6 @@ def _one_backbone(
             lambda r: r.trained_epochs > 0,
         )
     backbone = load_checkpoint(trained.checkpoint)
-    store = out / "features.zarr"
     with talk.progress("dumping") as bar:
         dumped = timed(
             "dump-features",
@@ -170,7 +192,7 @@ def _one_backbone(
     if not ranks.first:
         return {}
     folder = out / "rebalance"
-    inputs = {"store": dumped.digest, "settings": config.rebalance.model_dump(mode="json")}
+    inputs = {"store": dumped.digest, "at": str(store), "settings": config.rebalance.model_dump(mode="json")}
     if ledger.up_to_date(name + "rebalance", inputs):
         talk.say(f"{folder}: up to date")
     else:

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from pipeline.cli.options import PATH, Examples, shared
+from pipeline.cli.options import PATH, STORE, Examples, shared
 from pipeline.cli.outcome import show
 from pipeline.cli.places import run_folder
 from pipeline.errors import FAILED
@@ -71,7 +71,7 @@ def predict_command(model, images, top_k, layout, batch_size, compare, device, a
 
 
 @click.command("info", cls=Examples, example="pipeline info runs/digits-lt/features.zarr")
-@click.argument("path", type=PATH)
+@click.argument("path", type=STORE)
 @shared
 def info_command(path, as_json, debug):
     """What an artefact is and what made it: a run, checkpoint, store, results, heads, export or configuration."""

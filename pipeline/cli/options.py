@@ -7,7 +7,34 @@ import click
 
 from pipeline.errors import ConfigError
 
-PATH = click.Path(path_type=Path)
+
+class Folder(click.Path):
+    """A file or folder of this machine; of all artefacts only a feature store may be elsewhere."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if "://" in str(value):
+            self.fail(f"{value}: expected a path on this machine; only feature stores may be URLs", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Store(click.ParamType):
+    """A feature store: a folder, or a URL such as s3://bucket/path, which stays text."""
+
+    name = "store"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path | str:
+        if "://" not in str(value):
+            return Path(value)
+        from cache import CacheError, locate
+
+        try:
+            return str(locate(value))
+        except CacheError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATH = Folder(path_type=Path)
+STORE = Store()
 
 
 class Examples(click.Command):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cli.options import STORE
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,8 +23,14 @@ def take_config(name: str | None, sets: Any, *, told: bool = True) -> "tuple[Tal
     return talk, chosen
 
 
-def results_folder(store: Path) -> Path:
-    """Where results of a store go: rebalance/ beside a run's features.zarr, NAME-rebalance/ beside another NAME.zarr."""
+def results_folder(store: Path | str) -> Path:
+    """Where results of a store go: rebalance/ beside a run's features.zarr, NAME-rebalance/ beside another NAME.zarr.
+
+    Those of a store in a bucket go to NAME-rebalance/ in the working folder; NAME of …/cifar/features.zarr is cifar.
+    """
+    if isinstance(store, str):
+        *_, parent, name = store.split("/")
+        return Path(f"{parent if name == 'features.zarr' else Path(name).stem}-rebalance")
     return store.parent / ("rebalance" if store.name == "features.zarr" else f"{store.stem}-rebalance")
 
 
@@ -41,17 +48,21 @@ def run_folder(run: str | None) -> Path:
 
 def store_and_tree(
     store: str | None, config: str | None, *, sets: Any = (), settings_from_store: bool = True
-) -> "tuple[Talk, Path, dict]":
+) -> "tuple[Talk, Path | str, dict]":
     """(console, store, configuration tree) of a rebalance: settings of --config, else of the store, else of the default."""
+    from cache import open_cache
     from pipeline.config import find_config, load_config
     from pipeline.console import Talk
     from pipeline.errors import DataError
 
     talk = Talk()
+    path: Path | str
     named = load_config(find_config(config), sets) if config or store is None else None
     if store is None:
         assert named is not None
         path = named.run_dir / "features.zarr"
+    elif "://" in store:
+        path = STORE.convert(store, None, None)
     elif Path(store).exists():
         path = Path(store) / "features.zarr" if (Path(store) / "features.zarr").exists() else Path(store)
     else:
@@ -59,12 +70,10 @@ def store_and_tree(
             path = load_config(find_config(store)).run_dir / "features.zarr"
         except ConfigError:
             path = Path(store)
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         raise DataError(f"{path}: no such feature store; make one with `pipeline dump-features`")
     if named is not None:
         return talk, path, named.model_dump(mode="json")
     if not settings_from_store:
         return talk, path, {}
-    from cache import open_cache
-
     return talk, path, dict(open_cache(path).provenance["config"])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.options import PATH, Examples, settings, shared, whole_numbers, workers
+from pipeline.cli.options import PATH, STORE, Examples, settings, shared, whole_numbers, workers
 from pipeline.cli.outcome import show
 from pipeline.cli.places import take_config
 
@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 @click.command("run", cls=Examples, example="pipeline run digits-lt --seeds 0,1,2")
 @click.argument("config", required=False)
 @click.option("--out", type=PATH, help="Where the run goes [default: runs/CONFIG-NAME].")
+@click.option(
+    "--store",
+    type=STORE,
+    metavar="FOLDER|URL",
+    help="Where the features go, such as s3://bucket/path [default: features.zarr in the run].",
+)
 @click.option("--seeds", metavar="0,1,2", help="Train one backbone per seed and aggregate over them.")
 @click.option("--overwrite", is_flag=True, help="Start the run anew.")
 @workers
 @settings
 @shared
-def run_command(config, out, seeds, overwrite, nproc, device, sets, as_json, debug):
+def run_command(config, out, store, seeds, overwrite, nproc, device, sets, as_json, debug):
     """Stage 1, feature dump, rebalancing and report in one go; resumes where it stopped.
 
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
@@ -34,6 +40,7 @@ def run_command(config, out, seeds, overwrite, nproc, device, sets, as_json, deb
     result = run_pipeline(
         chosen,
         out=out or chosen.run_dir,
+        store=store,
         seeds=whole_numbers("--seeds", seeds),
         device=device,
         overwrite=overwrite,
@@ -69,7 +76,12 @@ def train_command(config, out, overwrite, nproc, device, sets, as_json, debug):
 @click.command("dump-features", cls=Examples, example="pipeline dump-features digits-lt --views 4")
 @click.argument("config", required=False)
 @click.option("--checkpoint", type=PATH, help="The backbone [default: runs/CONFIG-NAME/backbone/last.pt].")
-@click.option("--out", type=PATH, help="The store [default: features.zarr in the backbone's run].")
+@click.option(
+    "--out",
+    type=STORE,
+    metavar="FOLDER|URL",
+    help="The store, or s3://bucket/path [default: features.zarr in the backbone's run].",
+)
 @click.option(
     "--views",
     type=click.IntRange(1),

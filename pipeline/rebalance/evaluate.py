@@ -50,7 +50,7 @@ class EvaluateResult:
         return table
 
 
-def evaluate(store: Path, heads: Path, *, split: str = "test") -> EvaluateResult:
+def evaluate(store: Path | str, heads: Path, *, split: str = "test") -> EvaluateResult:
     """Scores of every head in a heads.safetensors on train, val or test (the clean view) of a store.
 
     Raises DataError where either file is missing or damaged, or the heads are of another shape than the features.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cache import Cache, CacheError, open_cache
+from cache import Cache, CacheError, is_url, open_cache
 from pipeline.errors import DataError
 from pipeline.metrics import GROUPS
 
@@ -277,7 +277,8 @@ def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
     results = read_results(path)
     beside = folder / "features.zarr"
     try:
-        store = open_cache(beside if beside.exists() else Path(results["store"]))
+        named = results["store"]
+        store = open_cache(beside if beside.exists() and not is_url(named) else named)
     except CacheError as error:
         raise DataError(f"{path}: its feature store cannot be read: {error}") from error
     chosen = choice or results["selected"]
