@@ -1,6 +1,7 @@
 """What a feature store looks like: names, shapes and chunks. Pure arithmetic, no files."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,11 @@ class Array:
         for size, step in zip(self.shape, self.chunk, strict=True):
             keys = [f"{key}/{i}" for key in keys for i in range(-(-size // step))]
         return keys
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the numbers in one chunk."""
+        return math.prod(self.chunk) * int(self.stored[-1])
 
     @property
     def stored(self) -> str:

@@ -85,10 +85,18 @@ class Writer:
         found = ((chunks[i], *inspected(self.place, self._root, chunks[i])) for i in mine)
         return [chunk for chunk, damage, absent in found if damage or (len(absent) and not skipping)]
 
-    def write(self, chunk: Chunk, rows: NDArray, *, absent: Collection[int] = ()) -> None:
+    def write(
+        self,
+        chunk: Chunk,
+        rows: NDArray,
+        *,
+        absent: Collection[int] = (),
+        name: Callable[[int], str] | None = None,
+    ) -> None:
         """Stores the features (chunk.rows, D) of one chunk.
 
         absent: rows of the chunk, counted from its first, that have none: NaN is stored, and the seal lists them.
+        name: row of the split → what a person calls the sample beside its id.
         Raises CacheError naming the sample where a number is not finite or too large for the store's dtype, and
         where the disk refuses.
         """
@@ -100,14 +108,16 @@ class Writer:
         if absent:
             rows = rows.astype(np.float32)
             rows[list(absent)] = np.nan
-        self._check_range(chunk, rows, absent)
+        self._check_range(chunk, rows, absent, name)
         if self._lock:
             self._lock.confirm()
         where = slice(chunk.view, chunk.view + 1), slice(chunk.start, chunk.stop)
         with self.place.refusals():
             store.write_chunk(self.place, array, chunk.key, encode(rows, array.dtype)[None], where)
 
-    def _check_range(self, chunk: Chunk, rows: NDArray, absent: Collection[int]) -> None:
+    def _check_range(
+        self, chunk: Chunk, rows: NDArray, absent: Collection[int], name: Callable[[int], str] | None
+    ) -> None:
         dtype = self.layout.dtype
         bad = ~(np.abs(rows) <= LARGEST[dtype])
         bad[list(absent)] = False
@@ -115,18 +125,21 @@ class Writer:
             return
         row, column = np.argwhere(bad)[0]
         value, sample = rows[row, column], self._sample(chunk.split, chunk.start + row)
+        sample += f", {name(chunk.start + row)}," if name else ""
         where = f"{self.place}: feature {column} of sample {sample} ({chunk.split} view {chunk.view}) is {value:g}"
         if np.isfinite(value):
             raise CacheError(f"{where}, beyond {dtype}'s ±{LARGEST[dtype]:g}; use --dtype float32 or --dtype bfloat16")
-        raise CacheError(f"{where}; no dtype holds that: the checkpoint or this image gives it, check both")
+        raise CacheError(
+            f"{where}; no dtype holds that: look at this image, and at the checkpoint's training: it may have diverged"
+        )
 
-    def _sample(self, split: str, row: int) -> int:
+    def _sample(self, split: str, row: int) -> str:
         if split not in self._ids:
             array = next(a for a in self.layout.small() if a.name == f"{split}/ids")
             ids = np.empty(array.shape, array.stored)
             checked_read(self.place, {}, array.name, "c/0", ids)
             self._ids[split] = ids
-        return int(self._ids[split][row])
+        return str(self._ids[split][row])
 
     def seal(self, identify: Callable[[Mapping[str, list[int]]], Mapping[str, Any]] | None = None) -> str:
         """The store's digest, after every chunk was read back and the store marked sealed in one last write.

@@ -69,12 +69,16 @@ class BackboneConfig(Section):
 
 
 class DumpConfig(Section):
-    """The feature store: how many views, in which precision."""
+    """The feature store: how many views, in which precision.
+
+    on_error: whether an image that cannot be read ends the work or is left out, in training too.
+    """
 
     views: int = Field(11, ge=1)
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     batch_size: int = Field(256, ge=1)
     seed: int = Field(0, ge=0)
+    on_error: Literal["fail", "skip"] = "fail"
 
 
 class RebalanceConfig(Section):

@@ -96,6 +96,7 @@ class TrainingReporter:
         self.talk.say(
             f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.4f}  train {event.train_accuracy:.1f}%{val}  "
             f"{event.images_per_s:,.0f} img/s  {clock((event.epochs - event.epoch) * event.seconds)} left"
+            + (f"  ({event.left_out} unreadable images left out)" if event.left_out else "")
         )
 
 

@@ -29,15 +29,20 @@ from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Loader
 from pipeline.distributed import Ranks, Signals
 from pipeline.errors import DataError, PipelineError, Terminated
+from pipeline.killpoint import KillPoint
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
+from pipeline.unreadable import Rows, readable_now, skipped_before, told
 
 WAITING = 2  # encoded chunks that may wait for the disk; with the one being encoded they bound the memory
 
 
 @dataclass(frozen=True)
 class DumpResult:
-    """A sealed store. samples: split → N; written: chunks that this call computed, of `chunks` in all."""
+    """A sealed store. samples: split → N; written: chunks that this call computed, of `chunks` in all.
+
+    skipped: split → images that could not be read; their rows are kept, NaN, and left out wherever features are used.
+    """
 
     store: Path | str
     digest: str
@@ -49,6 +54,7 @@ class DumpResult:
     written: int
     seconds: float
     network: dict[str, Any]
+    skipped: dict[str, list[str]]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"store": str(self.store)}
@@ -59,6 +65,7 @@ class DumpResult:
         return (
             f"{self.store}: {sizes}; {self.views} training view(s), {self.width} features each, {self.dtype}\n"
             f"{done}, all checksums hold; {self.seconds:.1f} s; digest {self.digest[:16]}"
+            + (f"\n{told(self.skipped)}" if self.skipped else "")
         )
 
 
@@ -83,12 +90,12 @@ def dump_features(
         dataset = ranks.together(lambda: _fitting(load_dataset(config.data), backbone))
         writer = _writer(backbone, config, dataset, out=out, ranks=ranks, overwrite=overwrite)
         with writer:
-            missing = missing_chunks(writer, ranks)
+            missing = missing_chunks(writer, ranks, skipping=config.dump.on_error == "skip")
             mine = [missing[i] for i in owned_chunks(chunks=len(missing), rank=ranks.rank, world=ranks.world)]
             encoder = Encoder(backbone, config, dataset, device=ranks.device)
             ranks.together(lambda: write_chunks(writer, encoder, mine, ranks=ranks, stop=signals, report=report))
             ranks.together(lambda: _obey(signals, out))
-            digest = ranks.together(lambda: _seal(writer) if ranks.first else "")
+            digest = ranks.together(lambda: _seal(writer, backbone, config, dataset) if ranks.first else "")
     return DumpResult(
         store=out,
         digest=digest,
@@ -100,16 +107,18 @@ def dump_features(
         written=len(missing),
         seconds=round(time.perf_counter() - started, 2),
         network=backbone.network,
+        skipped={s: [dataset.splits[s].name_of(r) for r in rows] for s, rows in writer.skipped.items()},
     )
 
 
-def fingerprint(backbone: Checkpoint, config: Config, dataset: Dataset) -> dict[str, Any]:
+def fingerprint(backbone: Checkpoint, config: Config, dataset: Dataset, *, skipped: Rows) -> dict[str, Any]:
     """What decides the features, up to rounding; two stores that differ in any of it are different stores.
 
-    Batch size, device and precision only round differently: a dump may go on with a smaller batch or elsewhere.
+    Batch size, device, precision and threads only round differently: a dump may go on with a smaller batch or
+    elsewhere. skipped: rows without features; whatever becomes of their images, the rest stays the same.
     """
     return {
-        "dataset": dataset.fingerprint,
+        "dataset": dataset.fingerprint_without(skipped),
         "checkpoint": backbone.weights_digest,
         "network": backbone.network["network"],
         "transform": json.dumps(backbone.transform.to_dict(), sort_keys=True),
@@ -129,10 +138,13 @@ def augmentation_key(seed: int, view: int) -> int | None:
     return derive(seed, "view", view) if view else None
 
 
-def missing_chunks(writer: Writer, ranks: Ranks) -> list[Chunk]:
-    """Every chunk that has to be computed, the same list on all ranks: each looks at its share of the store."""
+def missing_chunks(writer: Writer, ranks: Ranks, *, skipping: bool) -> list[Chunk]:
+    """Every chunk that has to be computed, the same list on all ranks: each looks at its share of the store.
+
+    skipping: whether a chunk that lacks the features of unreadable images counts as finished.
+    """
     chunks = writer.chunks
-    found = set(writer.missing(rank=ranks.rank, world=ranks.world))
+    found = set(writer.missing(rank=ranks.rank, world=ranks.world, skipping=skipping))
     flags = ranks.total(np.array([chunk in found for chunk in chunks], dtype=np.float64))
     return [chunk for chunk, flag in zip(chunks, flags, strict=True) if flag]
 
@@ -148,22 +160,31 @@ class Encoder:
         self._width = classifier(backbone.model).in_features
         self._dataset, self._transform, self._workers = dataset, backbone.transform, config.data.workers
 
-    def chunks(self, wanted: Sequence[Chunk], stop: Signals) -> Iterator[tuple[Chunk, np.ndarray]]:
-        """Each wanted chunk with its features (rows, D) float32, in order; ends between batches once asked to stop.
+    def name_of(self, split: str) -> Callable[[int], str] | None:
+        """Row → file of an image; None where images have no files."""
+        images = self._dataset.splits[split]
+        return None if images.paths is None else images.name_of
 
-        Raises DataError for an image that cannot be read, PipelineError where the device's memory does not suffice.
+    def chunks(self, wanted: Sequence[Chunk], stop: Signals) -> Iterator[tuple[Chunk, np.ndarray, list[int]]]:
+        """Each wanted chunk, its features (rows, D) float32 and its unreadable rows; ends between batches when asked to.
+
+        Raises PipelineError where the device's memory does not suffice, and, where none may be skipped, DataError for
+        an image that cannot be read.
         """
+        unreadable: list[int] = []
+        note = unreadable.append if self.settings.on_error == "skip" else None
         for split, of_split in itertools.groupby(wanted, key=lambda chunk: chunk.split):
             loader = Loader(self._dataset.splits[split], self._transform, device=self.device, workers=self._workers)
             for view, of_view in itertools.groupby(of_split, key=lambda chunk: chunk.view):
                 run = [(chunk, batches_of(chunk, self.settings.batch_size)) for chunk in of_view]
                 rows = [batch for _, batches in run for batch in batches]
-                images = loader.batches(rows, augmentation_key(self.settings.seed, view))
+                images = loader.batches(rows, augmentation_key(self.settings.seed, view), unreadable=note)
                 for chunk, batches in run:
                     features = self._encode(chunk, itertools.islice(images, len(batches)), stop)
                     if features is None:
                         return
-                    yield chunk, features
+                    yield chunk, features, [row - chunk.start for row in unreadable]
+                    unreadable.clear()
 
     def _encode(self, chunk: Chunk, images: Iterator[torch.Tensor], stop: Signals) -> np.ndarray | None:
         features = torch.empty(chunk.rows, self._width, device=self.device)
@@ -211,43 +232,34 @@ def write_chunks(
     """
     total, done, started = sum(chunk.rows for chunk in wanted), 0, time.perf_counter()
     share = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
-    with _as_data_error(), _in_background(_armed(writer.write)) as put:
-        for chunk, features in encoder.chunks(wanted, stop):
-            put(chunk, features)
+    point = KillPoint(os.environ.get("PIPELINE_KILL_AT"), rank=ranks.rank)
+
+    def write(number: int, chunk: Chunk, features: np.ndarray, absent: list[int]) -> None:
+        with point.around(str(number), size=writer.layout.features(chunk.split).chunk_bytes):
+            writer.write(chunk, features, absent=absent, name=encoder.name_of(chunk.split))
+
+    with _as_data_error(), _in_background(write) as put:
+        for number, (chunk, features, absent) in enumerate(encoder.chunks(wanted, stop), start=1):
+            put(number, chunk, features, absent)
             done += chunk.rows
             if ranks.first:
                 report(done, total, f"images{share}, {done / (time.perf_counter() - started):,.0f}/s")
 
 
 @contextmanager
-def _in_background(write: Callable[[Chunk, np.ndarray], None]) -> Iterator[Callable[[Chunk, np.ndarray], None]]:
-    """A `put` that writes in one other thread, in order; it waits while WAITING are pending, and raises what failed."""
+def _in_background(write: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """A `put` that calls write in one other thread, in order; it waits while WAITING are pending, and raises what failed."""
     pending: deque[Future[None]] = deque()
 
-    def put(chunk: Chunk, features: np.ndarray) -> None:
+    def put(*arguments: Any) -> None:
         while len(pending) >= WAITING:
             pending.popleft().result()
-        pending.append(pool.submit(write, chunk, features))
+        pending.append(pool.submit(write, *arguments))
 
     with ThreadPoolExecutor(1, "write") as pool:
         yield put
         for future in pending:
             future.result()
-
-
-def _armed(write: Callable[[Chunk, np.ndarray], None]) -> Callable[[Chunk, np.ndarray], None]:
-    """write, then death as by `kill -9` after PIPELINE_KILL_AFTER_CHUNK chunks: how tests prove resuming."""
-    deadline = os.environ.get("PIPELINE_KILL_AFTER_CHUNK")
-    if deadline is None:
-        return write
-    written = itertools.count(1)
-
-    def write_and_die(chunk: Chunk, features: np.ndarray) -> None:
-        write(chunk, features)
-        if next(written) == int(deadline):
-            os.kill(os.getpid(), 9)
-
-    return write_and_die
 
 
 def _fitting(dataset: Dataset, backbone: Checkpoint) -> Dataset:
@@ -277,6 +289,8 @@ def _writer(
     def create() -> Writer | None:
         if not ranks.first:
             return None
+        skipped = {} if overwrite else skipped_before(out, dataset)
+        retry = readable_now(skipped, dataset, store=out, may_skip=config.dump.on_error == "skip")
         with _as_data_error():
             return cache.create_store(
                 out,
@@ -290,7 +304,7 @@ def _writer(
                 bias=bias,
                 class_names=dataset.class_names,
                 counts=dataset.counts,
-                fingerprint=fingerprint(backbone, config, dataset),
+                fingerprint=fingerprint(backbone, config, dataset, skipped=skipped),
                 provenance=provenance(
                     command="dump-features",
                     config=config.model_dump(mode="json"),
@@ -308,6 +322,7 @@ def _writer(
                     },
                 ),
                 overwrite=overwrite,
+                retry=retry,
             )
 
     def join() -> Writer:
@@ -318,9 +333,10 @@ def _writer(
     return ranks.together(lambda: made or join())
 
 
-def _seal(writer: Writer) -> str:
-    with _as_data_error():
-        return writer.seal()
+def _seal(writer: Writer, backbone: Checkpoint, config: Config, dataset: Dataset) -> str:
+    point = KillPoint(os.environ.get("PIPELINE_KILL_AT"), rank=0)
+    with _as_data_error(), point.around("seal", size=1024):  # its one file is larger
+        return writer.seal(lambda skipped: fingerprint(backbone, config, dataset, skipped=skipped))
 
 
 def _obey(signals: Signals, out: Path | str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache import CacheError, Writer, open_cache, open_writer, verify
+from cache import Cache, CacheError, Writer, open_cache, open_writer, verify
 from pipeline.config import find_config, load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.report.source import read_heads, read_results
@@ -56,17 +56,27 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Verified:
-    """A store of which every byte was read and found right."""
+    """A store of which every byte was read and found right; skipped: split → ids of samples without features."""
 
     store: Path | str
     digest: str
     chunks: int
+    skipped: dict[str, list[int]]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"store": str(self.store), "digest": self.digest, "chunks": self.chunks, "damaged": []}
+        return {
+            "store": str(self.store),
+            "digest": self.digest,
+            "chunks": self.chunks,
+            "damaged": [],
+            "skipped": self.skipped,
+        }
 
     def __str__(self) -> str:
-        return f"{self.store}: whole; {self.chunks} chunks of features read, every checksum holds; digest {self.digest}"
+        whole = (
+            f"{self.store}: whole; {self.chunks} chunks of features read, every checksum holds; digest {self.digest}"
+        )
+        return "\n".join([whole, *(f"skipped {split}: {_samples(ids)}" for split, ids in self.skipped.items())])
 
 
 def verify_store(path: Path | str) -> Verified:
@@ -80,7 +90,7 @@ def verify_store(path: Path | str) -> Verified:
         again = f"repair it: the same `pipeline dump-features … --out {path}` computes just these again"
         raise DataError(f"{path}: {len(damaged)} damaged file(s)\n{listed}\n{again}")
     chunks = sum(len(store.chunks(split, view)) for split in store.splits for view in range(store.views(split)))
-    return Verified(path, store.digest, chunks)
+    return Verified(path, store.digest, chunks, _skipped(store))
 
 
 def describe(path: Path | str) -> Artefact:
@@ -120,6 +130,7 @@ def _store(path: Path | str) -> Artefact:
         raise DataError(f"{path}: not a readable feature store ({error}); expected {EXPECTED}") from error
     sizes = {s: f"{store.rows(s):,} samples, {store.views(s)} view(s)" for s in store.splits}
     facts = {"state": "sealed", **sizes, "features": f"{store.width} wide, {store.dtype}"}
+    facts |= {f"skipped {split}": _samples(ids) for split, ids in _skipped(store).items()}
     return Artefact(
         path,
         "feature store",
@@ -131,6 +142,17 @@ def _store(path: Path | str) -> Artefact:
         },
         store.provenance,
     )
+
+
+def _skipped(store: Cache) -> dict[str, list[int]]:
+    """Split → ids of the samples without features, splits that have such."""
+    skipped = {split: store.ids(split)[store.skipped(split)].tolist() for split in store.splits}
+    return {split: ids for split, ids in skipped.items() if ids}
+
+
+def _samples(ids: list[int], most: int = 10) -> str:
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return f"{len(ids)} unreadable image(s), left out wherever features are used: sample {', '.join(map(str, ids[:most]))}{more}"
 
 
 def _open_store(path: Path | str, writer: Writer) -> Artefact:

@@ -139,7 +139,7 @@ def test_several_ranks_write_the_same_bytes(ranks, whole, config, checkpoint, tm
 
 def test_a_dump_killed_after_a_chunk_goes_on_to_the_same_bytes(whole, config, checkpoint, tmp_path):
     store = opened(config, checkpoint, tmp_path / "f.zarr")
-    killed = in_processes(checkpoint, store, PIPELINE_KILL_AFTER_CHUNK="4")
+    killed = in_processes(checkpoint, store, PIPELINE_KILL_AT="after:4")
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(Exception, match="did not finish"):
         open_cache(store)
@@ -154,7 +154,7 @@ def test_a_dump_killed_after_a_chunk_goes_on_to_the_same_bytes(whole, config, ch
 @pytest.mark.slow
 def test_ranks_killed_again_and_again_end_at_the_same_bytes(whole, config, checkpoint, tmp_path):
     store = opened(config, checkpoint, tmp_path / "f.zarr")
-    codes = [in_processes(checkpoint, store, ranks=n, PIPELINE_KILL_AFTER_CHUNK="2").returncode for n in (2, 3, 1)]
+    codes = [in_processes(checkpoint, store, ranks=n, PIPELINE_KILL_AT="after:2").returncode for n in (2, 3, 1)]
     assert all(codes)
     assert in_processes(checkpoint, store, ranks=2).returncode == 0
     assert_same(store, whole)

@@ -32,7 +32,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One finished epoch; loss and train_accuracy over its augmented batches, accuracies in %, balanced over classes."""
+    """One finished epoch; loss and train_accuracy over its augmented batches, accuracies in %, balanced over classes.
+
+    left_out: training images that could not be read.
+    """
 
     epoch: int
     epochs: int
@@ -46,6 +49,7 @@ class Epoch:
     images_per_s: float
     seconds: float
     peak_memory_mb: float
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,12 @@ class TrainResult:
         return (
             f"{self.checkpoint}: {self.network['network']} ({self.network['parameters']:,} parameters), {self.epochs} epochs\n"
             f"balanced validation accuracy of the last epoch: {val or 'no validation split'}\n"
-            f"next: pipeline dump-features --checkpoint {self.checkpoint}"
+            + (
+                f"{line['left_out']} training image(s) could not be read and were left out\n"
+                if line.get("left_out")
+                else ""
+            )
+            + f"next: pipeline dump-features --checkpoint {self.checkpoint}"
         )
 
 

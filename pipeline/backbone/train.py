@@ -30,11 +30,12 @@ from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Loader
 from pipeline.distributed import GO_ON, SAVE, STOP, Ranks, Signals
-from pipeline.errors import ConfigError, PipelineError, Terminated
+from pipeline.errors import ConfigError, DataError, PipelineError, Terminated
 from pipeline.metrics import group_means
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
 
+UNREADABLE = -100  # label of a black image that stands for one that cannot be read
 AGREE_EVERY = 20  # steps between two looks at signals and clocks where looking costs a collective
 
 
@@ -112,6 +113,10 @@ class Trainer:
         )
 
     @property
+    def _may_skip(self) -> bool:
+        return self.config.dump.on_error == "skip"
+
+    @property
     def steps(self) -> int:
         """Optimiser steps an epoch: every image once, in batches of equal size (±1), none dropped."""
         return max(1, math.ceil(len(self.dataset.train) / self.config.backbone.batch_size))
@@ -138,8 +143,9 @@ class Trainer:
         order = np.random.default_rng(derive(settings.seed, "order", self.epoch)).permutation(len(self.dataset.train))
         batches = np.array_split(order, self.steps)[self.step_in_epoch :]
         mine = [np.array_split(batch, ranks.world)[ranks.rank] for batch in batches]
-        images = self.train_loader.batches(mine, key=derive(settings.seed, "augment", self.epoch))
-        labels = torch.from_numpy(self.dataset.train.labels).to(ranks.device)
+        bad: list[int] = []
+        key = derive(settings.seed, "augment", self.epoch)
+        images = self.train_loader.batches(mine, key=key, unreadable=bad.append if self._may_skip else None)
         sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         sums += torch.from_numpy(self.sums).to(ranks.device)
         self.parallel.train()
@@ -148,10 +154,12 @@ class Trainer:
             torch.manual_seed(derive(settings.seed, "step", step, ranks.rank))
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps=self.steps, settings=settings)
-            wanted = labels[torch.from_numpy(rows).to(ranks.device)]
+            known = np.where(np.isin(rows, bad), UNREADABLE, self.dataset.train.labels[rows])
+            wanted = torch.from_numpy(known).to(ranks.device)
+            bad.clear()
             with self._autocast():
                 logits = self.parallel(pixels.contiguous(memory_format=self.memory_format))
-            loss_sum = F.cross_entropy(logits.float(), wanted, reduction="sum")
+            loss_sum = F.cross_entropy(logits.float(), wanted, reduction="sum", ignore_index=UNREADABLE)
             self.optimiser.zero_grad(set_to_none=True)
             self.scaler.scale(loss_sum * (ranks.world / len(batch))).backward()  # DDP averages over ranks
             self.scaler.step(self.optimiser)
@@ -160,7 +168,7 @@ class Trainer:
                 [
                     loss_sum.detach().double(),
                     (logits.argmax(1) == wanted).sum().double(),
-                    wanted.new_tensor(len(rows)).double(),
+                    (wanted != UNREADABLE).sum().double(),
                 ]
             )
             self.step_in_epoch += 1
@@ -177,6 +185,8 @@ class Trainer:
     def _finish_epoch(self) -> Epoch:
         settings = self.config.backbone
         loss, correct, seen = self.ranks.total(self.sums).tolist()
+        if not seen:
+            raise DataError(f"{self.dataset.name}: not one training image could be read; --on-error fail says why")
         if not math.isfinite(loss):
             raise PipelineError(
                 f"epoch {self.epoch + 1}: the loss is {loss}; {self.out / 'last.pt'} holds the epoch before; lower backbone.lr "
@@ -200,6 +210,7 @@ class Trainer:
             images_per_s=round(len(self.dataset.train) * (1 - self.first_step / self.steps) / seconds, 1),
             seconds=round(seconds, 3),
             peak_memory_mb=round(peak_memory_mb(self.ranks.device), 1),
+            left_out=len(self.dataset.train) - round(seen),
         )
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, np.zeros(3)
         better = result.val_accuracy is not None and (self.best is None or result.val_accuracy > self.best)
@@ -221,9 +232,13 @@ class Trainer:
         rows = np.array_split(share, max(1, math.ceil(len(share) / 256))) if len(share) else []
         counts = np.zeros((2, len(self.dataset.class_names)))
         self.model.eval()
-        for positions, pixels in zip(rows, self.val_loader.batches(rows), strict=True):
+        bad: list[int] = []
+        batches = self.val_loader.batches(rows, unreadable=bad.append if self._may_skip else None)
+        for asked, pixels in zip(rows, batches, strict=True):
             with self._autocast():
                 guess = self.model(pixels.contiguous(memory_format=self.memory_format)).argmax(1).cpu().numpy()
+            read = ~np.isin(asked, bad)
+            positions, guess = asked[read], guess[read]
             np.add.at(counts[0], labels[positions], guess == labels[positions])
             np.add.at(counts[1], labels[positions], 1)
         correct, seen = self.ranks.total(counts)

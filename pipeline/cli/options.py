@@ -64,6 +64,15 @@ def settings(command: Any) -> Any:
     )(command)
 
 
+def on_error(command: Any) -> Any:
+    """--on-error, of the commands that read the images of a configuration."""
+    return click.option(
+        "--on-error",
+        type=click.Choice(["fail", "skip"]),
+        help="Whether an image that cannot be read ends the work or is left out [default: the configuration's; fail].",
+    )(command)
+
+
 def workers(command: Any) -> Any:
     """--device and --nproc, of the commands that see images."""
     command = click.option(

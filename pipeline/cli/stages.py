@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.options import PATH, STORE, Examples, settings, shared, whole_numbers, workers
+from pipeline.cli.options import PATH, STORE, Examples, on_error, settings, shared, whole_numbers, workers
 from pipeline.cli.outcome import show
 from pipeline.cli.places import take_config
 
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 )
 @click.option("--seeds", metavar="0,1,2", help="Train one backbone per seed and aggregate over them.")
 @click.option("--overwrite", is_flag=True, help="Start the run anew.")
+@on_error
 @workers
 @settings
 @shared
-def run_command(config, out, store, seeds, overwrite, nproc, device, sets, as_json, debug):
+def run_command(config, out, store, seeds, overwrite, on_error, nproc, device, sets, as_json, debug):
     """Stage 1, feature dump, rebalancing and report in one go; resumes where it stopped.
 
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
     """
-    talk, chosen = take_config(config, sets)
+    talk, chosen = take_config(config, (*sets, *_said(on_error=on_error)))
     if _relaunched(nproc):
         return
     from pipeline.run import run_pipeline
@@ -53,15 +54,16 @@ def run_command(config, out, store, seeds, overwrite, nproc, device, sets, as_js
 @click.argument("config", required=False)
 @click.option("--out", type=PATH, help="Where checkpoints go [default: runs/CONFIG-NAME/backbone].")
 @click.option("--overwrite", is_flag=True, help="Start anew instead of continuing the checkpoint there.")
+@on_error
 @workers
 @settings
 @shared
-def train_command(config, out, overwrite, nproc, device, sets, as_json, debug):
+def train_command(config, out, overwrite, on_error, nproc, device, sets, as_json, debug):
     """Stage 1: train an encoder and classifier with cross-entropy; continues a checkpoint of the same configuration.
 
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
     """
-    talk, chosen = take_config(config, sets)
+    talk, chosen = take_config(config, (*sets, *_said(on_error=on_error)))
     if _relaunched(nproc):
         return
     from pipeline.backbone.train import train_backbone
@@ -93,15 +95,16 @@ def train_command(config, out, overwrite, nproc, device, sets, as_json, debug):
     help="Precision of the stored features [default: the configuration's].",
 )
 @click.option("--overwrite", is_flag=True, help="Dump anew over a store made from something else.")
+@on_error
 @workers
 @settings
 @shared
-def dump_command(config, checkpoint, out, views, dtype, overwrite, nproc, device, sets, as_json, debug):
+def dump_command(config, checkpoint, out, views, dtype, overwrite, on_error, nproc, device, sets, as_json, debug):
     """Run the frozen encoder once over every sample into a zarr store; called again it finishes, verifies or repairs it.
 
     Images are those the checkpoint was trained with, unless both CONFIG and --checkpoint are given.
     """
-    extra = ([f"dump.views={views}"] if views else []) + ([f"dump.dtype={dtype}"] if dtype else [])
+    extra = _said(views=views, dtype=dtype, on_error=on_error)
     talk, named = take_config(config, sets, told=config is not None or checkpoint is None)
     path = checkpoint or named.run_dir / "backbone" / "last.pt"
     if not path.is_file():
@@ -127,6 +130,11 @@ def dump_command(config, checkpoint, out, views, dtype, overwrite, nproc, device
         result = dump_features(backbone, chosen, out=out, device=device, overwrite=overwrite, report=bar.move)
     talk.say(describe_dataset(open_cache(out).provenance["dataset"]))
     show(result, as_json)
+
+
+def _said(**options: Any) -> list[str]:
+    """The dump settings that were given as options."""
+    return [f"dump.{key}={value}" for key, value in options.items() if value is not None]
 
 
 def _dump_config(named: "Config | None", saved: "Config", *, both: bool, sets: Any) -> "Config":

@@ -1,8 +1,9 @@
 """A data set in memory or as file names: labels, ids, class names, counts, fingerprint."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,8 +42,11 @@ class Split:
         """What a person calls sample `row`: its file, else its number in the source."""
         return f"image {self.ids[row]}" if self.paths is None else str(self.root / self.paths[row])
 
-    def digest(self) -> tuple[str, str]:
-        """(sha256 over labels, ids and images in order; what of the images went into it)."""
+    def digest(self, without: Collection[int] = ()) -> tuple[str, str]:
+        """(sha256 over labels, ids and images in order; what of the images went into it).
+
+        without: rows whose files may hold anything. A file that cannot be opened counts as one without content.
+        """
         sha = hashlib.sha256()
         for array in (self.labels, self.ids):
             sha.update(np.ascontiguousarray(array, dtype="<i8").data)
@@ -51,13 +55,22 @@ class Split:
             sha.update(repr(self.images.shape).encode())
             sha.update(np.ascontiguousarray(self.images).data)
             return sha.hexdigest(), "pixels"
-        sizes = [os.stat(self.root / p).st_size for p in self.paths]
+        left_out = set(without)
+        sizes = [0 if i in left_out else _size(self.root / p) for i, p in enumerate(self.paths)]
         contents = sum(sizes) <= CONTENT_LIMIT
         for path, size in zip(self.paths, sizes, strict=True):
             sha.update(f"{path}\0{size}\0".encode())
-            if contents:
-                sha.update((self.root / path).read_bytes())
+            if contents and size:
+                with contextlib.suppress(OSError):  # who reads the image says so
+                    sha.update((self.root / path).read_bytes())
         return sha.hexdigest(), "file contents" if contents else "file names and sizes"
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +101,13 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over class names and every split's labels, ids and images."""
-        parts = [self.class_names, sorted((name, digest) for name, (digest, _) in self._digests.items())]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return self.fingerprint_without({})
+
+    def fingerprint_without(self, rows: Mapping[str, Collection[int]]) -> str:
+        """The fingerprint of what is left when the files of some rows of the splits may hold anything."""
+        digests = {name: digest for name, (digest, _) in self._digests.items()}
+        digests |= {name: self.splits[name].digest(of)[0] for name, of in rows.items() if of}
+        return hashlib.sha256(repr([self.class_names, sorted(digests.items())]).encode()).hexdigest()
 
     @property
     def fingerprint_covers(self) -> str:

@@ -1,6 +1,6 @@
 """From stored pixels to network input, the same in training, dumping and prediction; augmentation keyed per sample."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pipeline.data.dataset import Split
 from pipeline.data.images import read_image
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 from pipeline.seeds import derive, uniform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -96,21 +96,43 @@ class Loader:
                 multiprocessing_context="forkserver" if workers else None,
             )
 
-    def batches(self, rows: Sequence[np.ndarray], key: int | None = None) -> Iterator[Tensor]:
+    def batches(
+        self,
+        rows: Sequence[np.ndarray],
+        key: int | None = None,
+        *,
+        unreadable: Callable[[int], object] | None = None,
+    ) -> Iterator[Tensor]:
         """Normalised images (len(rows[k]), 3, H, W) for each array of positions; key None = evaluation transform.
 
-        With a key, sample i is augmented as a function of (key, id of i). Raises DataError naming an unreadable file.
+        With a key, sample i is augmented as a function of (key, id of i). unreadable: called with the position of each
+        image that cannot be read before its batch comes, where it is black; without it DataError names the file.
         """
         if self.split.images is not None:
             for positions in rows:
                 yield self.transform.normalise(self._take(positions, key).permute(0, 3, 1, 2))
             return
         self._plan.batches = [[(int(i), key) for i in positions] for positions in rows]
-        for images, errors in self._files:
-            if errors:
-                more = f" (and {len(errors) - 1} more in the same batch)" if len(errors) > 1 else ""
-                raise DataError(errors[0] + more)
+        for positions, (images, reasons) in zip(rows, self._from_workers(), strict=True):
+            bad = [(int(i), reason) for i, reason in zip(positions, reasons, strict=True) if reason]
+            for position, reason in bad:
+                if unreadable is None:
+                    more = f" (and {len(bad) - 1} more in the same batch)" if len(bad) > 1 else ""
+                    raise DataError(f"{reason}{more}; or leave such images out: --on-error skip")
+                unreadable(position)
             yield self.transform.normalise(images.to(self.device, non_blocking=True))
+
+    def _from_workers(self) -> Iterator[tuple[Tensor, list[str | None]]]:
+        try:
+            yield from self._files
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            first = str(error).splitlines()[0]
+            raise PipelineError(
+                f"{first}: a process that reads images was ended, mostly for lack of memory; the same command goes on: "
+                "--set data.workers=0 reads without such processes, in a container more --shm-size helps"
+            ) from error
 
     def _take(self, positions: np.ndarray, key: int | None) -> Tensor:
         images = self._images[torch.from_numpy(np.asarray(positions)).to(self.device)]
@@ -180,6 +202,6 @@ class ImageFiles(torch.utils.data.Dataset):
             return self.train(image), None
 
 
-def collate(samples):
-    """(images (B, 3, H, W) uint8, texts of the samples that could not be read)."""
-    return torch.stack([image for image, _ in samples]), [error for _, error in samples if error]
+def collate(samples: list[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:
+    """(images (B, 3, H, W) uint8, why each could not be read, None where it could)."""
+    return torch.stack([image for image, _ in samples]), [reason for _, reason in samples]

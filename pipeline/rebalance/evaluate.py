@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Heads of a file on a split of a store; settings: mean and std of every measure over the seeds of a setting."""
+    """Heads of a file on a split of a store; settings: mean and std of every measure over the seeds of a setting.
+
+    left_out: samples without features, because their images could not be read.
+    """
 
     store: str
     heads: str
     split: str
     results: tuple[Row, ...]
     settings: tuple[dict[str, Any], ...]
+    left_out: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -39,7 +43,9 @@ class EvaluateResult:
 
         from pipeline.report.table import name, spread
 
-        table = Table(title=f"Accuracy on {self.split} in %, mean ± std over batch orders", title_justify="left")
+        without = f"; {self.left_out} unreadable images left out" if self.left_out else ""
+        title = f"Accuracy on {self.split} in %, mean ± std over batch orders{without}"
+        table = Table(title=title, title_justify="left")
         table.add_column("head")
         columns = (*GROUPS, "all", "ece")
         for column in columns:
@@ -83,4 +89,4 @@ def evaluate(store: Path | str, heads: Path, *, split: str = "test") -> Evaluate
         {"method": method, "loss": loss, "lam": lam, "n": len(of)} | mean_and_std(of)
         for (method, loss, lam), of in by_setting.items()
     ]
-    return EvaluateResult(str(store), str(heads), split, tuple(rows), tuple(settings))
+    return EvaluateResult(str(store), str(heads), split, tuple(rows), tuple(settings), len(cache.skipped(split)))

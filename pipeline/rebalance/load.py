@@ -1,4 +1,4 @@
-"""From a sealed feature store to arrays; nothing is read before it is needed."""
+"""From a sealed feature store to arrays; nothing is read before it is needed, skipped rows are left out of all of it."""
 
 import time
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ IN_MEMORY = 8 << 30  # bytes of training views that are kept; above it every epo
 
 
 class StoredViews(Sequence[np.ndarray]):
-    """The training views (N, D) of a store, read and checked for NaN when first asked for."""
+    """The training views (N, D) of a store, without skipped rows, read and checked for NaN when first asked for."""
 
     def __init__(self, store: Cache, views: int):
         self.store, self.views = store, views
@@ -29,7 +29,7 @@ class StoredViews(Sequence[np.ndarray]):
         if view not in self._kept:
             started = time.perf_counter()
             try:
-                features = self.store.read("train", view)
+                features = _read(self.store, "train", view)
             except CacheError as error:
                 raise DataError(str(error)) from error
             check_finite(features, f"{self.store.path}: train features, view {view}")
@@ -42,12 +42,16 @@ class StoredViews(Sequence[np.ndarray]):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A store as stage 2 uses it; val is None where the store has none. The test split is read when asked for."""
+    """A store as stage 2 uses it; val is None where the store has none. The test split is read when asked for.
+
+    notes: what a person should know of it.
+    """
 
     store: Cache
     features: Features
     views: StoredViews
     val: Split | None
+    notes: tuple[str, ...] = ()
 
     def test(self) -> Split:
         return read_split(self.store, "test")
@@ -64,20 +68,49 @@ def load(store: Cache | Path | str, *, augmented: bool) -> Loaded:
             raise DataError(f"{store.path}: no test split; dump again from data that has one")
         weight, bias = store.classifier
         views = StoredViews(store, store.views("train") if augmented else 1)
-        features = Features(views, store.labels("train"), store.counts, weight, bias)
-        has_val = "val" in store.splits and store.rows("val") > 0
-        return Loaded(store, features, views, read_split(store, "val") if has_val else None)
+        features = Features(views, _labels(store, "train"), _counts(store), weight, bias)
+        has_val = "val" in store.splits and store.valid("val").any()
+        return Loaded(store, features, views, read_split(store, "val") if has_val else None, left_out(store))
     except CacheError as error:
         raise DataError(str(error)) from error
 
 
 def read_split(store: Cache, name: str) -> Split:
-    """The clean features and labels of val or test; DataError where they are damaged or not finite."""
+    """The clean features and labels of a split, without skipped rows; DataError where they are damaged or not finite."""
     try:
-        split = Split(store.read(name), store.labels(name))
+        split = Split(_read(store, name, 0), _labels(store, name))
     except CacheError as error:
         raise DataError(str(error)) from error
     if not len(split.labels):
-        raise DataError(f"{store.path}: the {name} split is empty")
+        why = "not one of its images could be read" if store.rows(name) else "dump again from data that has one"
+        raise DataError(f"{store.path}: the {name} split is empty: {why}")
     check_finite(split.features, f"{store.path}: {name} features")
     return split
+
+
+def left_out(store: Cache) -> tuple[str, ...]:
+    """What to say of samples that have no features; nothing where all have some."""
+    skipped = {split: len(store.skipped(split)) for split in store.splits}
+    listed = ", ".join(f"{n} of {store.rows(split)} {split}" for split, n in skipped.items() if n)
+    return (f"left out, because their images could not be read: {listed} samples",) if listed else ()
+
+
+def _counts(store: Cache) -> np.ndarray:
+    counts = store.counts
+    lost = np.flatnonzero((counts == 0) & (np.bincount(store.labels("train"), minlength=len(counts)) > 0))
+    if len(lost):
+        names = ", ".join(store.class_names[c] for c in lost[:5])
+        raise DataError(
+            f"{store.path}: not one training image of {len(lost)} class(es) could be read: {names}; mend some and run the "
+            "same pipeline dump-features again, or take the classes away"
+        )
+    return counts
+
+
+def _read(store: Cache, split: str, view: int) -> np.ndarray:
+    features, valid = store.read(split, view), store.valid(split)
+    return features if valid.all() else features[valid]
+
+
+def _labels(store: Cache, split: str) -> np.ndarray:
+    return store.labels(split)[store.valid(split)]

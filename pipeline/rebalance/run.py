@@ -87,7 +87,7 @@ def rebalance(
             "heads": len(sweep.heads) - 1,
             "total_s": round(time.perf_counter() - started, 3),
         },
-        notes=tuple(notes + ([CAVEAT] if split == "kfold" else [])),
+        notes=tuple([*loaded.notes, *notes] + ([CAVEAT] if split == "kfold" else [])),
         out=str(out),
     )
     write_durably(out / "test_hits.safetensors", hits.to_bytes())

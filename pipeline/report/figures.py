@@ -165,7 +165,7 @@ def target_norms(backbone: Backbone) -> np.ndarray | None:
         return None
     if store.rows("train") * store.width > FEATURES_FOR_A_FIGURE:
         return None
-    features = store.read("train", 0).astype(np.float32)
+    features = store.read("train", 0)[store.valid("train")].astype(np.float32)
     unit = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-30)).mean(0)
     vectors = weight[mine[0]]
     norms = np.linalg.norm(vectors, axis=1)

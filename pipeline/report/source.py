@@ -140,9 +140,10 @@ class Backbone:
             or self.store.rows(split) * weight[0].size * len(mine) > PRODUCTS_FOR_A_FIGURE
         ):
             return right, seen
-        labels = self.store.labels(split)
+        labels, valid = self.store.labels(split), self.store.valid(split)
         for chunk in self.store.chunks(split) if mine else ():
-            features, truth = self.store.read_chunk(chunk).astype(np.float32), labels[chunk.start : chunk.stop]
+            rows = slice(chunk.start, chunk.stop)
+            features, truth = self.store.read_chunk(chunk).astype(np.float32)[valid[rows]], labels[rows][valid[rows]]
             for i in mine:
                 hit = (features @ weight[i].T + bias[i]).argmax(1) == truth
                 right += np.bincount(truth[hit], minlength=len(right))

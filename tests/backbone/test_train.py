@@ -97,7 +97,7 @@ def test_each_epoch_sees_other_crops_in_another_order(tmp_path, monkeypatch):
     seen = []
     real = Loader.batches
     monkeypatch.setattr(
-        Loader, "batches", lambda self, rows, key=None: seen.append((key, rows)) or real(self, rows, key)
+        Loader, "batches", lambda self, rows, key=None, **how: seen.append((key, rows)) or real(self, rows, key, **how)
     )
     train_backbone(config(epochs=2, validate_every=2), out=tmp_path)
     (first, rows), (second, others) = [(key, np.concatenate(rows)) for key, rows in seen if key is not None]
