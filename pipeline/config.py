@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +106,18 @@ class RebalanceConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(64, ge=1)
     select_on: Literal["val", "kfold"] = "val"
+    memory: str = "8GiB"
+
+    @property
+    def memory_bytes(self) -> int:
+        """What training features may take; a view that is larger is streamed from the store."""
+        return bytes_of(self.memory)
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory_text(cls, value: Any) -> Any:
+        bytes_of(str(value))
+        return str(value)
 
     @field_validator("lam", mode="before")
     @classmethod
@@ -228,6 +241,15 @@ def lay_over(tree: dict, setting: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {setting}: {parent} is not a section")
     tree[last] = value
+
+
+def bytes_of(text: str) -> int:
+    """The bytes that a text such as 8GiB, 500 MB or 1073741824 means; ValueError otherwise."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(?:([kKMGT])(i?))?B?\s*", text)
+    if not found or float(found[1]) == 0:
+        raise ValueError("expected a size such as 8GiB or 500MB")
+    power = " kMGT".index((found[2] or " ").replace("K", "k"))
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from pipeline.rebalance.streamed import StreamedViews
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,12 @@ class Split:
 class Features:
     """Cached features and the stage-1 head.
 
-    views: V arrays (N, D), view 0 clean, the others augmented; all V views need not be in memory at once. labels (N,),
+    views: V arrays (N, D), view 0 clean, the others augmented; all V views need not be in memory at once, and where not
+    even one does they are StreamedViews. labels (N,),
     counts (C,) training images of each class, weight (C, D), bias (C,). DataError where they do not fit together.
     """
 
-    views: Sequence[np.ndarray]
+    views: "Sequence[np.ndarray] | StreamedViews"
     labels: np.ndarray
     counts: np.ndarray
     weight: np.ndarray
@@ -44,8 +49,8 @@ class Features:
         if not np.array_equal(found, self.counts):
             c = int(np.flatnonzero(found != self.counts)[0])
             raise DataError(f"class {c} has {found[c]} training labels but a count of {self.counts[c]}")
-        if len(self.views) == 0 or self.views[0].shape != (len(self.labels), width):
-            shape = self.views[0].shape if len(self.views) else "no view"
+        shape = self.views[0].shape if len(self.views) else "no view"
+        if shape != (len(self.labels), width):
             raise DataError(f"training features are {shape}, expected {(len(self.labels), width)} from labels and head")
         check_finite(self.weight, "the stage-1 class vectors")
         check_finite(self.bias, "the stage-1 bias")

@@ -8,17 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from cache import Cache, CacheError, open_cache
+from pipeline.config import RebalanceConfig
 from pipeline.errors import DataError
 from pipeline.rebalance.features import Features, Split, check_finite
-
-IN_MEMORY = 8 << 30  # bytes of training views that are kept; above it every epoch reads its own view again
+from pipeline.rebalance.streamed import StreamedViews
 
 
 class StoredViews(Sequence[np.ndarray]):
-    """The training views (N, D) of a store, without skipped rows, read and checked for NaN when first asked for."""
+    """The training views (N, D) of a store, without skipped rows, read and checked for NaN when first asked for.
 
-    def __init__(self, store: Cache, views: int):
-        self.store, self.views = store, views
+    Where memory_bytes do not hold all of them, one is kept at a time.
+    """
+
+    def __init__(self, store: Cache, views: int, *, memory_bytes: int):
+        self.store, self.views, self.memory_bytes = store, views, memory_bytes
         self.seconds = 0.0  # spent on reading
         self._kept: dict[int, np.ndarray] = {}
 
@@ -28,13 +31,13 @@ class StoredViews(Sequence[np.ndarray]):
     def __getitem__(self, view):
         if view not in self._kept:
             started = time.perf_counter()
+            if self.views * view_bytes(self.store) > self.memory_bytes:
+                self._kept.clear()
             try:
                 features = _read(self.store, "train", view)
             except CacheError as error:
                 raise DataError(str(error)) from error
             check_finite(features, f"{self.store.path}: train features, view {view}")
-            if self.views * features.nbytes > IN_MEMORY:
-                self._kept.clear()
             self._kept[view] = features
             self.seconds += time.perf_counter() - started
         return self._kept[view]
@@ -49,7 +52,7 @@ class Loaded:
 
     store: Cache
     features: Features
-    views: StoredViews
+    views: StoredViews | StreamedViews
     val: Split | None
     notes: tuple[str, ...] = ()
 
@@ -57,22 +60,32 @@ class Loaded:
         return read_split(self.store, "test")
 
 
-def load(store: Cache | Path | str, *, augmented: bool) -> Loaded:
+def load(store: Cache | Path | str, *, augmented: bool, memory_bytes: int | None = None) -> Loaded:
     """The features of a store, its head and its validation split.
 
-    augmented: whether views beyond the clean one will be asked for. Raises DataError for what cannot be fitted on.
+    augmented: whether views beyond the clean one will be asked for. memory_bytes: what training features may take (8 GiB);
+    views that do not fit together are read again when their epoch comes, a view that does not fit is streamed.
+    Raises DataError for what cannot be fitted on.
     """
+    memory = memory_bytes or RebalanceConfig().memory_bytes
     try:
         store = store if isinstance(store, Cache) else open_cache(store)
         if "test" not in store.splits:
             raise DataError(f"{store.path}: no test split; dump again from data that has one")
         weight, bias = store.classifier
-        views = StoredViews(store, store.views("train") if augmented else 1)
+        number = store.views("train") if augmented else 1
+        fits = view_bytes(store) <= memory
+        views = (StoredViews if fits else StreamedViews)(store, number, memory_bytes=memory)
         features = Features(views, _labels(store, "train"), _counts(store), weight, bias)
         has_val = "val" in store.splits and store.valid("val").any()
         return Loaded(store, features, views, read_split(store, "val") if has_val else None, left_out(store))
     except CacheError as error:
         raise DataError(str(error)) from error
+
+
+def view_bytes(store: Cache) -> int:
+    """What one training view takes in memory."""
+    return store.rows("train") * store.width * (2 if store.dtype == "float16" else 4)
 
 
 def read_split(store: Cache, name: str) -> Split:

@@ -46,7 +46,7 @@ def rebalance(
     started = time.perf_counter()
     out, where = Path(out), choose_device(device)
     count_lam(config.lam), candidates(config, ())  # a typing error is told before anything is read
-    loaded = load(store, augmented=config.views == "augmented")
+    loaded = load(store, augmented=config.views == "augmented", memory_bytes=config.memory_bytes)
     load_seconds = time.perf_counter() - started
     config, notes = with_possible_views(config, loaded)
     refuse_too_many(config, loaded)
