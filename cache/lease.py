@@ -103,6 +103,7 @@ class Lease:
             except FileNotFoundError:
                 return
             if now != tag:
+                owner, _ = _read(content)
                 raise CacheError(f"{self._place}: another process is writing it ({owner}); wait for it or stop it")
         self._renewed = time.monotonic()
         try:

@@ -121,14 +121,6 @@ class Objects:
                 raise Changed(f"{self}: another process has written {name} meanwhile") from refused
             return version
 
-    def tail(self, name: str, count: int) -> bytes:
-        """The last bytes; FileNotFoundError where the object is missing."""
-        import obstore
-
-        with self.refusals():
-            size = obstore.head(self._store, name)["size"]  # Azure has no requests for a last part
-            return bytes(obstore.get_range(self._store, name, start=size - count, end=size))
-
     def delete(self, *names: str) -> None:
         import obstore
 

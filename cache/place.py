@@ -55,12 +55,6 @@ class Local:
         """Replaces a file whole; tag is of use on object stores alone, here the lock keeps others away."""
         write_durably(self.path / name, content)
 
-    def tail(self, name: str, count: int) -> bytes:
-        """The last bytes; raises as `open` does."""
-        with open(self.path / name, "rb") as file:
-            file.seek(-count, os.SEEK_END)
-            return file.read(count)
-
     def delete(self, *names: str) -> None:
         for name in names:
             (self.path / name).unlink(missing_ok=True)
@@ -158,5 +152,5 @@ def locate(where: "Place | Path | str") -> Place:
         return Objects(str(where))
     text = os.fspath(where)
     if "://" in text or text.partition(":/")[0] in SCHEMES:
-        raise CacheError(f"{text}: give a folder, or as text a URL that begins with {', '.join(SCHEMES)} and ://")
+        raise CacheError(f"{text}: give a folder or a URL, as text: {', '.join(f'{s}://bucket/path' for s in SCHEMES)}")
     return Local(Path(where))

@@ -1,8 +1,10 @@
 """Finding what is damaged: one check for `verify`, for resuming an open store and for repairing a sealed one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,9 @@ from cache.layout import Array, CacheError, Chunk
 from cache.numbers import absent_rows
 from cache.place import Place, locate
 from cache.root import Manifest, Root, read_root
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,31 +56,48 @@ def unfinished(place: Place) -> str:
 
 def damages(place: Place, root: Root) -> list[Damage]:
     """What is wrong in the store's metadata, small arrays and features, in this order."""
-    return survey(place, root)[0]
+    return survey(place, root).damages
 
 
-def survey(place: Place, root: Root) -> tuple[list[Damage], dict[str, list[int]]]:
-    """(`damages`; split → rows without features in any of its views, splits that have such), after reading all of it."""
-    found = list(damaged_metadata(place, root))
-    found += damaged_small(place, root)
+class Survey(NamedTuple):
+    """All that reading a whole store tells.
+
+    damages: as `verify` lists them; absent: split → rows without features in any of its views, splits that have such;
+    manifest: the crc32c of every chunk that is whole.
+    """
+
+    damages: list[Damage]
+    absent: dict[str, list[int]]
+    manifest: Manifest
+
+
+def survey(place: Place, root: Root) -> Survey:
+    """What is damaged, what is absent and the checksums of the rest, after reading every file of the store once."""
+    manifest: Manifest = {array.name: {} for array in root.layout.arrays}
     absent: dict[str, set[int]] = {}
-    for chunk in root.layout.chunks():
-        damage, rows = inspected(place, root, chunk)
-        found += filter(None, [damage])
-        if len(rows):
-            absent.setdefault(chunk.split, set()).update(rows.tolist())
-    return found, {split: sorted(rows) for split, rows in absent.items()}
+    found = list(damaged_metadata(place, root)) + _damaged_small(place, root, manifest)
+    for chunk, seen in inspect(place, root, root.layout.chunks()):
+        found += filter(None, [seen.damage])
+        if seen.damage is None:
+            manifest[chunk.array][chunk.key] = seen.crc
+        if len(seen.absent):
+            absent.setdefault(chunk.split, set()).update(seen.absent.tolist())
+    return Survey(found, {split: sorted(rows) for split, rows in absent.items()}, manifest)
 
 
 def damaged_metadata(place: Place, root: Root) -> Iterator[Damage]:
     """Group and array metadata files other than those sealed; in an open store, than those zarr makes for its layout."""
-    for name, crc in (root.metadata or metadata_checksums(root)).items():
+    expected = root.metadata or metadata_checksums(root)
+
+    def fault(name: str) -> str | None:
         try:
-            same = checksum(place.read(f"{name}/zarr.json")[0]) == crc
-            what = "is not as it was made"
+            same = checksum(place.read(f"{name}/zarr.json")[0]) == expected[name]
         except OSError as error:
-            same, what = False, f"cannot be read: {error.strerror}"
-        if not same:
+            return f"cannot be read: {error.strerror or 'it is missing'}"
+        return None if same else "is not as it was made"
+
+    for name, what in _side_by_side(place, fault, expected):
+        if what:
             yield Damage(name, "zarr.json", "", what)
 
 
@@ -84,17 +106,21 @@ def metadata_checksums(root: Root) -> dict[str, int]:
     return {name: checksum(document) for name, document in store.metadata(root).items()}
 
 
-def damaged_small(place: Place, root: Root) -> list[Damage]:
-    """Damaged labels, ids and classifier; also labels that do not give the class counts."""
+def _damaged_small(place: Place, root: Root, manifest: Manifest) -> list[Damage]:
+    """Damaged labels, ids and classifier; also labels that do not give the class counts. Notes the rest in manifest."""
     found, whole = [], {}
-    for array in root.layout.small():
-        for key in array.keys:
-            into = np.empty(array.shape, array.stored)
-            what = _fault(place, root.manifest, array.name, key, into)
-            if what:
-                found.append(Damage(array.name, key, "", what))
-            else:
-                whole[array.name] = into
+    small = [(array, key) for array in root.layout.small() for key in array.keys]
+
+    def read(item: tuple[Array, str]) -> tuple[NDArray, str, int]:
+        array, key = item
+        into = np.empty(array.shape, array.stored)
+        return into, *_checked(place, root.manifest, array.name, key, into)
+
+    for (array, key), (values, what, crc) in _side_by_side(place, read, small):
+        if what:
+            found.append(Damage(array.name, key, "", what))
+        else:
+            whole[array.name], manifest[array.name][key] = values, crc
     labels = whole.get("train/labels")
     if labels is not None and not counts_agree(labels, root.counts):
         found.append(Damage("train/labels", "c/0", "", "does not give the class counts in the root metadata"))
@@ -108,17 +134,35 @@ def counts_agree(labels: np.ndarray, counts: tuple[int, ...]) -> bool:
     return np.array_equal(np.bincount(labels, minlength=len(counts)), counts)
 
 
-def inspected(place: Place, root: Root, chunk: Chunk) -> tuple[Damage | None, NDArray[np.int64]]:
-    """(what is wrong with a chunk of features, its rows of the split that hold none).
+class Seen(NamedTuple):
+    """What reading a chunk of features tells: what is wrong with it, its rows of the split that hold none, its crc32c.
 
     Wrong is what its own checksum finds, and the manifest where that lists the chunk.
     """
-    array = root.layout.features(chunk.split)
-    into = np.empty(array.chunk, array.stored)
-    what = _fault(place, root.manifest, array.name, chunk.key, into)
-    if what:
-        return Damage(array.name, chunk.key, chunk.where, what), np.empty(0, np.int64)
-    return None, chunk.start + absent_rows(into[0, : chunk.rows], array.dtype)
+
+    damage: Damage | None
+    absent: NDArray[np.int64]
+    crc: int
+
+
+def inspect(place: Place, root: Root, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Seen]]:
+    """Each chunk, in order, and what reading it tells; several are read side by side."""
+
+    def see(chunk: Chunk) -> Seen:
+        array = root.layout.features(chunk.split)
+        into = np.empty(array.chunk, array.stored)
+        what, crc = _checked(place, root.manifest, array.name, chunk.key, into)
+        if what:
+            return Seen(Damage(array.name, chunk.key, chunk.where, what), np.empty(0, np.int64), crc)
+        return Seen(None, chunk.start + absent_rows(into[0, : chunk.rows], array.dtype), crc)
+
+    return _side_by_side(place, see, chunks)
+
+
+def _side_by_side(place: Place, work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    items = list(items)
+    with ThreadPoolExecutor(place.streams, "check") as pool:
+        yield from zip(items, pool.map(work, items), strict=True)
 
 
 def checked_read(place: Place, manifest: Manifest, array: str, key: str, into: np.ndarray, *, padding: int = 0) -> int:
@@ -132,12 +176,12 @@ def checked_read(place: Place, manifest: Manifest, array: str, key: str, into: n
     return crc
 
 
-def _fault(place: Place, manifest: Manifest, array: str, key: str, into: np.ndarray, *, padding: int = 0) -> str | None:
+def _checked(place: Place, manifest: Manifest, array: str, key: str, into: np.ndarray) -> tuple[str, int]:
+    """(what is wrong, nothing if whole; crc32c) of a chunk."""
     try:
-        checked_read(place, manifest, array, key, into, padding=padding)
+        return "", checked_read(place, manifest, array, key, into)
     except Torn as torn:
-        return str(torn)
-    return None
+        return str(torn), 0
 
 
 def padding_bytes(array: Array, rows: int) -> int:

@@ -19,8 +19,8 @@ from cache.lease import Lease
 from cache.lock import Lock
 from cache.numbers import encode
 from cache.place import Place, locate
-from cache.root import Manifest, Root, read_root
-from cache.verify import checked_read, inspected, metadata_checksums, survey
+from cache.root import Root, read_root
+from cache.verify import checked_read, inspect, metadata_checksums, survey
 
 
 def open_writer(path: Path | str) -> "Writer":
@@ -82,8 +82,8 @@ class Writer:
             return []
         chunks = self.chunks
         mine = owned_chunks(chunks=len(chunks), rank=rank, world=world)
-        found = ((chunks[i], *inspected(self.place, self._root, chunks[i])) for i in mine)
-        return [chunk for chunk, damage, absent in found if damage or (len(absent) and not skipping)]
+        found = inspect(self.place, self._root, (chunks[i] for i in mine))
+        return [chunk for chunk, seen in found if seen.damage or (len(seen.absent) and not skipping)]
 
     def write(
         self,
@@ -151,7 +151,7 @@ class Writer:
             return self._root.digest
         if not self._lock:
             raise CacheError(f"{self.place}: only the process that created or resumed the store can seal it")
-        found, skipped = survey(self.place, self._root)
+        found, skipped, manifest = survey(self.place, self._root)
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             again = "run the same pipeline dump-features command again"
@@ -160,7 +160,7 @@ class Writer:
             self._root,
             state="sealed",
             fingerprint=json.loads(canonical(dict(identify(skipped)))) if identify else self._root.fingerprint,
-            manifest=_manifest(self.place, self.layout),
+            manifest=manifest,
             metadata=metadata_checksums(self._root),
             skipped=skipped,
         )
@@ -170,13 +170,3 @@ class Writer:
             self._lock.confirm()
             self._root = store.write_root(self.place, sealed)
         return self._root.digest
-
-
-def _manifest(place: Place, layout: Layout) -> Manifest:
-    """crc32c of every chunk, from the last four bytes of its file or object: `damages` has just verified them."""
-    manifest: Manifest = {}
-    for array in layout.arrays:
-        manifest[array.name] = {}
-        for key in array.keys:
-            manifest[array.name][key] = int.from_bytes(place.tail(f"{array.name}/{key}", 4), "little")
-    return manifest
