@@ -31,6 +31,24 @@ def cache_command(rows, width, repeat, folder, out, as_json, debug):
     finish(bench_cache(rows=rows, width=width, repeat=repeat, folder=folder, say=Talk().say), out, as_json)
 
 
+@bench.command("rebalance", cls=Examples, example="pipeline bench rebalance --repeat 3 --small")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions of each timing.")
+@click.option("--small", is_flag=True, help="CIFAR100-LT size alone, without ImageNet-LT's and iNaturalist's.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
+@click.option("--out", type=PATH, help="Also write the result to this JSON file.")
+@shared
+def rebalance_command(repeat, small, device, out, as_json, debug):
+    """Stage 2: 32 λ over the usual loop, one head over its bare matrix products, IWB over plain cross-entropy.
+
+    Every ratio is of medians of interleaved repetitions on generated features, all with the same threads.
+    """
+    from pipeline.bench.rebalance import bench_rebalance
+    from pipeline.console import Talk
+
+    result = bench_rebalance(repeat=repeat, device=device, large=not small, say=Talk().say)
+    finish(result, out, as_json)
+
+
 def finish(result, out, as_json) -> None:
     """Shows a benchmark, and writes it where it is wanted."""
     from cache import write_durably
