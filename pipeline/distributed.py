@@ -67,7 +67,13 @@ class Ranks:
         if self.world == 1:
             return np.asarray(values, dtype=np.float64)
         tensor = torch.tensor(np.asarray(values, dtype=np.float64))
-        dist.all_reduce(tensor, operation)
+        try:
+            dist.all_reduce(tensor, operation)
+        except RuntimeError as error:
+            raise PipelineError(
+                "another process of this job ended without a word (killed, or out of memory); "
+                "what is finished is kept and the same command goes on"
+            ) from error
         return tensor.numpy()
 
 

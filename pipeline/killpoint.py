@@ -1,7 +1,7 @@
 """Death on purpose, as by `kill -9`, where PIPELINE_KILL_AT says: how tests prove that a dump survives it at any moment.
 
-PIPELINE_KILL_AT=WHEN:WHAT[@RANK]: WHEN is before, within (its bytes partly on the disk) or after; WHAT is the number,
-from 1, of a chunk among those that the rank writes, or seal; RANK is 0 unless given.
+PIPELINE_KILL_AT=WHEN:WHAT[@RANK]: WHEN is before, within (its bytes partly on the disk) or after, or term for a SIGTERM
+before; WHAT is the number, from 1, of a chunk among those that the rank writes, or seal; RANK is 0 unless given.
 """
 
 import os
@@ -22,7 +22,7 @@ class KillPoint:
         self._when, self._what = "", ""
         if not armed:
             return
-        parts = re.fullmatch(r"(before|within|after):(\d+|seal)(?:@(\d+))?", armed)
+        parts = re.fullmatch(r"(before|within|after|term):(\d+|seal)(?:@(\d+))?", armed)
         if parts is None:
             raise ConfigError(
                 f"PIPELINE_KILL_AT={armed}: expected WHEN:WHAT[@RANK], for example within:3@1 or after:seal"
@@ -40,6 +40,8 @@ class KillPoint:
         when = self._when if what == self._what else ""
         if when == "before":
             _die()
+        if when == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
         if when == "within":  # the kernel ends the process that writes beyond this, what it wrote so far stays
             resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         yield
