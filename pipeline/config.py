@@ -106,6 +106,11 @@ class RebalanceConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(64, ge=1)
     select_on: Literal["val", "kfold"] = "val"
+    tune: bool = False
+    trials: int = Field(12, ge=1)
+    sampling: Literal["instance", "class-balanced"] | None = None
+    weighting: Literal["none", "class-balanced"] | None = None
+    force_double_balancing: bool = False
     memory: str = "8GiB"
 
     @property

@@ -47,12 +47,17 @@ class Exported:
 
 
 def export_model(
-    run: Path, *, to: Literal["timm", "safetensors"] = "timm", out: Path, lam: float | None = None
+    run: Path,
+    *,
+    to: Literal["timm", "safetensors"] = "timm",
+    out: Path,
+    lam: float | None = None,
+    method: str | None = None,
 ) -> Exported:
     """Writes model weights, config.json, the stage-1 head (for comparison) and a model card into the folder `out`.
 
-    run: as for write_report; of several backbones the first is taken. lam: the head of this λ instead of the selected
-    one. Of several batch orders the first seed's head is taken: the mean of several heads was never measured.
+    run: as for write_report; of several backbones the first is taken. lam, method: the head of this λ or method instead of
+    the selected one. Of several batch orders the first seed's head is taken: the mean of several heads was never measured.
     Raises DataError where run, head or checkpoint are missing or do not belong together, ConfigError for an `out` that
     holds something else.
     """
@@ -60,23 +65,20 @@ def export_model(
         raise ConfigError(f"{out}: is not empty and holds no exported model; take another --out")
     study = read_study(run)
     backbone = study.first
-    kind = backbone.selected if lam is None else Kind("iwb", backbone.selected.loss, lam)
+    kind = backbone.selected
+    if lam is not None:
+        kind = Kind("iwb", kind.loss, lam)
+    elif method is not None:
+        kind = Kind(method, None, None)
+    index = backbone.head_number(kind)
     heads, weight, bias = backbone.heads
-    mine = [i for i, head in enumerate(heads) if kind.matches(head)]
-    if not mine:
-        known = sorted({h["lam"] for h in heads if h.get("lam") is not None})
-        raise DataError(
-            f"{backbone.results_path.with_name('heads.safetensors')}: no head {kind}; it has λ = "
-            f"{', '.join(f'{v:g}' for v in known)}; run `pipeline rebalance --lam {kind.lam}` for another"
-        )
-    index = min(mine, key=lambda i: heads[i].get("seed") or 0)
     checkpoint = matching_checkpoint(backbone)
     model_args = {"width": checkpoint.config.backbone.width} if checkpoint.config.backbone.width != 1 else {}
     head = {
         **{key: heads[index].get(key) for key in ("method", "loss", "lam", "seed")},
         "backbone": backbone.name if len(study.backbones) > 1 else None,
-        "of_seeds": len(mine),
-        "chosen_on": study.chosen_on if lam is None else None,
+        "of_seeds": sum(kind.matches(head) for head in heads),
+        "chosen_on": study.chosen_on if lam is None and method is None else None,
     }
     exported = Exported(
         out, out / WEIGHTS[to], checkpoint.config.backbone.model, model_args, len(checkpoint.class_names), head

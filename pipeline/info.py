@@ -9,7 +9,8 @@ from typing import Any
 from cache import Cache, CacheError, Writer, open_cache, open_writer, verify
 from pipeline.config import find_config, load_config
 from pipeline.errors import ConfigError, DataError
-from pipeline.report.source import read_heads, read_results
+from pipeline.heads import read_scorers
+from pipeline.report.source import read_results
 
 EXPECTED = (
     "a run's folder, a checkpoint (last.pt), a feature store (features.zarr), results.json, heads.safetensors, run.json, "
@@ -194,12 +195,16 @@ def _results(path: Path) -> Artefact:
     chosen, timing = found["selected"], found.get("timing", {})
     lam = "" if chosen.get("lam") is None else f", λ = {chosen['lam']:g}"
     on = {"val": "chosen on validation", "kfold": "chosen on held-out folds"}.get(chosen.get("chosen_on"), "given")
+    loss = f", loss {chosen['loss']}" if chosen.get("loss") else ""
+    own = "".join(f", {k} {_text(v)}" for k, v in chosen.get("parameters", {}).items())
+    tuned = [f"{c['method']}: {c['trials']} trials, {c['score']:.1f} %" for c in found.get("chosen", ())]
     of = f"{chosen['n']} backbones" if "backbones" in found else f"{chosen['n']} batch order(s) of one backbone"
     facts = {
         "store": found["store"],
         "stage 1": _accuracies(found["baseline"]),
-        "selected": f"{chosen['method']}, loss {chosen['loss']}{lam} ({on}); mean over {of}",
+        "selected": f"{chosen['method']}{loss}{lam}{own} ({on}); mean over {of}",
         "its test accuracy": _accuracies(chosen),
+        "tuned, best on the choosing split": tuned or None,
         "rows": len(found["results"]),
         "λ": sorted({row["lam"] for row in found["results"] if row.get("lam") is not None}),
         "fitted": f"{timing['heads']} heads in {timing['fit_s']:.2f} s" if timing.get("heads") else None,
@@ -209,15 +214,17 @@ def _results(path: Path) -> Artefact:
 
 
 def _heads(path: Path) -> Artefact:
-    heads, weight, _ = read_heads(path)
+    scorers = read_scorers(path)
+    heads, weight = [what for what, _ in scorers], scorers[0][1].arrays[0]
     named: dict[str, int] = {}
     for head in heads:
-        lam = f", λ = {head['lam']:g}" if head.get("lam") is not None else ""
-        name = f"{head['method']} ({head.get('loss') or 'no loss'}{lam})"
+        told = [head["loss"]] if head.get("loss") else []
+        told += [f"λ = {head['lam']:g}"] if head.get("lam") is not None else []
+        name = head["method"] + (f" ({', '.join(told)})" if told else "")
         named[name] = named.get(name, 0) + 1
     facts = {
         "heads": len(heads),
-        "weight": f"{weight.shape[0]} × {weight.shape[1]} classes × {weight.shape[2]} features, {weight.dtype}",
+        "weight": f"{len(heads)} × {weight.shape[0]} classes × {weight.shape[1]} features, {weight.dtype}",
         "seeds": sorted({head["seed"] for head in heads if head.get("seed") is not None}),
         "kinds": [f"{name}: {count}" if count > 1 else name for name, count in named.items()],
     }

@@ -137,8 +137,8 @@ def load_model(path: Path, *, compare: bool = False) -> Model:
     study = read_study(path)
     backbone = study.first
     checkpoint = matching_checkpoint(backbone)
-    facts, weight, bias = backbone.heads
-    mine = min((i for i, h in enumerate(facts) if backbone.selected.matches(h)), key=lambda i: facts[i]["seed"] or 0)
+    _, weight, bias = backbone.heads
+    mine = backbone.head_number(backbone.selected)
     heads = [(weight[mine], bias[mine])] + ([backbone.store.classifier] if compare else [])
     transform = Transform.from_dict(input_facts(checkpoint))
     return Model(checkpoint.model, _tensors(heads), transform, checkpoint.class_names)

@@ -26,12 +26,15 @@ def report_command(run, out, as_json, debug):
 @click.option("--to", "kind", type=click.Choice(["timm", "safetensors"]), default="timm", show_default=True)
 @click.option("--out", type=PATH, required=True, help="The folder to make.")
 @click.option("--lam", type=float, help="Take the head of this λ instead of the selected one.")
+@click.option("--method", metavar="NAME", help="Take the head of this method instead of the selected one.")
 @shared
-def export_command(run, kind, out, lam, as_json, debug):
+def export_command(run, kind, out, lam, method, as_json, debug):
     """The whole model with the rebalanced head, its configuration and a model card, as a folder."""
     from pipeline.export import export_model
 
-    show(export_model(run_folder(run), to=kind, out=out, lam=lam), as_json)
+    if lam is not None and method is not None:
+        raise click.UsageError("--lam is of iwb: give it without --method")
+    show(export_model(run_folder(run), to=kind, out=out, lam=lam, method=method), as_json)
 
 
 @click.command("predict", cls=Examples, example="pipeline predict model photos/ --top-k 3")

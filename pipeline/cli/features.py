@@ -5,15 +5,32 @@ import click
 from pipeline.cli.options import PATH, Examples, number, settings, shared, whole_numbers
 from pipeline.cli.outcome import show
 from pipeline.cli.places import results_folder, store_and_tree
+from pipeline.method_names import METHODS
 
 
-@click.command("rebalance", cls=Examples, example="pipeline rebalance --lam 0.01:0.5:log:12")
+@click.command(
+    "rebalance", cls=Examples, example="pipeline rebalance --lam 0.01:0.5:log:12", lists={"Methods": METHODS}
+)
 @click.argument("store", required=False)
 @click.option("--config", help="Take the rebalance settings from this configuration, not from the store's.")
 @click.option(
     "--lam", metavar="LAM", help="0.05 | 0.01,0.05,0.1 | 0.01:0.5:log:32 | auto: λ, the scale of the target P."
 )
-@click.option("--method", multiple=True, help="iwb (default), cb, ce …; repeatable.")
+@click.option(
+    "--method", multiple=True, metavar="NAME", help="One of the methods below, or all [default: iwb]; repeatable."
+)
+@click.option("--tune", is_flag=True, default=None, help="Tune ce, cb and iwb as the other methods always are.")
+@click.option(
+    "--trials", type=click.IntRange(1), help="Settings tried for each trained method that is tuned [default: 12]."
+)
+@click.option(
+    "--sampling",
+    type=click.Choice(["instance", "class-balanced"]),
+    help="How batches are drawn [default: the method's].",
+)
+@click.option(
+    "--force-double-balancing", is_flag=True, default=None, help="Allow two remedies for class sizes in one method."
+)
 @click.option(
     "--loss", type=click.Choice(["cb", "ce"]), help="Class-balanced loss or cross-entropy beside the KL term."
 )
@@ -46,7 +63,8 @@ from pipeline.cli.places import results_folder, store_and_tree
 def rebalance_command(store, config, out, device, sets, as_json, debug, **options):
     """Fit the classifier on the cached features: class-balanced loss + KL(weight norms ‖ target P), many λ in one pass.
 
-    STORE is a feature store, a run's folder, or the name of a configuration whose run has one.
+    STORE is a feature store, a run's folder, or the name of a configuration whose run has one. Where methods compete, every
+    trained one gets the same number of trials, chosen on validation; only then is the test split looked at.
     """
     if options["seeds"] is not None:
         options["seeds"] = list(whole_numbers("--seeds", options["seeds"]) or ())
@@ -64,7 +82,7 @@ def rebalance_command(store, config, out, device, sets, as_json, debug, **option
 
     out = out or results_folder(path)
     talk.say(f"store: {path}; results: {out}")
-    show(rebalance(path, chosen.rebalance, out=out, device=device), as_json)
+    show(rebalance(path, chosen.rebalance, out=out, device=device, report=talk.say), as_json)
 
 
 @click.command(

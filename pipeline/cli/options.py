@@ -38,11 +38,17 @@ STORE = Store()
 
 
 class Examples(click.Command):
-    """A command whose help ends with an example that works as it stands."""
+    """A command whose help ends with an example that works as it stands, after lists of names with what they mean."""
 
-    def __init__(self, *args: Any, example: str = "", **kwargs: Any):
-        kwargs["epilog"] = f"\b\nExample:\n  {example}" if example else None
+    def __init__(self, *args: Any, example: str = "", lists: dict[str, dict[str, str]] | None = None, **kwargs: Any):
+        parts = [_listing(title, lines) for title, lines in (lists or {}).items()]
+        kwargs["epilog"] = "\n\n".join(parts + ([f"\b\nExample:\n  {example}"] if example else [])) or None
         super().__init__(*args, **kwargs)
+
+
+def _listing(title: str, lines: dict[str, str]) -> str:
+    width = max(map(len, lines))
+    return "\n".join([f"\b\n{title}:", *(f"  {name:<{width}}  {text}" for name, text in lines.items())])
 
 
 def shared(command: Any) -> Any:

@@ -10,12 +10,12 @@ import torch
 
 from cache import CacheError, open_cache
 from pipeline.errors import DataError
+from pipeline.heads import read_scorers
 from pipeline.metrics import GROUPS
 from pipeline.rebalance.load import read_split
 from pipeline.rebalance.methods import Setting
 from pipeline.rebalance.result import MEASURES, Row, mean_and_std
 from pipeline.rebalance.sweep import score
-from pipeline.report.source import read_heads
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,15 +68,14 @@ def evaluate(store: Path | str, heads: Path, *, split: str = "test") -> Evaluate
         features = read_split(cache, split)
     except CacheError as error:
         raise DataError(str(error)) from error
-    described, weight, bias = read_heads(heads)
-    if weight.shape[1:] != (len(cache.counts), cache.width):
+    described = read_scorers(heads)
+    classes, width = described[0][1].arrays[0].shape
+    if (classes, width) != (len(cache.counts), cache.width):
         raise DataError(
-            f"{heads}: heads for {weight.shape[1]} classes and {weight.shape[2]} features, {store} has {len(cache.counts)} "
+            f"{heads}: heads for {classes} classes and {width} features, {store} has {len(cache.counts)} "
             f"and {cache.width}; give the heads.safetensors made from this store"
         )
-    fitted = {
-        (Setting(d["method"], d["loss"], d["lam"]), d["seed"]): (weight[i], bias[i]) for i, d in enumerate(described)
-    }
+    fitted = {(Setting(d["method"], d["loss"], d["lam"]), d["seed"]): head for d, head in described}
     scored = score(fitted, features, np.asarray(cache.counts), torch.device("cpu"))
     rows = [
         Row(setting.method, setting.loss, setting.lam, seed, split, *(scores.summary[m] for m in MEASURES))

@@ -1,32 +1,48 @@
 """The rows of a results table: the settings a configuration asks for, and those that always stand beside them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import RebalanceConfig, nearest
 from pipeline.errors import ConfigError
+from pipeline.method_names import METHODS
 from pipeline.rebalance.engine import ALONE, Head, Schedule
 from pipeline.rebalance.formulation import Penalty, penalty, preset_cb
+from pipeline.rebalance.rivals import RIVALS, Trained
 
-METHODS = ("baseline", "ce", "cb", "iwb")
+Value = float | str
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table, before its seeds: loss None for the stage-1 head as it is, lam None where there is no λ."""
+    """One row of the table, before its seeds: loss None for what has a loss of its own, lam None where there is no λ.
+
+    lr None: the configuration's; own: names and values that this method alone has.
+    """
 
     method: str
     loss: str | None = None
     lam: float | None = None
+    lr: float | None = None
+    own: tuple[tuple[str, Value], ...] = ()
 
     @property
     def facts(self) -> dict[str, Any]:
+        """What names the row; of several settings that differ in lr or own values only one comes into a table."""
         return {"method": self.method, "loss": self.loss, "lam": self.lam}
+
+    @property
+    def trained(self) -> bool:
+        """Whether it depends on a batch order."""
+        return self.method in ("ce", "cb", "iwb") or isinstance(RIVALS.get(self.method), Trained)
 
     def __str__(self) -> str:
         loss = f"+{self.loss}" if self.method == "iwb" else ""
-        return f"{self.method}{loss}" + (f" λ={self.lam:g}" if self.lam is not None else "")
+        told = [] if self.lam is None else [("λ", self.lam)]
+        told += [] if self.lr is None else [("lr", self.lr)]
+        values = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in [*told, *self.own])
+        return f"{self.method}{loss} {values}".rstrip()
 
 
 BASELINE = Setting("baseline")
@@ -38,10 +54,10 @@ def asked_methods(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in (*METHODS, "all"):
             known = ", ".join(METHODS)
-            raise ConfigError(f"--method {name}: unknown; known: {known}, all{nearest(name, METHODS)}")
+            raise ConfigError(f"--method {name}: unknown; known: {known}, all{nearest(name, (*METHODS, 'all'))}")
     if not names:
         raise ConfigError(f"no method; known: {', '.join(METHODS)}, all")
-    return METHODS if "all" in names else tuple(dict.fromkeys(names))
+    return tuple(METHODS) if "all" in names else tuple(dict.fromkeys(names))
 
 
 def candidates(config: RebalanceConfig, lams: Sequence[float]) -> list[Setting]:
@@ -51,7 +67,7 @@ def candidates(config: RebalanceConfig, lams: Sequence[float]) -> list[Setting]:
         if method == "iwb":
             found += [Setting("iwb", config.loss, lam) for lam in lams]
         else:
-            found.append(Setting(method, None if method == "baseline" else method))
+            found.append(Setting(method, method if method in ("ce", "cb") else None))
     return found
 
 
@@ -76,15 +92,16 @@ def penalty_of(config: RebalanceConfig) -> Penalty:
 
 
 def head_of(setting: Setting, config: RebalanceConfig) -> Head:
-    """What the engine fits for a setting other than the baseline."""
+    """What the engine fits for ce, cb and iwb."""
     cb = config.cb or preset_cb(config.formulation)
     form = "ce" if setting.loss == "ce" else "cb-bce" if cb == "bce" else "cb-softmax"
     rule = penalty_of(config) if setting.method == "iwb" else ALONE
     return Head(form, setting.lam or 0.0, rule, config.beta)  # type: ignore[arg-type]
 
 
-def schedule_of(config: RebalanceConfig) -> Schedule:
-    return Schedule(
+def schedule_of(config: RebalanceConfig, *, lr: float | None = None) -> Schedule:
+    """How a configuration trains; lr: in place of its learning rate."""
+    schedule = Schedule(
         epochs=config.epochs,
         lr=config.lr,
         momentum=config.momentum,
@@ -92,6 +109,7 @@ def schedule_of(config: RebalanceConfig) -> Schedule:
         batch_size=config.batch_size,
         augmented=config.views == "augmented",
     )
+    return schedule if lr is None else replace(schedule, lr=lr)
 
 
 def resolved(config: RebalanceConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class RebalanceResult:
     written. candidates: the settings chosen among. within_one_se: those whose validation score lies within one standard
     error of the selected one.
     differences: the selected row less others on the same test samples, with intervals (differences.py).
+    chosen: where methods were tuned, the setting that stands for each; trials: all that were tried, never on test.
     """
 
     store: str
@@ -58,6 +59,8 @@ class RebalanceResult:
     timing: dict[str, float]
     notes: tuple[str, ...]
     out: str
+    chosen: tuple[dict[str, Any], ...] = ()
+    trials: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The document of `rebalance --json`."""
@@ -78,9 +81,14 @@ class RebalanceResult:
 
 def mean_and_std(rows: Sequence[Row]) -> dict[str, float | None]:
     """Mean of every measure over rows, and NAME_std, the sample standard deviation; None where there is no value."""
+    return spread_of([asdict(row) for row in rows])
+
+
+def spread_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """mean_and_std of rows as dictionaries."""
     found: dict[str, float | None] = {}
     for measure in MEASURES:
-        values = [v for v in (getattr(row, measure) for row in rows) if v is not None]
+        values = [v for v in (row[measure] for row in rows) if v is not None]
         found[measure] = float(np.mean(values)) if values else None
         found[f"{measure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return found
@@ -104,14 +112,9 @@ def per_class_csv(scored: Sequence[tuple[Setting, int | None, str, Scores]], cla
     )
 
 
-def heads_safetensors(
-    heads: Sequence[dict[str, Any]], weight: np.ndarray, bias: np.ndarray, facts: dict[str, Any]
-) -> bytes:
-    """Tensors weight (H, C, D) and bias (H, C) float32; the metadata's `heads` is a JSON list of what each head is."""
-    from safetensors.numpy import save
-
-    metadata = {"heads": json.dumps(heads)} | {key: json.dumps(value) for key, value in facts.items()}
-    return save({"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}, metadata)
+def trials_csv(trials: Sequence[dict[str, Any]]) -> str:
+    """trials.csv: one line for each setting that was tried, its parameters as JSON."""
+    return _csv([trial | {"parameters": json.dumps(trial["parameters"])} for trial in trials])
 
 
 def _csv(lines: Sequence[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from cache import Cache, write_durably
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import choose_device
 from pipeline.errors import ConfigError
+from pipeline.heads import heads_file
 from pipeline.memory import free_memory
 from pipeline.provenance import provenance
+from pipeline.rebalance.compare import Comparison, compare
 from pipeline.rebalance.differences import Hits, differences
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
@@ -22,39 +25,47 @@ from pipeline.rebalance.result import (
     MEASURES,
     RebalanceResult,
     Row,
-    heads_safetensors,
     mean_and_std,
     per_class_csv,
     rows_csv,
+    trials_csv,
 )
 from pipeline.rebalance.selection import AUTO, Choice, count_lam, parse_lam, refine
 from pipeline.rebalance.sweep import Scored, Sweep, score
+from pipeline.rebalance.tuning import is_comparison, parameters, refuse_double_balancing
 
 HEAD_BYTES, COPIES = 4096, 3  # of a head: its rows and scores; its numbers as fitted, stacked and written
 
 
 def rebalance(
-    store: Cache | Path | str, config: RebalanceConfig, *, out: Path | str, device: str = "auto"
+    store: Cache | Path | str,
+    config: RebalanceConfig,
+    *,
+    out: Path | str,
+    device: str = "auto",
+    report: Callable[[str], object] = lambda line: None,
 ) -> RebalanceResult:
     """Fits every head the configuration asks for on the cached features, chooses one on validation, tests once.
 
     Beside what is asked for stand the reference rows: the stage-1 head, the classification loss alone, iwb at λ = 0.
-    Writes results.json, results.csv, per_class.csv, heads.safetensors and run.json under out; selection.json holds the
-    choice and is written before the test split is read. Raises ConfigError, DataError, and OSError where out cannot be
-    written to.
+    Where methods compete each is tuned first (tuning.py), and report is told a line on it. Writes results.json,
+    results.csv, per_class.csv, heads.safetensors and run.json under out, and trials.csv where methods were tuned;
+    selection.json holds the choice and is written before the test split is read. Raises ConfigError, DataError, and
+    OSError where out cannot be written to.
     """
     started = time.perf_counter()
     out, where = Path(out), choose_device(device)
     count_lam(config.lam), candidates(config, ())  # a typing error is told before anything is read
+    refuse_double_balancing(config)
     loaded = load(store, augmented=config.views == "augmented", memory_bytes=config.memory_bytes)
     load_seconds = time.perf_counter() - started
     config, notes = with_possible_views(config, loaded)
     refuse_too_many(config, loaded)
 
-    sweep, asked, split = _fit(loaded, config, where)
+    sweep, asked, split, tuned = _fit(loaded, config, where, report)
     choice = sweep.choose(asked, split) if split else Choice(0, math.nan, math.nan, ())
     chosen, near = asked[choice.index], [asked[i].facts for i in choice.within_one_se]
-    selected = chosen.facts | {"chosen_on": split}
+    selected = chosen.facts | {"chosen_on": split} | ({"parameters": parameters(chosen)} if tuned else {})
     against: dict[str, dict[str, Any] | None] = {role: setting.facts for role, setting in REFERENCES.items()}
     against["runner_up"] = None if choice.runner_up is None else asked[choice.runner_up].facts
     said: dict[str, Any] = {"selected": selected}
@@ -84,34 +95,42 @@ def rebalance(
         timing={
             "load_s": round(load_seconds + reading, 3),
             "fit_s": round(sweep.fit_seconds - reading, 3),
-            "heads": len(sweep.heads) - 1,
+            "heads": sweep.fitted,
             "total_s": round(time.perf_counter() - started, 3),
         },
-        notes=tuple([*loaded.notes, *notes] + ([CAVEAT] if split == "kfold" else [])),
+        notes=tuple([*loaded.notes, *notes] + ([CAVEAT] if split == "kfold" else []) + (tuned.notes if tuned else [])),
         out=str(out),
+        chosen=tuple(tuned.chosen if tuned else ()),
+        trials=tuple(tuned.trials if tuned else ()),
     )
     write_durably(out / "test_hits.safetensors", hits.to_bytes())
     _write(result, sweep, scored, loaded, config, chosen)
     return result
 
 
-def _fit(loaded: Loaded, config: RebalanceConfig, device: Any) -> tuple[Sweep, list[Setting], str | None]:
-    """(all heads fitted and scored, the settings to choose among, what to choose on: None where there is but one)."""
+def _fit(
+    loaded: Loaded, config: RebalanceConfig, device: Any, report: Callable[[str], object]
+) -> tuple[Sweep, list[Setting], str | None, Comparison | None]:
+    """(all heads fitted and scored, the settings to choose among, what to choose on: None where there is but one, what
+    tuning found)."""
     lams = parse_lam(config.lam)
     asked = candidates(config, AUTO if lams is None else lams)
-    split = config.select_on if len(asked) > 1 else None
+    split = config.select_on if len(asked) > 1 or is_comparison(config) else None
     if split == "val" and loaded.val is None:
         raise ConfigError(
             f"{loaded.store.path}: no validation split to choose on; choose over folds of the training features with "
             "--select-on kfold, or give a single λ such as --lam 0.1"
         )
     sweep = Sweep(loaded.features, loaded.val, config, device, folds=split == "kfold")
+    if split and is_comparison(config):
+        tuned = compare(sweep, config, split, report)
+        return sweep, tuned.winners, split, tuned
     sweep.add([*references(config), *asked])
     if lams is None and split and (coarse := [s for s in asked if s.method == "iwb"]):
         near = {coarse[i].lam for i in sweep.choose(coarse, split).within_one_se}
         asked = candidates(config, sorted({*AUTO, *refine(AUTO, [lam for lam in near if lam is not None])}))
         sweep.add(asked)
-    return sweep, asked, split
+    return sweep, asked, split, None
 
 
 def with_possible_views(config: RebalanceConfig, loaded: Loaded) -> tuple[RebalanceConfig, list[str]]:
@@ -170,14 +189,15 @@ def _write(
 ) -> None:
     """Every file of the result; results.json last, so that it never speaks of files that are not there."""
     out, names = Path(result.out), loaded.store.class_names
-    heads = [setting.facts | {"seed": seed, "selected": setting == chosen} for setting, seed in sweep.heads]
-    weight, bias = (np.stack([head[i] for head in sweep.heads.values()]) for i in range(2))
+    heads = [(s.facts | {"seed": seed, "selected": s == chosen}, head) for (s, seed), head in sweep.heads.items()]
     facts = {"class_names": list(names), "network": result.network, "store_digest": result.digest}
-    write_durably(out / "heads.safetensors", heads_safetensors(heads, weight, bias, facts))
-    shown = {*references(config), chosen}
-    lines = [(*key, name, scores) for name, of in scored.items() for key, scores in of.items() if key[0] in shown]
+    write_durably(out / "heads.safetensors", heads_file(heads, facts))
+    shown = [s.facts for s in (*references(config), chosen)]
+    lines = [(*key, name, scores) for name, of in scored.items() for key, scores in of.items() if key[0].facts in shown]
     write_durably(out / "per_class.csv", per_class_csv(lines, names))
     write_durably(out / "results.csv", rows_csv(result.results))
+    if result.trials:
+        write_durably(out / "trials.csv", trials_csv(result.trials))
     run = provenance(
         command="rebalance",
         config=config.model_dump(mode="json"),

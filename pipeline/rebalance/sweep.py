@@ -1,7 +1,7 @@
 """All heads of one run: fitted together, scored on what may choose among them. The test split does not come in here."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,24 +9,27 @@ import torch
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import PipelineError
+from pipeline.heads import Linear, Scorer, is_finite, predict
 from pipeline.metrics import Scores, scores_of
 from pipeline.rebalance.engine import Head, fit_heads
 from pipeline.rebalance.features import Features, Split
 from pipeline.rebalance.folds import stratified_folds
 from pipeline.rebalance.methods import BASELINE, Setting, head_of, schedule_of
+from pipeline.rebalance.rivals import RIVALS, Free
+from pipeline.rebalance.rivals.fit import Trial, fit, solve
 from pipeline.rebalance.selection import Choice, select
 
-LOGITS_AT_ONCE = 1 << 24
-Key = tuple[Setting, int | None]  # the stage-1 head has no seed
-Fitted = dict[Key, tuple[np.ndarray, np.ndarray]]
+Key = tuple[Setting, int | None]  # what is not trained has no seed
+Fitted = dict[Key, Scorer]
 Scored = dict[Key, Scores]
 
 
 @dataclass
 class Sweep:
-    """Grows by `add`; heads: (weight (C, D), bias (C,)) of every setting and seed.
+    """Grows by `add`; heads of every setting and seed.
 
     scored: by split, `val` where there is one and `kfold` (out-of-fold training samples) where folds are asked for.
+    diverged: settings with a learning rate of their own at which fitting diverged; they have no heads and no scores.
     """
 
     features: Features
@@ -36,40 +39,88 @@ class Sweep:
     folds: bool
     heads: Fitted = field(default_factory=dict)
     scored: dict[str, Scored] = field(default_factory=dict)
+    diverged: set[Setting] = field(default_factory=set)
     fit_seconds: float = 0.0
+    fitted: int = 0
 
     def __post_init__(self):
-        self.heads[BASELINE, None] = (self.features.weight, self.features.bias)
+        self.heads[BASELINE, None] = Linear(self.features.weight, self.features.bias)
         self._score(self.heads)
+
+    def seeds_of(self, setting: Setting) -> Sequence[int | None]:
+        return self.config.seeds if setting.trained else (None,)
 
     def add(self, settings: Sequence[Setting]) -> None:
         """Fits and scores the settings that are not there yet, in every batch order."""
-        new = [s for s in dict.fromkeys(settings) if s != BASELINE and (s, self.config.seeds[0]) not in self.heads]
+        new = [s for s in dict.fromkeys(settings) if (s, self.seeds_of(s)[0]) not in self.heads]
         if new:
             fitted = self._fit(new, None)
             self.heads |= fitted
+            self.fitted += len(fitted)
             self._score(fitted)
+
+    def keep_only(self, settings: Collection[Setting], *, of: Sequence[Setting]) -> None:
+        """Drops the heads and scores of those that are not to be kept."""
+        dropped = set(of) - set(settings)
+        self.heads = {key: head for key, head in self.heads.items() if key[0] not in dropped}
+        for split, rows in self.scored.items():
+            self.scored[split] = {key: scores for key, scores in rows.items() if key[0] not in dropped}
 
     def choose(self, settings: Sequence[Setting], split: str) -> Choice:
         """The best of the settings on a split that has been scored."""
         found = self.scored[split]
-        each = [[found[s, seed if s != BASELINE else None] for seed in self.config.seeds] for s in settings]
+        seeds = self.config.seeds
+        each = [[found[s, seed if s.trained else None] for seed in seeds] for s in settings]
         means = np.array([[scores.summary["all"] for scores in of] for of in each], np.float64)
         errors = [float(np.mean([s.standard_error for s in of])) for of in each]
         return select(means, sampling_error=errors, methods=[s.method for s in settings])
 
     def _fit(self, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
         started = time.perf_counter()
-        heads: list[Head] = [head_of(s, self.config) for s in settings]
-        seeds = self.config.seeds
-        schedule = schedule_of(self.config)
-        weight, bias = fit_heads(self.features, heads, seeds=seeds, schedule=schedule, rows=rows, device=self.device)
+        fitted: Fitted = {}
+        groups: dict[tuple, list[Setting]] = {}
+        for s in settings:  # the engine fits what has one learning rate; a rival brings all of its trials
+            groups.setdefault((None, s.lr) if s.method in ("ce", "cb", "iwb") else (s.method, None), []).append(s)
+        for (rival, lr), group in groups.items():
+            fitted |= self._fit_rival(rival, group, rows) if rival else self._fit_engine(lr, group, rows)
         self.fit_seconds += time.perf_counter() - started
-        finite = np.isfinite(weight).all((0, 2, 3)) & np.isfinite(bias).all((0, 2))
-        if not finite.all():
-            lost = ", ".join(str(s) for s, good in zip(settings, finite, strict=True) if not good)
-            raise PipelineError(f"{lost}: fitting diverged; lower the learning rate: --lr {self.config.lr / 10:g}")
-        return {(s, seed): (weight[i, k], bias[i, k]) for k, s in enumerate(settings) for i, seed in enumerate(seeds)}
+        lost = dict.fromkeys(s for (s, _), head in fitted.items() if not is_finite(head))
+        if told := [str(s) for s in lost if s.lr is None]:
+            raise PipelineError(
+                f"{', '.join(told)}: fitting diverged; lower the learning rate: --lr {self.config.lr / 10:g}"
+            )
+        self.diverged.update(lost)
+        return {key: head for key, head in fitted.items() if key[0] not in lost}
+
+    def _fit_engine(self, lr: float | None, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
+        heads: list[Head] = [head_of(s, self.config) for s in settings]
+        seeds, schedule = self.config.seeds, schedule_of(self.config, lr=lr)
+        weight, bias = fit_heads(self.features, heads, seeds=seeds, schedule=schedule, rows=rows, device=self.device)
+        return {
+            (s, seed): Linear(weight[i, k], bias[i, k]) for k, s in enumerate(settings) for i, seed in enumerate(seeds)
+        }
+
+    def _fit_rival(self, method: str, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
+        rule, config = RIVALS[method], self.config
+        if isinstance(rule, Free):
+            solved = solve(rule, [dict(s.own) for s in settings], self.features, rows=rows, device=self.device)
+            return {(s, None): head for s, head in zip(settings, solved, strict=True)}
+        heads = fit(
+            rule,
+            [Trial(config.lr if s.lr is None else s.lr, dict(s.own)) for s in settings],
+            self.features,
+            seeds=config.seeds,
+            schedule=schedule_of(config),
+            sampling=config.sampling,
+            weighting=config.weighting,
+            rows=rows,
+            device=self.device,
+        )
+        return {
+            (s, seed): head
+            for s, of in zip(settings, heads, strict=True)
+            for seed, head in zip(config.seeds, of, strict=True)
+        }
 
     def _score(self, fitted: Fitted) -> None:
         counts = self.features.counts
@@ -91,33 +142,22 @@ class Sweep:
                 fitted |= self._fit(settings, np.setdiff1d(np.arange(len(labels)), rows))
             inputs = _inputs(features[rows], self.device)
             for key in keys:
-                answers[key].append(predict(*fitted[key], inputs))
+                if key[0] not in self.diverged:
+                    answers[key].append(predict(fitted[key], inputs))
         seen = labels[np.concatenate(held_out)]
         return {
             key: scores_of(
                 np.concatenate([p for p, _ in a]), np.concatenate([c for _, c in a]), seen, self.features.counts
             )
             for key, a in answers.items()
+            if key[0] not in self.diverged
         }
 
 
 def score(fitted: Fitted, split: Split, counts: np.ndarray, device: torch.device) -> Scored:
     """Scores of every head on a split."""
     inputs = _inputs(split.features, device)
-    return {key: scores_of(*predict(*head, inputs), split.labels, counts) for key, head in fitted.items()}
-
-
-@torch.no_grad()
-def predict(weight: np.ndarray, bias: np.ndarray, inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(class (M,), its probability (M,)) of inputs (M, D) by a head (C, D), (C,)."""
-    w, b = (torch.as_tensor(a, device=inputs.device, dtype=inputs.dtype) for a in (weight, bias))
-    classes, probabilities = [], []
-    for rows in inputs.split(max(1, LOGITS_AT_ONCE // len(w))):
-        logits = torch.addmm(b, rows, w.T)
-        top = logits.max(1)
-        classes.append(top.indices)
-        probabilities.append((top.values - logits.logsumexp(1)).exp())
-    return torch.cat(classes).cpu().numpy(), torch.cat(probabilities).cpu().numpy()
+    return {key: scores_of(*predict(head, inputs), split.labels, counts) for key, head in fitted.items()}
 
 
 def _inputs(features: np.ndarray, device: torch.device) -> torch.Tensor:

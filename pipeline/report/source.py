@@ -12,6 +12,7 @@ import numpy as np
 
 from cache import Cache, CacheError, is_url, open_cache
 from pipeline.errors import DataError
+from pipeline.heads import Linear, read_scorers
 from pipeline.metrics import GROUPS
 
 COLUMNS = ("all", *GROUPS)
@@ -94,6 +95,25 @@ class Backbone:
     def heads(self) -> tuple[list[Row], np.ndarray, np.ndarray]:
         """(what each head is, weight (H, C, D), bias (H, C)) of heads.safetensors."""
         return read_heads(self.results_path.with_name("heads.safetensors"))
+
+    def head_number(self, kind: Kind) -> int:
+        """Where the head of a kind stands, of several batch orders the first; DataError where no layer can carry it."""
+        heads, _, _ = self.heads
+        mine = [i for i, head in enumerate(heads) if kind.matches(head)]
+        if mine:
+            return min(mine, key=lambda i: heads[i].get("seed") or 0)
+        file = self.results_path.with_name("heads.safetensors")
+        if any(kind.matches(row) for row in self.rows):
+            known = ", ".join(dict.fromkeys(head["method"] for head in heads))
+            raise DataError(
+                f"{file}: {kind} is no linear layer, which is all that a model can carry; take one of {known}"
+            )
+        if kind.lam is None:
+            raise DataError(f"{file}: no head {kind}; run `pipeline rebalance --method {kind.method}` first")
+        lams = ", ".join(f"{v:g}" for v in sorted({h["lam"] for h in heads if h.get("lam") is not None}))
+        raise DataError(
+            f"{file}: no head {kind}; it has λ = {lams}; run `pipeline rebalance --lam {kind.lam}` for another"
+        )
 
     def norms(self, kind: Kind) -> np.ndarray | None:
         """(C,) lengths of the class vectors, mean over batch orders; None where no such head was kept."""
@@ -304,17 +324,9 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def read_heads(path: Path) -> tuple[list[Row], np.ndarray, np.ndarray]:
-    """(method, loss, lam, seed of each head; weight (H, C, D); bias (H, C)). DataError if it is missing or other."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            heads = json.loads((file.metadata() or {})["heads"])
-            return heads, file.get_tensor("weight"), file.get_tensor("bias")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run `pipeline rebalance` again") from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: not the heads of `pipeline rebalance` ({error}); run it again") from error
+    """(method, loss, lam, seed of each linear head; weight (H, C, D); bias (H, C)). DataError if it is missing or other."""
+    linear = [(what, head) for what, head in read_scorers(path) if isinstance(head, Linear)]
+    return [what for what, _ in linear], np.stack([h.weight for _, h in linear]), np.stack([h.bias for _, h in linear])
 
 
 def _json_lines(lines: Iterable[str]) -> list[Row]:

@@ -26,7 +26,8 @@ def results_table(document: Mapping[str, Any]) -> Table:
     order = sorted(tested, key=lambda s: (_rank(s, selected), s[2] or 0.0))
     chosen = "◀ selected" if document["selected"]["chosen_on"] else "◀ given"
     near = {_setting(facts) for facts in document.get("within_one_se", ())}
-    title = "Test accuracy in %, mean ± std" if document["selected"]["n"] > 1 else "Test accuracy in %"
+    several = any(len(rows) > 1 for rows in tested.values()) or document["selected"]["n"] > 1
+    title = "Test accuracy in %, mean ± std" if several else "Test accuracy in %"
     table = Table(title=title, caption=caption(document), caption_justify="left", title_justify="left", box=box.SIMPLE)
     table.add_column("head", no_wrap=True)
     for column in COLUMNS:
@@ -42,9 +43,9 @@ def results_table(document: Mapping[str, Any]) -> Table:
 
 
 def results_tables(document: Mapping[str, Any]) -> Group:
-    """results_table, and below it how far the selected row differs from others; for a terminal."""
-    differing = differences_table(document)
-    return Group(results_table(document), *([differing] if differing else []))
+    """results_table, and below it what was chosen for each method and how far the selected row differs from others."""
+    below = (chosen_table(document), differences_table(document))
+    return Group(results_table(document), *(table for table in below if table))
 
 
 def differences_table(document: Mapping[str, Any]) -> Table | None:
@@ -90,6 +91,22 @@ def difference(value: Mapping[str, float] | None) -> str:
     return f"{point:+.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
 
 
+def chosen_table(document: Mapping[str, Any]) -> Table | None:
+    """What tuning chose for each method, on what score, out of how many trials; None where nothing was tuned."""
+    if not document.get("chosen"):
+        return None
+    on = _split_name(document["selected"]["chosen_on"])
+    table = Table(title=f"Chosen for each method on {on}", title_justify="left", box=box.SIMPLE)
+    for column, justify in (("head", "left"), ("trials", "right"), (f"All on {on} in %", "right"), ("chosen", "left")):
+        table.add_column(column, justify=justify, no_wrap=column != "chosen")  # type: ignore[arg-type]
+    table.add_column("at the border of its grid")
+    for row in document["chosen"]:
+        own = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["parameters"].items())
+        cells = (str(row["trials"]), f"{row['score']:.1f}", own or "–", ", ".join(row["border"]))
+        table.add_row(name(_setting(row)), *cells)
+    return table
+
+
 def caption(document: Mapping[str, Any]) -> str:
     """What the numbers were made from and chosen on; METHODS wants it beside every table."""
     network, selected, settings = document.get("network", {}), document["selected"], document.get("settings", {})
@@ -113,7 +130,7 @@ def caption(document: Mapping[str, Any]) -> str:
     if "backbones" in document:
         repeated = f"n = {document['backbones']} backbones"
     else:
-        n = selected["n"]
+        n = len(settings["seeds"]) if document.get("chosen") else selected["n"]  # what is not trained has one row
         repeated = f"n = {n} batch order{'s' if n != 1 else ''} of one backbone"
     if selected["chosen_on"]:
         how = f"selected on {_split_name(selected['chosen_on'])}; no row was selected on the test split"

@@ -1,0 +1,126 @@
+"""What stage 2 leaves behind: heads that map features to logits, and how a file keeps them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOGITS_AT_ONCE = 1 << 24
+LARGEST = 1e15  # features and their sums have the rest of float32's range
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """logits = W·x + b: weight (C, D), bias (C,)."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.weight, self.bias
+
+    def logits(self, x: "Tensor") -> "Tensor":
+        """(M, C) of features (M, D)."""
+        import torch
+
+        w, b = (torch.as_tensor(a, device=x.device, dtype=x.dtype) for a in self.arrays)
+        return torch.addmm(b, x, w.T)
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """logits = first(x) + σ(v·x + e)·second(x), two linear heads and a gate: DisAlign. It is no linear layer.
+
+    gate (D+1,): v and e.
+    """
+
+    first: Linear
+    second: Linear
+    gate: np.ndarray
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return *self.first.arrays, *self.second.arrays, self.gate
+
+    def logits(self, x: "Tensor") -> "Tensor":
+        """(M, C) of features (M, D)."""
+        import torch
+
+        gate = torch.as_tensor(self.gate, device=x.device, dtype=x.dtype)
+        return self.first.logits(x) + (x @ gate[:-1] + gate[-1]).sigmoid()[:, None] * self.second.logits(x)
+
+
+Scorer = Linear | Gated
+
+
+def is_finite(head: Scorer) -> bool:
+    """False where fitting diverged: numbers that are none, or so large that logits are."""
+    return all(float(np.abs(a).max()) < LARGEST for a in head.arrays)  # also false for nan
+
+
+def predict(head: Scorer, inputs: "Tensor") -> tuple[np.ndarray, np.ndarray]:
+    """(class (M,), its probability (M,)) of features (M, D)."""
+    import torch
+
+    classes, probabilities = [], []
+    with torch.no_grad():
+        for rows in inputs.split(max(1, LOGITS_AT_ONCE // len(head.arrays[1]))):
+            logits = head.logits(rows)
+            top = logits.max(1)
+            classes.append(top.indices)
+            probabilities.append((top.values - logits.logsumexp(1)).exp())
+    return torch.cat(classes).cpu().numpy(), torch.cat(probabilities).cpu().numpy()
+
+
+def heads_file(heads: Sequence[tuple[dict[str, Any], Scorer]], facts: Mapping[str, Any]) -> bytes:
+    """A safetensors file. Tensors weight (H, C, D) and bias (H, C) float32 of the linear heads; what each of them is
+    stands in the metadata's `heads`, a JSON list. Gated ones are in gated_weight (G, 2, C, D), gated_bias (G, 2, C) and
+    gate (G, D+1), listed in `gated`.
+    """
+    from safetensors.numpy import save
+
+    linear = [(what, head) for what, head in heads if isinstance(head, Linear)]
+    gated = [(what, head) for what, head in heads if isinstance(head, Gated)]
+    tensors = {
+        "weight": np.stack([head.weight for _, head in linear]),
+        "bias": np.stack([head.bias for _, head in linear]),
+    }
+    if gated:
+        tensors["gated_weight"] = np.stack([[head.first.weight, head.second.weight] for _, head in gated])
+        tensors["gated_bias"] = np.stack([[head.first.bias, head.second.bias] for _, head in gated])
+        tensors["gate"] = np.stack([head.gate for _, head in gated])
+    said = {"heads": [what for what, _ in linear], "gated": [what for what, _ in gated], **facts}
+    metadata = {key: json.dumps(value) for key, value in said.items()}
+    return save({name: a.astype(np.float32) for name, a in tensors.items()}, metadata)
+
+
+def read_scorers(path: Path) -> list[tuple[dict[str, Any], Scorer]]:
+    """(what it is, head) of every head in a heads.safetensors; DataError if the file is missing or other."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            linear, gated = json.loads(metadata["heads"]), json.loads(metadata.get("gated", "[]"))
+            weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+            found: list[tuple[dict[str, Any], Scorer]] = [
+                (what, Linear(w, b)) for what, w, b in zip(linear, weight, bias, strict=True)
+            ]
+            if gated:
+                names = ("gated_weight", "gated_bias", "gate")
+                for what, w, b, gate in zip(gated, *map(file.get_tensor, names), strict=True):
+                    found.append((what, Gated(Linear(w[0], b[0]), Linear(w[1], b[1]), gate)))
+            return found
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; run `pipeline rebalance` again") from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not the heads of `pipeline rebalance` ({error}); run it again") from error

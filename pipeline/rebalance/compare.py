@@ -1,0 +1,91 @@
+"""Methods compete: each is tuned with the same number of trials, and its best setting on validation stands for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import RebalanceConfig
+from pipeline.errors import PipelineError
+from pipeline.rebalance.methods import BASELINE, Setting, asked_methods, references
+from pipeline.rebalance.result import spread_of
+from pipeline.rebalance.rivals import RIVALS, Free
+from pipeline.rebalance.sweep import Sweep
+from pipeline.rebalance.tuning import edges, parameters, trials_of
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What tuning found.
+
+    winners: the chosen setting of each method asked for. chosen: those of all tuned methods with how many trials each
+    had, JSON-ready; trials: every setting tried, with its scores on the choosing split alone.
+    """
+
+    winners: list[Setting]
+    chosen: list[dict[str, Any]]
+    trials: list[dict[str, Any]]
+    notes: list[str]
+
+
+def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[[str], object]) -> Comparison:
+    """Fits the trials of one method after the other and keeps the heads of the best; report is told a line on each.
+
+    The reference rows are tuned like everything else; iwb at λ = 0 takes the learning rate of iwb, where that is asked
+    for, else of cb.
+    """
+    asked = asked_methods(config.method)
+    reference = [s.method for s in references(config) if s.method not in ("baseline", "iwb")]
+    found = Comparison([], [], [], [])
+    rates: dict[str, float | None] = {}
+    for method in dict.fromkeys([*reference, *asked]):
+        tried = trials_of(method, config)
+        sweep.add(tried)
+        alive = [s for s in tried if s not in sweep.diverged]
+        if not alive:
+            raise PipelineError(
+                f"{method}: fitting diverged at every learning rate; lower them: --lr {config.lr / 100:g}"
+            )
+        best = alive[sweep.choose(alive, split).index]
+        found.trials.extend(_trial(sweep, s, split, chosen=s == best) for s in tried)
+        rates[method] = best.lr
+        if method in asked:
+            found.winners.append(best)
+        if method != "baseline":
+            border = edges(best, tried)
+            found.chosen.append(_chosen(best, sweep, split, len(tried), border))
+            report(_line(found.chosen[-1], found.trials[-len(tried) :], len(tried) - len(alive)))
+        curve = [s for s in tried if method == "iwb" and s.lr == best.lr and s in alive]
+        sweep.keep_only([best, *curve, BASELINE], of=tried)
+    sweep.add([Setting("iwb", config.loss, 0.0, rates.get("iwb", rates["cb"]))])
+    at_border = [c["method"] for c in found.chosen if c["border"]]
+    if at_border:
+        found.notes.append(
+            f"the best trial lies at the border of its grid, so that a better one may lie beyond, for {', '.join(at_border)}"
+        )
+    free = [c["method"] for c in found.chosen if isinstance(RIVALS.get(c["method"]), Free)]
+    if free:
+        found.notes.append(f"{config.trials} trials a trained method; as many as they like for those without training")
+    return found
+
+
+def _trial(sweep: Sweep, setting: Setting, split: str, *, chosen: bool) -> dict[str, Any]:
+    seeds = sweep.seeds_of(setting)
+    scores = [] if setting in sweep.diverged else [sweep.scored[split][setting, seed].summary for seed in seeds]
+    told = setting.facts | {"parameters": parameters(setting), "split": split, "n": len(seeds)}
+    return told | spread_of(scores) | {"diverged": not scores, "chosen": chosen}
+
+
+def _chosen(best: Setting, sweep: Sweep, split: str, trials: int, border: list[str]) -> dict[str, Any]:
+    mean = float(np.mean([sweep.scored[split][best, seed].summary["all"] for seed in sweep.seeds_of(best)]))
+    return best.facts | {"parameters": parameters(best), "trials": trials, "score": mean, "border": border}
+
+
+def _line(chosen: dict[str, Any], trials: list[dict[str, Any]], diverged: int) -> str:
+    scores = [t["all"] for t in trials if t["all"] is not None]
+    own = ({} if chosen["lam"] is None else {"λ": chosen["lam"]}) | chosen["parameters"]
+    best = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in own.items())
+    lost = f", {diverged} diverged" if diverged else ""
+    several = f"{len(trials)} trials{lost}, {trials[0]['split']} {min(scores):.1f} … {max(scores):.1f}"
+    return f"{chosen['method']}: {several}; best {best or 'the only one'}"

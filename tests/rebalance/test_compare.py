@@ -1,0 +1,168 @@
+"""Every method on one small store: tuned alike, chosen on validation, told completely, readable by all commands."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cache
+from pipeline.cli import invoke
+from pipeline.config import RebalanceConfig
+from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.export import export_model
+from pipeline.info import describe
+from pipeline.method_names import METHODS
+from pipeline.rebalance import evaluate, rebalance
+from pipeline.rebalance.rivals import FREE, RIVALS
+from pipeline.report import write_report
+from tests.small_run import made_store
+
+QUICK: dict = {"epochs": 2, "batch_size": 32, "lr": 0.02, "seeds": (0, 1), "trials": 4}
+FREE_NAMES = {rule.name for rule in FREE}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    made_store(folder / "features.zarr")
+    lines: list[str] = []
+    result = rebalance(
+        folder / "features.zarr",
+        RebalanceConfig(method=("all",), **QUICK),
+        out=folder / "rebalance",
+        device="cpu",
+        report=lines.append,
+    )
+    return folder, result, lines
+
+
+def of(rows, **facts):
+    return [row for row in rows if all(row[key] == value for key, value in facts.items())]
+
+
+def test_every_method_has_its_row_once_for_each_seed(run):
+    _, result, lines = run
+    rows = result.to_dict()["results"]
+    for method in METHODS:
+        if method != "iwb":
+            seeds = [None] if method == "baseline" or method in FREE_NAMES else [0, 1]
+            assert [r["seed"] for r in of(rows, method=method, split="test")] == seeds
+    chosen = {c["method"]: c for c in result.chosen}
+    assert set(chosen) == set(METHODS) - {"baseline"}
+    assert {r["lam"] for r in of(rows, method="iwb")} == {0, *(t["lam"] for t in of(result.trials, method="iwb"))}
+    assert len(lines) == len(chosen)
+
+
+def test_trials_are_as_many_for_all_and_never_of_the_test_split(run):
+    folder, result, _ = run
+    assert {t["split"] for t in result.trials} == {"val"}
+    for method in METHODS:
+        mine = of(result.trials, method=method)
+        if method in FREE_NAMES:
+            assert len(mine) == len(RIVALS[method].own)
+        elif method != "baseline":
+            assert len(mine) <= 4
+            assert all(t["parameters"]["lr"] for t in mine)
+        best = of(mine, chosen=True)
+        assert len(best) == 1
+        assert best[0]["all"] == max(t["all"] for t in mine if not t["diverged"])
+    with open(folder / "rebalance/trials.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(result.trials)
+    assert json.loads(lines[-1]["parameters"]) == result.trials[-1]["parameters"]
+
+
+def test_the_row_of_a_method_is_its_chosen_trial(run):
+    _, result, _ = run
+    rows = result.to_dict()["results"]
+    for c in result.chosen:
+        val = of(rows, method=c["method"], lam=c["lam"], split="val")
+        assert np.mean([r["all"] for r in val]) == pytest.approx(c["score"])
+        (trial,) = of(result.trials, method=c["method"], chosen=True)
+        assert (trial["parameters"], trial["lam"]) == (c["parameters"], c["lam"])
+    best = max(result.chosen, key=lambda c: c["score"])
+    assert result.selected["method"] in (best["method"], "baseline")
+    assert result.selected["chosen_on"] == "val"
+
+
+def test_the_table_names_what_was_chosen(run):
+    text = " ".join(str(run[1]).split())
+    assert "Chosen for each method on validation" in text
+    assert "4 trials a trained method; as many as they like for those without training" in text
+    assert "n = 2 batch orders of one backbone" in text
+    for c in run[1].chosen:
+        assert c["method"] in text
+
+
+def test_other_commands_read_the_result(run, tmp_path):
+    folder, result, _ = run
+    again = evaluate(folder / "features.zarr", folder / "rebalance/heads.safetensors")
+    rows = [r for r in result.results if r.split == "test"]
+    assert len(again.results) == len(rows)
+    for row in rows:
+        same = [r for r in again.results if (r.method, r.lam, r.seed) == (row.method, row.lam, row.seed)]
+        assert [r.all for r in same] == [pytest.approx(row.all)]
+    write_report(folder, out=tmp_path)
+    assert "balanced-softmax" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "crt: 4 trials" in str(describe(folder / "rebalance/results.json"))
+    assert "disalign: 2" in str(describe(folder / "rebalance/heads.safetensors"))
+    with pytest.raises(DataError, match=r"disalign is no linear layer, .* take one of baseline, cb"):
+        export_model(folder, out=tmp_path / "model", method="disalign")
+    with pytest.raises(DataError, match="no head crd; run `pipeline rebalance --method crd`"):
+        export_model(folder, out=tmp_path / "model", method="crd")
+
+
+def test_the_test_split_is_read_once_and_after_the_choice(tmp_path, monkeypatch):
+    store = made_store(tmp_path / "features.zarr")
+    read, seen = cache.Cache.read, []
+
+    def spy(self, split, *rest):
+        seen.append(split)
+        assert split != "test" or (tmp_path / "out/selection.json").exists()
+        return read(self, split, *rest)
+
+    monkeypatch.setattr(cache.Cache, "read", spy)
+    rebalance(store, RebalanceConfig(method=("crt", "ncm"), **QUICK), out=tmp_path / "out")
+    assert seen.count("test") == 1
+
+
+def test_folds_choose_where_there_is_no_validation_split(tmp_path):
+    store = made_store(tmp_path / "features.zarr", splits=("test",))
+    config = RebalanceConfig(method=("lws", "ncm", "disalign", "iwb"), **QUICK)
+    with pytest.raises(ConfigError, match="--select-on kfold"):
+        rebalance(store, config, out=tmp_path / "out")
+    result = rebalance(store, config.model_copy(update={"select_on": "kfold"}), out=tmp_path / "out")
+    assert {t["split"] for t in result.trials} == {"kfold"}
+    assert {c["method"] for c in result.chosen} == {"cb", "lws", "ncm", "disalign", "iwb"}
+
+
+def test_a_diverged_trial_is_told_and_never_chosen(tmp_path):
+    store = made_store(tmp_path / "features.zarr")
+    config = RebalanceConfig(method=("grw", "cb"), **(QUICK | {"lr": 1e15, "momentum": 0.99, "epochs": 3}))
+    with pytest.raises(PipelineError, match=r"cb: fitting diverged at every learning rate; .*--lr"):
+        rebalance(store, config, out=tmp_path / "out")
+    ladder = {"lr": 3e14, "trials": 12}  # from 1e12 to 1e16; weights above 1e15 count as diverged
+    result = rebalance(store, RebalanceConfig(method=("cb",), tune=True, **(QUICK | ladder)), out=tmp_path / "out")
+    lost = of(result.trials, diverged=True)
+    assert 0 < len(lost) < 12
+    assert {t["all"] for t in lost} == {None}
+    assert not of(lost, chosen=True)
+
+
+def test_the_command_line_names_methods_and_refuses_double_balancing(tmp_path, capsys):
+    store = made_store(tmp_path / "features.zarr")
+    assert invoke(["rebalance", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name} " in said for name in METHODS)
+    quick = [f"--set=rebalance.{key}={value}" for key, value in QUICK.items() if key not in ("seeds", "trials")]
+    common = ["rebalance", str(store), "--config", "digits-lt", "--seeds", "0", "--out", str(tmp_path / "o"), *quick]
+    assert invoke([*common, "--method", "balanced-softmax", "--sampling", "class-balanced"]) == 2
+    assert "--force-double-balancing" in capsys.readouterr().err
+    forced = ["--method", "balanced-softmax", "--sampling", "class-balanced", "--force-double-balancing"]
+    assert invoke([*common, *forced, "--trials", "3", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [c["method"] for c in document["chosen"]] == ["cb", "balanced-softmax"]
+    assert document["settings"]["sampling"] == "class-balanced"
+    assert Path(tmp_path / "o/trials.csv").is_file()
