@@ -26,7 +26,7 @@ def open_cache(path: Path | str) -> "Cache":
     place = locate(path)
     root = read_root(place)
     if not root.sealed:
-        raise CacheError(unfinished(place))
+        raise CacheError(unfinished(place, root))
     for damage in damaged_metadata(place, root):
         raise CacheError(f"{place}: {damage}; {_repair(place)}")
     return Cache(place, root)

@@ -46,12 +46,14 @@ def verify(path: Path | str) -> list[Damage]:
     place = locate(path)
     root = read_root(place)
     if not root.sealed:
-        raise CacheError(unfinished(place))
+        raise CacheError(unfinished(place, root))
     return damages(place, root)
 
 
-def unfinished(place: Place) -> str:
-    return f"{place}: state is {'open'!r}: its dump did not finish; run the same pipeline dump-features command again"
+def unfinished(place: Place, root: Root) -> str:
+    return (
+        f"{place}: state is {root.state!r}: its dump did not finish; run the same pipeline dump-features command again"
+    )
 
 
 def damages(place: Place, root: Root) -> list[Damage]:

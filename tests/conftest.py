@@ -7,6 +7,8 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads, and for every process that a test starts
 
+os.environ["CACHE_LEASE_SECONDS"] = "1.5"  # as short as a busy machine allows: tests wait for dead writers
+
 
 def digits_tree(**backbone):
     """Plain tree of a small run on the bundled digits: seconds on one core."""
@@ -48,3 +50,36 @@ def tiny_backbone(tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("tiny") / "backbone"
     return train_backbone(make_config(digits_tree(), "tiny"), out=out).checkpoint
+
+
+@pytest.fixture(scope="session")
+def moto_bucket():
+    """A bucket of a local S3 server, for all tests."""
+    from tests.s3_servers import moto
+
+    with moto() as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_bucket(tmp_path_factory):
+    """A bucket of another, independent one."""
+    from tests.s3_servers import seaweedfs
+
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as bucket:
+        yield bucket
+
+
+@pytest.fixture(params=["moto", pytest.param("seaweedfs", marks=pytest.mark.slow)])
+def bucket(request, monkeypatch):
+    """Each of the servers, with the environment that leads to it."""
+    found = request.getfixturevalue(f"{request.param}_bucket")
+    for name, value in found.environment.items():
+        monkeypatch.setenv(name, value)
+    return found
+
+
+@pytest.fixture
+def url(bucket, request):
+    """A place in the bucket that no other test uses, its name awkward on purpose."""
+    return bucket.url(f"{request.node.name}/a b%20ü.zarr")
