@@ -47,6 +47,11 @@ class Ranks:
         """The largest value any rank passes."""
         return int(self._reduce(np.array([value]), dist.ReduceOp.MAX)[0])
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replaces a tensor by its sum over ranks, in place, on whatever device and in whatever precision it is."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
     def together(self, make: Callable[[], T]) -> T:
         """What make() returns on this rank. Where it raises PipelineError on any rank, the lowest such rank raises it and
         the others raise Elsewhere, so that nobody waits for the dead and the reason is said once."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.distributed import Ranks
 from pipeline.seeds import derive
 
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # laid out at a time; on a CPU read again while still in its cache
@@ -14,7 +15,7 @@ BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # laid out at a time; on a CPU
 
 @dataclass(frozen=True)
 class Batch:
-    """One step of every batch order, B samples each.
+    """One step of every batch order: B samples each, or those of them that this rank has; size is B in both cases.
 
     x (S, B+1, D+1): features and a 1; the last row is the mean of the unit features, and a 0. weighted: x with every
     row times its loss weight and the last row 0, once for every weighting. labels (S, B, 1). inverse_norm (S, B, 1): 1/|x|
@@ -25,6 +26,7 @@ class Batch:
     weighted: Sequence[Tensor]
     labels: Tensor
     inverse_norm: Tensor
+    size: int
     unit: Tensor | None = None
 
 
@@ -45,29 +47,38 @@ class Batches:
     """Lays out epochs, block by block, in buffers that are made once.
 
     seeds: S; rows: samples of an epoch; size: B, and the last batch may be short. Batches come on the device and in the
-    dtype of the weightings. unit: whether any head asks for the unit features.
+    dtype of the weightings. unit: whether any head asks for the unit features. ranks: who shares every batch.
     """
 
     def __init__(
-        self, seeds: int, rows: int, size: int, width: int, weightings: Sequence[Weighting], *, unit: bool = False
+        self,
+        seeds: int,
+        rows: int,
+        size: int,
+        width: int,
+        weightings: Sequence[Weighting],
+        *,
+        unit: bool = False,
+        ranks: Ranks | None = None,
     ):
         like = weightings[0].of_class
-        self.rows, self.size, self.full = rows, size, rows // size
+        self.size = size
         batch_bytes = seeds * (size + 1) * (width + 1) * like.element_size() * (1 + len(weightings) + unit)
-        self.at_once = max(1, min(self.full, BLOCK_BYTES[like.device.type] // batch_bytes))
-        self._make = lambda batches, of: Block(batches, seeds, of, width, weightings, unit=unit)
+        self.at_once = max(1, min(rows // size, BLOCK_BYTES[like.device.type] // batch_bytes))
+        self._make = lambda batches, of: Block(batches, seeds, of, width, weightings, unit=unit, ranks=ranks)
         self._blocks: dict[tuple[int, int], Block] = {}
 
     def epoch(self, features: Tensor, labels: Tensor, order: Tensor) -> Iterator[Sequence[Batch]]:
         """Blocks of batches; one is overwritten by the next.
 
-        features (N, D) of the epoch's view and labels (N,), both on one device; order (S, rows): numbers of rows there.
+        features (N, D) and labels (N,), both on one device; order (S, n): numbers of rows there. A short batch comes last.
         """
-        for first in range(0, self.full, self.at_once):
-            batches = min(self.at_once, self.full - first)
+        full, last = divmod(order.shape[1], self.size)
+        for first in range(0, full, self.at_once):
+            batches = min(self.at_once, full - first)
             yield self._block(batches, self.size).fill(features, labels, order, first * self.size)
-        if last := self.rows - self.full * self.size:
-            yield self._block(1, last).fill(features, labels, order, self.full * self.size)
+        if last:
+            yield self._block(1, last).fill(features, labels, order, full * self.size)
 
     def _block(self, batches: int, size: int) -> "Block":
         if (batches, size) not in self._blocks:
@@ -78,15 +89,28 @@ class Batches:
 class Block:
     """n batches of one size in one set of buffers, and the views of them that a step takes."""
 
-    def __init__(self, n: int, s: int, b: int, d: int, weightings: Sequence[Weighting], *, unit: bool):
-        like = weightings[0].of_class
+    def __init__(
+        self,
+        n: int,
+        s: int,
+        size: int,
+        d: int,
+        weightings: Sequence[Weighting],
+        *,
+        unit: bool,
+        ranks: Ranks | None = None,
+    ):
+        like, self.ranks = weightings[0].of_class, ranks or Ranks(0, 1, weightings[0].of_class.device)
+        self.size, self.first = size, size * self.ranks.rank // self.ranks.world
+        b = size * (self.ranks.rank + 1) // self.ranks.world - self.first
         self.shape, self.weightings = (n, s, b, d), weightings
         self.x = like.new_zeros(n, s, b + 1, d + 1)
         self.x[:, :, :b, d] = 1
         self.labels = torch.empty(n, s, b, 1, dtype=torch.int64, device=like.device)
         self.norm, self.inverse = like.new_empty(n, s, b), like.new_empty(n, s, b)
         self.weighted = [torch.zeros_like(self.x) for _ in weightings]
-        self.weight, self.total = like.new_empty(n, s, b), like.new_empty(n, s, 1)
+        self.weight, self.mean = like.new_empty(n, s, b), like.new_empty(n, s, 1, d)
+        self.of_all, self.total = like.new_empty(n, s, size), like.new_empty(n, s, 1)
         self.unit = like.new_zeros(n, s, b, d + 1) if unit else None
         self.features, self.samples = self.x[:, :, :b, :d], self.x[:, :, :b]
         self.batches = [
@@ -95,6 +119,7 @@ class Block:
                 [w[i] for w in self.weighted],
                 self.labels[i],
                 self.inverse[i, ..., None],
+                size,
                 None if self.unit is None else self.unit[i],
             )
             for i in range(n)
@@ -103,20 +128,24 @@ class Block:
     def fill(self, features: Tensor, labels: Tensor, order: Tensor, first: int) -> list[Batch]:
         """The batches that begin at position `first` of the order."""
         n, s, b, d = self.shape
-        rows = order[:, first : first + n * b].reshape(s, n, b).transpose(0, 1).reshape(-1).to(features.device)
+        all_rows = order[:, first : first + n * self.size].reshape(s, n, self.size).transpose(0, 1)
+        rows = all_rows[:, :, self.first : self.first + b].reshape(-1).to(features.device)
         self.features.copy_(features.index_select(0, rows).view(n, s, b, d))
         self.labels.copy_(labels.index_select(0, rows).view(n, s, b, 1))
         torch.linalg.vector_norm(self.features, dim=-1, out=self.norm)
         torch.reciprocal(self.norm.clamp_min_(torch.finfo(self.x.dtype).tiny), out=self.inverse)
-        torch.div(self.inverse, b, out=self.weight)
-        mean = torch.matmul(self.weight[:, :, None], self.features)
-        self.x[:, :, b:, :d] = mean
+        torch.div(self.inverse, self.size, out=self.weight)
+        torch.matmul(self.weight[:, :, None], self.features, out=self.mean)
+        self.ranks.add_up(self.mean)
+        self.x[:, :, b:, :d] = self.mean
+        of_all = labels.index_select(0, all_rows.reshape(-1).to(labels.device)).to(self.x.device)
         for weighting, weighted in zip(self.weightings, self.weighted, strict=True):
             torch.index_select(weighting.of_class, 0, self.labels.view(-1), out=self.weight.view(-1))
             if weighting.by_sum:
-                self.weight.div_(torch.sum(self.weight, -1, keepdim=True, out=self.total))
+                torch.index_select(weighting.of_class, 0, of_all, out=self.of_all.view(-1))
+                self.weight.div_(torch.sum(self.of_all, -1, keepdim=True, out=self.total))
             else:
-                self.weight.div_(b)
+                self.weight.div_(self.size)
             torch.mul(self.samples, self.weight[..., None], out=weighted[:, :, :b])
         if self.unit is not None:
             torch.mul(self.features, self.inverse[..., None], out=self.unit[..., :d])

@@ -49,7 +49,7 @@ class MeanTarget:
         self.step, self.stack = step, step.stack
         n = self.stack.norms
         summed = self.stack.form.penalty.kl_weight == "batch"  # turns the batch mean into the sum over this batch
-        self.scale = self.stack.kl_weight * (step.size if summed else 1)
+        self.scale = self.stack.kl_weight * (step.total if summed else 1)
         self.slope, self.pull, self.share = (torch.empty_like(n) for _ in range(3))
         self.pull_column, self.total = self.pull[..., None], n.new_empty(*n.shape[:2], 1)
         self.mean_logits = step.logits[:, -1]
@@ -58,8 +58,9 @@ class MeanTarget:
 
     def add(self, batch: "Batch") -> None:
         self.compute_slope(batch)
-        self.slope.mul_(self.scale)
-        self.add_slope()
+        if self.stack.ranks.first:
+            self.slope.mul_(self.scale)
+            self.add_slope()
 
     def compute_slope(self, batch: "Batch") -> None:
         """slope (S, K, C) = ∂(batch mean of the divergence)/∂n_c; share = softmax of the norms, for kl."""
@@ -69,7 +70,8 @@ class MeanTarget:
         if rule.hardness == "none":
             torch.sub(n, stack.half_target, alpha=2, out=slope)
         elif rule.hardness == "scalar":
-            torch.mean(self.true_cosine.compute(batch), dim=1, out=self.mean_cosine)
+            torch.sum(self.true_cosine.compute(batch), dim=1, out=self.mean_cosine).div_(self.step.total)
+            stack.ranks.add_up(self.mean_cosine)
             torch.addcmul(n, stack.half_target, self.mean_cosine.sub_(1)[..., None], out=slope)
         else:
             torch.div(self.mean_logits, n, out=self.pull)
@@ -115,9 +117,14 @@ class EveryTarget:
         if rule.divergence == "kl":
             torch.softmax(self.p, -1, out=self.q)
             if rule.direction == "target-to-norms":
-                torch.mean(self.q, dim=1, out=mean.slope)
+                torch.sum(self.q, dim=1, out=mean.slope)
+                if rule.hardness != "none":  # else all ranks have the one q of all samples
+                    self.stack.ranks.add_up(mean.slope.div_(self.step.total))
                 torch.sub(mean.share, mean.slope, out=mean.slope)
-        mean.slope.mul_(mean.scale)
+        if self.stack.ranks.first:
+            mean.slope.mul_(mean.scale)
+        else:
+            mean.slope.zero_()
         if self.stack.form.moving_target:
             self.add_through_target(batch)
         mean.add_slope()
@@ -144,7 +151,7 @@ class EveryTarget:
         assert batch.unit is not None
         stack, rule, mean, n, e = self.stack, self.stack.form.penalty, self.mean, self.stack.norms, self.q
         # factor = weight / B · ∂P_ic/∂g_ic, and for vector · 1/n_c
-        self.factor.copy_(stack.half_target).mul_(mean.scale).div_(-self.step.size)
+        self.factor.copy_(stack.half_target).mul_(mean.scale).div_(-self.step.total)
         if rule.hardness == "vector":
             self.factor.div_(n)
         if rule.divergence == "kl" and rule.direction == "target-to-norms":

@@ -6,39 +6,22 @@ and, in its last row, the batch mean of W_c·x/|x|, which is all that a fixed ta
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pipeline.distributed import Ranks
 from pipeline.rebalance.batches import Batch
-from pipeline.rebalance.formulation import CBLoss, Penalty
+from pipeline.rebalance.head import Form
 from pipeline.rebalance.pull import EveryTarget, MeanTarget
-
-
-@dataclass(frozen=True)
-class Form:
-    """What heads must share to advance together; penalty.kl_weight counts only as being `batch` or not."""
-
-    cb: CBLoss
-    penalty: Penalty
-
-    @property
-    def moving_target(self) -> bool:
-        """Whether gradient passes through P into the class vectors."""
-        return not self.penalty.detach_target and self.penalty.hardness != "none"
-
-    @property
-    def needs_every_target(self) -> bool:
-        """Whether P of every sample is needed, not only its mean over the batch."""
-        return self.moving_target or (self.penalty.divergence == "kl" and self.penalty.direction == "target-to-norms")
 
 
 class Stack:
     """S × K heads of one form with their momentum.
 
     weight (S, K, C, D+1) is the start and belongs to the stack from then on. half_target (K, C) is λ·NC/2. kl_weight
-    (K,). slices: (first head, last head + 1, weighting), in order, together all heads.
+    (K,). slices: (first head, last head + 1, weighting), in order, together all heads. ranks: who shares every batch;
+    each then has the same heads.
     """
 
     def __init__(
@@ -51,7 +34,9 @@ class Stack:
         *,
         momentum: float,
         weight_decay: float,
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks(0, 1, weight.device)
         self.form, self.weight, self.slices = form, weight, slices
         self.half_target, self.kl_weight = half_target[None], kl_weight[None, :, None]
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -61,21 +46,26 @@ class Stack:
         self.vectors, self.velocity_of_vectors = weight[..., : self.width], self.velocity[..., : self.width]
         self.tiny, self.eps = torch.finfo(weight.dtype).tiny, torch.finfo(weight.dtype).eps
         self.norms = weight.new_empty(weight.shape[:3])
+        self.minus_lr = weight.new_zeros(())  # a tensor, so that a recorded step goes on with the lr of another epoch
         self._steps: dict[int, Step] = {}
 
-    def step(self, batch: Batch, lr: float) -> None:
-        """One step as torch.optim.SGD takes it, without nesterov and dampening."""
-        size = batch.labels.shape[1]
-        if size not in self._steps:  # two sizes at most: the full batch and the short last one
-            self._steps[size] = Step(self, size)
-        self._steps[size].run(batch, lr)
+    def step(self, batch: Batch) -> None:
+        """One step as torch.optim.SGD takes it, without nesterov and dampening, with the learning rate in minus_lr."""
+        if batch.size not in self._steps:  # two sizes at most: the full batch and the short last one
+            self._steps[batch.size] = Step(self, batch.size, batch.labels.shape[1])
+        self._steps[batch.size].run(batch)
 
 
 class Step:
-    """The buffers of a stack for one batch size, and the arithmetic on them: nothing is allocated after this."""
+    """The buffers of a stack for one batch size, and the arithmetic on them: nothing is allocated after this.
 
-    def __init__(self, stack: Stack, size: int):
-        self.stack, self.size = stack, size
+    total: samples of the batch; size: those of them that this rank has.
+    """
+
+    def __init__(self, stack: Stack, total: int, size: int):
+        self.stack, self.total, self.size = stack, total, size
+        # what is in the velocity of rank 0 before the sum over ranks is in that of all after it
+        self.momentum = stack.momentum if stack.ranks.first else 0.0
         s, k, c, w = stack.seeds, stack.heads, stack.classes, stack.weight
         self.logits = w.new_empty(s, size + 1, k, c)
         self.residual = torch.empty_like(self.logits)
@@ -96,20 +86,21 @@ class Step:
             for a, b, weighting in stack.slices
         ]
 
-    def run(self, batch: Batch, lr: float) -> None:
+    def run(self, batch: Batch) -> None:
         stack = self.stack
         torch.bmm(batch.x, self.matrix, out=self.logits_flat)
         torch.add(self.row_start, batch.labels, out=self.truth)
         self.compute_residual()
         for velocity, residual, weighting in self.products:
-            torch.baddbmm(velocity, residual, batch.weighted[weighting], beta=stack.momentum, out=velocity)
+            torch.baddbmm(velocity, residual, batch.weighted[weighting], beta=self.momentum, out=velocity)
         if self.pull is not None:
             torch.linalg.vector_norm(stack.vectors, dim=-1, out=stack.norms)
             stack.norms.clamp_min_(stack.tiny)
             self.pull.add(batch)
+        stack.ranks.add_up(stack.velocity)
         if stack.weight_decay:
             stack.velocity.add_(stack.weight, alpha=stack.weight_decay)
-        stack.weight.add_(stack.velocity, alpha=-lr)
+        stack.weight.addcmul_(stack.velocity, stack.minus_lr)
 
     def compute_residual(self) -> None:
         """residual = ∂(classification loss of one sample)/∂logits, before the sample's weight."""

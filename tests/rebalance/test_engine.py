@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pipeline.rebalance import native
 from pipeline.rebalance.batches import batch_order
-from pipeline.rebalance.engine import Head, Schedule, fit_heads, plan, stacked
+from pipeline.rebalance.by_stacks import stacked
+from pipeline.rebalance.engine import Head, Schedule, fit_heads, plan
 from pipeline.rebalance.features import Features
 from pipeline.rebalance.formulation import penalty
 from pipeline.rebalance.objective import iwb_objective
@@ -165,7 +166,7 @@ def test_logits_far_apart_neither_overflow_nor_turn_into_nan(features):
 
 @pytest.mark.parametrize("kernel", ENGINES)
 def test_heads_of_all_kinds_fitted_together_are_those_fitted_alone(features, monkeypatch, kernel):
-    monkeypatch.setattr("pipeline.rebalance.engine.CPU_STACK_LOGITS", 3 * 2 * 5 * 8)
+    monkeypatch.setattr("pipeline.rebalance.by_stacks.CPU_STACK_LOGITS", 3 * 2 * 5 * 8)
     heads = [
         Head("ce"),
         Head("cb-softmax", 0.5, penalty()),
@@ -208,7 +209,7 @@ def test_small_blocks_change_nothing(features, monkeypatch, kernel):
     fit = partial(fit_heads, features, heads, seeds=(0, 1), schedule=SHORT, dtype=torch.float64, kernel=kernel)
     once = fit()
     monkeypatch.setattr("pipeline.rebalance.batches.BLOCK_BYTES", {"cpu": 1})
-    monkeypatch.setattr("pipeline.rebalance.engine.KERNEL_BLOCK_BYTES", 1)
+    monkeypatch.setattr("pipeline.rebalance.by_kernel.PIECE_BYTES", 1)
     assert_equal(once, fit(), 1e-12)
 
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,10 @@ import torch
 from cache import Split, create_store, open_cache
 from pipeline.config import RebalanceConfig, bytes_of
 from pipeline.errors import DataError
+from pipeline.rebalance.engine import Head, Schedule, fit_heads
+from pipeline.rebalance.formulation import penalty
 from pipeline.rebalance.load import StoredViews, load
+from pipeline.rebalance.native import instruction_sets
 from pipeline.rebalance.streamed import StreamedViews
 
 ROWS, WIDTH, VIEWS, ABSENT = 200, 16, 3, 37
@@ -133,3 +138,27 @@ def test_sizes_are_text(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="a size such as 8GiB"):
         bytes_of(text)
+
+
+@pytest.mark.parametrize("kernel", [None, *(["double"] if instruction_sets() else [])])
+@pytest.mark.parametrize("rows", [None, np.arange(0, ROWS - 1, 3)])
+def test_heads_fitted_from_the_stream_are_those_fitted_from_memory_in_its_order(store, monkeypatch, kernel, rows):
+    seeds, schedule = (0, 5), Schedule(epochs=4, lr=1e-6, batch_size=16)
+    heads = [Head("cb-softmax", 0.3, penalty()), Head("ce")]
+    streamed = load(store, augmented=True, memory_bytes=VIEW - 64).features
+    fit = partial(fit_heads, heads=heads, seeds=seeds, schedule=schedule, rows=rows, dtype=torch.float64, kernel=kernel)
+    weight, bias = fit(streamed)
+    memory = load(store, augmented=True).features
+    assert type(memory.views) is StoredViews
+    for s, seed in enumerate(seeds):
+        streams = 1 if kernel is None else len(seeds)
+
+        def same_order(n, *, seed, epoch, streams=streams):
+            found = streamed.views.order(epoch, seed, rows=rows, streams=streams)
+            return found if rows is None else np.searchsorted(rows, found)
+
+        monkeypatch.setattr("pipeline.rebalance.epochs.batch_order", same_order)
+        expected = fit(memory, seeds=(seed,))
+        np.testing.assert_allclose(weight[s], expected[0][0], rtol=1e-12)
+        np.testing.assert_allclose(bias[s], expected[1][0], rtol=1e-12, atol=1e-13)
+    assert np.abs(bias[0] - bias[1]).max() > 1e-9

@@ -1,0 +1,129 @@
+"""All heads of a job by tensor operations: on a GPU, over several ranks, and where the kernel was not built."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from pipeline.distributed import Ranks
+from pipeline.rebalance.batches import Batch, Batches, Weighting
+from pipeline.rebalance.epochs import Epochs
+from pipeline.rebalance.head import Form, Head, class_weights
+from pipeline.rebalance.stack import Stack
+
+CPU_STACK_LOGITS = 100_000  # the logits, residuals, heads and momentum of a stack then stay in the cache of its core
+SHARED_PRODUCT = 10**8  # operations from which cores gain by sharing one product; below it each has its own stack
+RESIDENT = 0.25  # of the free memory of a device: what a view may take to be moved there whole
+
+
+def fit_by_stacks(
+    epochs: Epochs,
+    heads: Sequence[Head],
+    *,
+    threads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    free_bytes: int,
+    ranks: Ranks | None = None,
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Yields (head numbers, weights (S, k, C, D), biases (S, k, C)) of every stack, after one pass over the data.
+
+    ranks: who shares every batch, all with the same arguments; all get the same heads.
+    """
+    features, schedule, seeds = epochs.features, epochs.schedule, len(epochs.seeds)
+    counts = torch.as_tensor(features.counts, dtype=torch.float64)
+    kinds = sorted({h.weighting for h in heads})
+    weightings = [Weighting(class_weights(counts, *kind).to(device, dtype), kind[0] != "cb-bce") for kind in kinds]
+    start = torch.as_tensor(np.column_stack([features.weight, features.bias]), dtype=dtype, device=device)
+    logits = seeds * epochs.size * len(start)  # of one head
+    stacks = []
+    for members in stacked(heads, max(1, CPU_STACK_LOGITS // logits) if device.type == "cpu" else len(heads), threads):
+        group = [heads[i] for i in members]
+        stack = Stack(
+            next((h.form for h in group if h.penalised), group[0].form),
+            start.expand(seeds, len(group), *start.shape).contiguous(),
+            torch.stack([h.half_target(counts) for h in group]).to(device, dtype),
+            torch.tensor([h.kl_weight for h in group], dtype=dtype, device=device),
+            _runs([kinds.index(h.weighting) for h in group]),
+            momentum=schedule.momentum,
+            weight_decay=schedule.weight_decay,
+            ranks=ranks,
+        )
+        stacks.append((members, stack))
+    unit = any(stack.penalised and stack.form.moving_target for _, stack in stacks)
+    workers = 1 if ranks else min(threads, len(stacks))  # ranks have to meet in the same order
+    worth_sharing = 2 * logits * start.shape[1] >= SHARED_PRODUCT
+    torch.set_num_threads(threads // workers if worth_sharing else 1)
+    batches = Batches(seeds, len(epochs.taken), epochs.size, start.shape[1] - 1, weightings, unit=unit, ranks=ranks)
+    advance = Recorded() if device.type == "cuda" and not ranks else _advance
+    with ThreadPoolExecutor(workers) as pool:
+        run = pool.map if workers > 1 else map
+        for epoch in range(len(epochs)):
+            for _, stack in stacks:
+                stack.minus_lr.fill_(-schedule.lr_of(epoch))
+            for view, labels, order in epochs.whole(epoch):
+                if view.nbytes < RESIDENT * free_bytes:
+                    view = view.to(device)
+                for block in batches.epoch(view, labels.to(view.device), order):
+                    list(run(advance, [stack for _, stack in stacks], itertools.repeat(block)))
+    for members, stack in stacks:
+        head = stack.weight.cpu().numpy()
+        yield members, head[..., :-1], head[..., -1]
+
+
+@torch.no_grad()  # which is a setting of each thread
+def _advance(stack: Stack, block: Sequence[Batch]) -> None:
+    for batch in block:
+        stack.step(batch)
+
+
+class Recorded:
+    """Steps as CUDA graphs: the launches of all steps of a block become one, which small heads would wait for.
+
+    A block's buffers and a stack's are the same in every epoch. The first time the steps run as they are, which also
+    makes the buffers; the second time they are recorded, and from then on played.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+
+    def __call__(self, stack: Stack, block: Sequence[Batch]) -> None:
+        key = id(stack), block[0].x.data_ptr()
+        if key not in self._graphs:
+            self._graphs[key] = None
+            _advance(stack, block)
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            self._graphs[key] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                _advance(stack, block)
+        graph.replay()
+
+
+def stacked(heads: Sequence[Head], most: int, threads: int) -> list[list[int]]:
+    """Head numbers of every stack: one form each, at most `most` heads, heads of one weighting side by side.
+
+    A head without penalty goes with any form of its kind of loss. Every thread gets the same number of stacks of a form.
+    """
+    forms: dict[Form, list[int]] = {}
+    for i in sorted(range(len(heads)), key=lambda i: not heads[i].penalised):
+        form = heads[i].form
+        if not heads[i].penalised:
+            form = next((f for f in forms if f.cb == form.cb), form)
+        forms.setdefault(form, []).append(i)
+    for members in forms.values():
+        members.sort(key=lambda i: heads[i].weighting)
+    stacks = []
+    for members in forms.values():
+        runs = min(len(members), -(-len(members) // (most * threads)) * threads)
+        stacks += [members[len(members) * i // runs : len(members) * (i + 1) // runs] for i in range(runs)]
+    return stacks
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of equal numbers as (first, last + 1, number)."""
+    ends = list(itertools.accumulate(len(list(run)) for _, run in itertools.groupby(numbers)))
+    return [(a, b, numbers[a]) for a, b in itertools.pairwise([0, *ends])]

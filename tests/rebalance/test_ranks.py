@@ -1,0 +1,71 @@
+"""Ranks that share every batch find the heads of one process; ranks that share the heads find each of them."""
+
+import itertools
+import multiprocessing
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.rebalance.engine import Head, Schedule, fit_heads
+from pipeline.rebalance.features import Features
+from pipeline.rebalance.formulation import penalty
+
+COUNTS = np.array([23, 11, 6, 3, 2])
+SHORT = Schedule(epochs=3, lr=0.05, momentum=0.9, weight_decay=0.01, batch_size=8)
+ROWS = np.arange(41)  # the last batch is one sample: most ranks then have none
+RULES = [
+    penalty(hardness=hardness, direction=direction, divergence=divergence, detach_target=detach, kl_weight=weight)
+    for hardness, direction, divergence, detach, weight in [
+        *itertools.product(
+            ["vector", "scalar", "none"], ["norms-to-target", "target-to-norms"], ["kl"], [True, False], [0.7, "batch"]
+        ),
+        *itertools.product(["vector", "scalar", "none"], ["norms-to-target"], ["mse"], [True, False], [0.7, "batch"]),
+    ]
+]
+HEADS = [Head(loss, 0.4, rule) for rule in RULES for loss in ("cb-softmax", "cb-bce")] + [
+    Head("ce"),
+    Head("cb-softmax"),
+]
+
+
+def features() -> Features:
+    random = np.random.default_rng(5)
+    labels = random.permutation(np.repeat(np.arange(5), COUNTS))
+    views = random.normal(size=(5, 6))[labels] + random.normal(size=(3, len(labels), 6))
+    return Features(views, labels, COUNTS, random.normal(size=(5, 6)), random.normal(size=5))
+
+
+def one_rank(rank: int, world: int, port: int, out: str) -> None:
+    from pipeline.distributed import ranks
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with ranks("cpu") as shared:
+        weight, bias = fit_heads(
+            features(), HEADS, seeds=(0, 3), schedule=SHORT, rows=ROWS, dtype=torch.float64, ranks=shared
+        )
+    np.savez(f"{out}/{rank}.npz", weight=weight, bias=bias)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_that_share_the_batches_find_the_heads_of_one(world, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.rebalance.engine"])
+    processes = [context.Process(target=one_rank, args=(r, world, port, str(tmp_path))) for r in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * world
+    alone = fit_heads(features(), HEADS, seeds=(0, 3), schedule=SHORT, rows=ROWS, dtype=torch.float64)
+    for rank in range(world):
+        found = np.load(tmp_path / f"{rank}.npz")
+        np.testing.assert_allclose(found["weight"], alone[0], rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(found["bias"], alone[1], rtol=1e-10, atol=1e-10)
