@@ -82,6 +82,14 @@ class DumpConfig(Section):
     on_error: Literal["fail", "skip"] = "fail"
 
 
+class Variant(Section):
+    """One row of an ablation: its name, the settings that differ, and what the paper reports for it, in %."""
+
+    name: str = Field(min_length=1)
+    set: dict[str, Any] = {}
+    paper: dict[Literal["many", "medium", "few", "all"], float] = {}
+
+
 class RebalanceConfig(Section):
     """Stage 2: which heads are fitted on the cached features (METHODS §1); None = what the formulation says."""
 
@@ -112,6 +120,7 @@ class RebalanceConfig(Section):
     weighting: Literal["none", "class-balanced"] | None = None
     force_double_balancing: bool = False
     memory: str = "8GiB"
+    variants: tuple[Variant, ...] = ()
 
     @property
     def memory_bytes(self) -> int:
@@ -151,6 +160,24 @@ class RebalanceConfig(Section):
             raise ValueError("needs one or more different seeds, each 0 or more")
         return value
 
+    @model_validator(mode="after")
+    def _variants_mean_something(self):
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) < len(names):
+            raise ValueError("variants need different names")
+        for variant in self.variants:
+            self.with_variant(variant)
+        return self
+
+    def with_variant(self, variant: Variant) -> "RebalanceConfig":
+        """These settings with a variant's laid over them; ValueError names what is wrong with it."""
+        common = self.model_dump(exclude_unset=True, exclude={"variants"})
+        try:
+            return RebalanceConfig.model_validate(common | variant.set)
+        except ValidationError as error:
+            told = [_explain(f"variant {variant.name}", e, RebalanceConfig) for e in error.errors()]
+            raise ValueError("; ".join(told)) from error
+
 
 class Config(Section):
     """One runnable experiment: what `pipeline run` does from images to report."""
@@ -164,6 +191,13 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return Path("runs") / self.name
+
+
+class Stage2(Section):
+    """What may be said of a store that nobody knows the images of."""
+
+    name: str = "rebalance"
+    rebalance: RebalanceConfig = RebalanceConfig()
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -194,11 +228,13 @@ def find_config(name: str | None) -> Path:
     )
 
 
-def load_config(path: Path, settings: Iterable[str] = ()) -> Config:
-    """The configuration in a YAML file with `a.b=c` settings laid over it; relative data paths are relative to the file.
+def is_stage_2_alone(tree: dict) -> bool:
+    """Whether a configuration says nothing of images, so that it can only be laid over a store's own settings."""
+    return "rebalance" in tree and tree.keys() <= Stage2.model_fields.keys()
 
-    Raises ConfigError naming the file, the key and the nearest known key.
-    """
+
+def read_tree(path: Path) -> dict:
+    """The plain tree of a YAML file; ConfigError where it is none."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -207,7 +243,20 @@ def load_config(path: Path, settings: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys such as `name:` and `data:`, got {type(tree).__name__}")
+    return tree
+
+
+def load_config(path: Path, settings: Iterable[str] = ()) -> Config:
+    """The configuration in a YAML file with `a.b=c` settings laid over it; relative data paths are relative to the file.
+
+    Raises ConfigError naming the file, the key and the nearest known key.
+    """
+    tree = read_tree(path)
     tree.setdefault("name", path.stem)
+    if is_stage_2_alone(tree):
+        raise ConfigError(
+            f"{path}: data is missing: these are settings of stage 2 alone, for `pipeline rebalance STORE --config …`"
+        )
     data = tree.get("data")
     if isinstance(data, dict):
         for key in ("path", "train_list", "val_list", "test_list", "class_names"):
@@ -226,6 +275,16 @@ def make_config(tree: dict, origin: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(origin, e) for e in error.errors())) from error
+
+
+def make_rebalance_config(tree: dict, origin: str) -> RebalanceConfig:
+    """The settings of stage 2 in a tree whose other sections may be missing, but not wrong; ConfigError as make_config."""
+    if "data" in tree:
+        return make_config(tree, origin).rebalance
+    try:
+        return Stage2.model_validate(tree).rebalance
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(origin, e, Stage2) for e in error.errors())) from error
 
 
 def lay_over(tree: dict, setting: str) -> None:
@@ -263,12 +322,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _explain(origin: str, error: Any) -> str:
+def _explain(origin: str, error: Any, model: type[BaseModel] = Config) -> str:
     where = ".".join(
         str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal[", "float", "tuple"))
     )
     if error["type"] == "extra_forbidden":
-        known = _fields_at(error["loc"][:-1])
+        known = _fields_at(error["loc"][:-1], model)
         return f"{origin}: unknown key {where}{nearest(str(error['loc'][-1]), known)}; known here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{origin}: {where} is missing"
@@ -277,10 +336,9 @@ def _explain(origin: str, error: Any) -> str:
     return f"{origin}: {where or 'configuration'}: {message}{shown}"
 
 
-def _fields_at(location: tuple) -> list[str]:
-    model: type[BaseModel] = Config
+def _fields_at(location: tuple, model: type[BaseModel]) -> list[str]:
     for part in location:
-        annotation = model.model_fields[part].annotation
+        annotation = Variant if isinstance(part, int) else model.model_fields[part].annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return list(model.model_fields)

@@ -47,8 +47,10 @@ def made_run(run: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "t
     return run
 
 
-def made_store(path: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "test"), seal=True) -> Path:
-    """A store of features (N, 8) around one centre a class."""
+def made_store(
+    path: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "test"), seal=True, config=None
+) -> Path:
+    """A store of features (N, 8) around one centre a class; config: what its provenance says of its configuration."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(len(counts), 8))
     labels = {"train": np.repeat(np.arange(len(counts)), counts)}
@@ -66,7 +68,8 @@ def made_store(path: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val",
         provenance={
             "argv": ["pipeline", "dump-features"],
             "network": {"network": "made", "parameters": 1234, "feature_width": 8},
-        },
+        }
+        | ({"config": config} if config else {}),
     ) as writer:
         for chunk in writer.missing()[: None if seal else 1]:
             y = labels[chunk.split][chunk.start : chunk.stop]

@@ -42,9 +42,23 @@ from pipeline.method_names import METHODS
 @click.option(
     "--cb", type=click.Choice(["softmax", "bce"]), help="Form of the class-balanced loss [default: the formulation's]."
 )
+@click.option("--beta", type=click.FloatRange(0, 1, max_open=True), help="β of the class-balanced loss.")
 @click.option("--hardness", type=click.Choice(["vector", "scalar", "none"]), help="Sample-wise part of the target.")
+@click.option(
+    "--log-base", type=click.Choice(["2", "e"]), help="Of NC, the class-wise part [default: the formulation's]."
+)
 @click.option("--number/--no-number", default=None, help="Class-wise part of the target.")
 @click.option("--divergence", type=click.Choice(["kl", "mse"]), help="How far the norms are from the target.")
+@click.option(
+    "--direction",
+    type=click.Choice(["norms-to-target", "target-to-norms"]),
+    help="KL(norms ‖ target) or KL(target ‖ norms) [default: the formulation's].",
+)
+@click.option(
+    "--detach-target/--no-detach-target",
+    default=None,
+    help="Whether the target is held fixed in the gradient [default: the formulation's].",
+)
 @click.option("--kl-weight", metavar="W|batch", help="Weight of the KL term [default: the formulation's].")
 @click.option(
     "--views", type=click.Choice(["augmented", "clean"]), help="Train on the augmented views or on the clean one."
@@ -64,25 +78,31 @@ def rebalance_command(store, config, out, device, sets, as_json, debug, **option
     """Fit the classifier on the cached features: class-balanced loss + KL(weight norms ‖ target P), many λ in one pass.
 
     STORE is a feature store, a run's folder, or the name of a configuration whose run has one. Where methods compete, every
-    trained one gets the same number of trials, chosen on validation; only then is the test split looked at.
+    trained one gets the same number of trials, chosen on validation; only then is the test split looked at. Where --config
+    lists variants, as ablations/table3 does, each is fitted and chosen for itself, and one table and figure compare them.
     """
     if options["seeds"] is not None:
         options["seeds"] = list(whole_numbers("--seeds", options["seeds"]) or ())
     options["method"] = list(options["method"]) or None
     talk, path, tree = store_and_tree(store, config, sets=sets)
-    from pipeline.config import lay_over, make_config
+    from pipeline.config import lay_over, make_rebalance_config
 
     for key, value in options.items():
         if value is not None:
             tree.setdefault("rebalance", {})[key] = number(value) if key == "kl_weight" else value
     for setting in sets:
         lay_over(tree, setting)
-    chosen = make_config(tree, "rebalance settings")
-    from pipeline.rebalance import rebalance
+    chosen = make_rebalance_config(tree, "rebalance settings")
+    from pipeline.rebalance import ablate, rebalance
 
+    if chosen.variants:
+        out = out or results_folder(path, "ablations") / tree.get("name", "variants")
+        talk.say(f"store: {path}; {len(chosen.variants)} variants; results: {out}")
+        show(ablate(path, chosen, out=out, device=device), as_json)
+        return
     out = out or results_folder(path)
     talk.say(f"store: {path}; results: {out}")
-    show(rebalance(path, chosen.rebalance, out=out, device=device, report=talk.say), as_json)
+    show(rebalance(path, chosen, out=out, device=device, report=talk.say), as_json)
 
 
 @click.command(

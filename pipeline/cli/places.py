@@ -23,15 +23,15 @@ def take_config(name: str | None, sets: Any, *, told: bool = True) -> "tuple[Tal
     return talk, chosen
 
 
-def results_folder(store: Path | str) -> Path:
+def results_folder(store: Path | str, kind: str = "rebalance") -> Path:
     """Where results of a store go: rebalance/ beside a run's features.zarr, NAME-rebalance/ beside another NAME.zarr.
 
     Those of a store in a bucket go to NAME-rebalance/ in the working folder; NAME of …/cifar/features.zarr is cifar.
     """
     if isinstance(store, str):
         *_, parent, name = store.split("/")
-        return Path(f"{parent if name == 'features.zarr' else Path(name).stem}-rebalance")
-    return store.parent / ("rebalance" if store.name == "features.zarr" else f"{store.stem}-rebalance")
+        return Path(f"{parent if name == 'features.zarr' else Path(name).stem}-{kind}")
+    return store.parent / (kind if store.name == "features.zarr" else f"{store.stem}-{kind}")
 
 
 def run_folder(run: str | None) -> Path:
@@ -49,14 +49,19 @@ def run_folder(run: str | None) -> Path:
 def store_and_tree(
     store: str | None, config: str | None, *, sets: Any = (), settings_from_store: bool = True
 ) -> "tuple[Talk, Path | str, dict]":
-    """(console, store, configuration tree) of a rebalance: settings of --config, else of the store, else of the default."""
+    """(console, store, configuration tree) of a rebalance: settings of --config, else of the store, else of the default.
+
+    Where --config has a rebalance section alone, that is laid over the store's.
+    """
     from cache import open_cache
-    from pipeline.config import find_config, load_config
+    from pipeline.config import find_config, is_stage_2_alone, load_config, read_tree
     from pipeline.console import Talk
     from pipeline.errors import DataError
 
-    talk = Talk()
+    talk, over = Talk(), {}
     path: Path | str
+    if config and is_stage_2_alone(tree := read_tree(find_config(config))):
+        over, config = {"name": find_config(config).stem} | tree, None
     named = load_config(find_config(config), sets) if config or store is None else None
     if store is None:
         assert named is not None
@@ -72,8 +77,13 @@ def store_and_tree(
             path = Path(store)
     if isinstance(path, Path) and not path.exists():
         raise DataError(f"{path}: no such feature store; make one with `pipeline dump-features`")
-    if named is not None:
+    if named is not None and not over:
         return talk, path, named.model_dump(mode="json")
     if not settings_from_store:
         return talk, path, {}
-    return talk, path, dict(open_cache(path).provenance["config"])
+    opened = open_cache(path)
+    own = dict(opened.provenance.get("config") or {})
+    rebalance = own.get("rebalance", {})
+    if opened.views("train") == 1:
+        rebalance.pop("views", None)  # what was configured cannot be had; what is typed is still refused
+    return talk, path, own | over | {"rebalance": rebalance | over.get("rebalance", {})}

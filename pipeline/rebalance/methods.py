@@ -115,7 +115,7 @@ def schedule_of(config: RebalanceConfig, *, lr: float | None = None) -> Schedule
 def resolved(config: RebalanceConfig) -> dict[str, Any]:
     """Every switch of stage 2 with the value it really has, JSON-ready."""
     rule = penalty_of(config)
-    return config.model_dump(mode="json", exclude={"method", "lam", "select_on"}) | {
+    return config.model_dump(mode="json", exclude={"method", "lam", "select_on", "variants"}) | {
         "cb": config.cb or preset_cb(config.formulation),
         "log_base": rule.log_base,
         "direction": rule.direction,

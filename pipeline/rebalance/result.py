@@ -96,12 +96,12 @@ def spread_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def rows_csv(rows: Sequence[Row]) -> str:
     """results.csv: one line a row, an empty field for None."""
-    return _csv([asdict(row) for row in rows])
+    return csv_text([asdict(row) for row in rows])
 
 
 def per_class_csv(scored: Sequence[tuple[Setting, int | None, str, Scores]], class_names: Sequence[str]) -> str:
     """per_class.csv: one line for each setting, seed, split and class; `images` are training images."""
-    return _csv(
+    return csv_text(
         [
             setting.facts
             | {"seed": seed, "split": split, "class": c, "name": class_names[c], "images": int(scores.counts[c])}
@@ -117,7 +117,8 @@ def trials_csv(trials: Sequence[dict[str, Any]]) -> str:
     return _csv([trial | {"parameters": json.dumps(trial["parameters"])} for trial in trials])
 
 
-def _csv(lines: Sequence[dict[str, Any]]) -> str:
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV file of lines with the same keys; an empty field for None."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()

@@ -3,11 +3,12 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cache import Cache, write_durably
 from pipeline.config import RebalanceConfig
@@ -62,7 +63,7 @@ def rebalance(
     config, notes = with_possible_views(config, loaded)
     refuse_too_many(config, loaded)
 
-    sweep, asked, split, tuned = _fit(loaded, config, where, report)
+    sweep, asked, split, tuned = fit(loaded, config, where, report, beside=references(config))
     choice = sweep.choose(asked, split) if split else Choice(0, math.nan, math.nan, ())
     chosen, near = asked[choice.index], [asked[i].facts for i in choice.within_one_se]
     selected = chosen.facts | {"chosen_on": split} | ({"parameters": parameters(chosen)} if tuned else {})
@@ -76,7 +77,7 @@ def rebalance(
     test = loaded.test()
     scored = sweep.scored | {"test": score(sweep.heads, test, loaded.features.counts, where)}
     hits = hits_of(scored["test"], test.labels)
-    rows = [_row(*key, name, scores) for name, of in scored.items() for key, scores in of.items()]
+    rows = [row_of(*key, name, scores) for name, of in scored.items() for key, scores in of.items()]
     tested = [r for r in rows if r.split == "test" and (r.method, r.loss, r.lam) == tuple(chosen.facts.values())]
     stage_1 = next(r for r in rows if r.split == "test" and r.method == "baseline")
     reading = loaded.views.seconds
@@ -84,7 +85,7 @@ def rebalance(
         store=str(loaded.store.path),
         digest=loaded.store.digest,
         fingerprint=loaded.store.fingerprint,
-        network=_network(loaded.store),
+        network=network_of(loaded.store),
         settings=resolved(config) | {"device": str(where), "views_stored": loaded.store.views("train")},
         baseline={m: getattr(stage_1, m) for m in MEASURES},
         selected=selected | {"n": len(tested), "n_of": "batch orders of one backbone"} | mean_and_std(tested),
@@ -108,8 +109,13 @@ def rebalance(
     return result
 
 
-def _fit(
-    loaded: Loaded, config: RebalanceConfig, device: Any, report: Callable[[str], object]
+def fit(
+    loaded: Loaded,
+    config: RebalanceConfig,
+    device: torch.device,
+    report: Callable[[str], object],
+    *,
+    beside: Sequence[Setting] = (),
 ) -> tuple[Sweep, list[Setting], str | None, Comparison | None]:
     """(all heads fitted and scored, the settings to choose among, what to choose on: None where there is but one, what
     tuning found)."""
@@ -125,7 +131,7 @@ def _fit(
     if split and is_comparison(config):
         tuned = compare(sweep, config, split, report)
         return sweep, tuned.winners, split, tuned
-    sweep.add([*references(config), *asked])
+    sweep.add([*beside, *asked])
     if lams is None and split and (coarse := [s for s in asked if s.method == "iwb"]):
         near = {coarse[i].lam for i in sweep.choose(coarse, split).within_one_se}
         asked = candidates(config, sorted({*AUTO, *refine(AUTO, [lam for lam in near if lam is not None])}))
@@ -168,11 +174,11 @@ def hits_of(scored: Scored, labels: np.ndarray) -> Hits:
     return Hits(heads, np.stack([scores.hit for scores in of]), np.asarray(labels), of[0].counts)
 
 
-def _row(setting: Setting, seed: int | None, split: str, scores: Any) -> Row:
+def row_of(setting: Setting, seed: int | None, split: str, scores: Any) -> Row:
     return Row(**setting.facts, seed=seed, split=split, **scores.summary)
 
 
-def _network(store: Cache) -> dict[str, Any]:
+def network_of(store: Cache) -> dict[str, Any]:
     """What every number must stand beside, as far as the store knows it."""
     known = store.provenance.get("network")
     facts = dict(known) if isinstance(known, dict) else {}

@@ -1,0 +1,185 @@
+"""Variants of stage 2 side by side: each fitted and chosen for itself on validation, all tested once."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache import Cache, write_durably
+from pipeline.config import RebalanceConfig, Variant
+from pipeline.distributed import choose_device
+from pipeline.provenance import provenance
+from pipeline.rebalance.differences import LEVEL, RESAMPLES, paired_difference
+from pipeline.rebalance.folds import CAVEAT
+from pipeline.rebalance.load import load
+from pipeline.rebalance.methods import Setting, candidates, resolved
+from pipeline.rebalance.result import csv_text, mean_and_std
+from pipeline.rebalance.run import fit, hits_of, network_of, refuse_too_many, row_of, with_possible_views
+from pipeline.rebalance.selection import Choice, count_lam
+from pipeline.rebalance.sweep import Scored, Sweep, score
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True)
+class AblationResult:
+    """The table of an ablation and what it was made from.
+
+    rows: of each variant its name, what it sets, the chosen setting with chosen_on and within_one_se, the mean and NAME_std
+    of every measure on the test split over n batch orders, how it differs there from `against`, and what the paper says.
+    heads: every head on every split, as in `rebalance`, with its variant.
+    """
+
+    name: str
+    store: str
+    digest: str
+    fingerprint: dict[str, Any]
+    network: dict[str, Any]
+    settings: dict[str, Any]
+    against: str | None
+    bootstrap: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+    heads: tuple[dict[str, Any], ...]
+    timing: dict[str, float]
+    notes: tuple[str, ...]
+    out: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __rich__(self) -> "Group":
+        from pipeline.report.ablation import ablation_tables
+
+        return ablation_tables(self.to_dict())
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A variant with its heads and what was chosen for it; on: the split, None where a single setting was given."""
+
+    variant: Variant
+    sweep: Sweep
+    asked: list[Setting]
+    choice: Choice
+    on: str | None
+
+    @property
+    def chosen(self) -> Setting:
+        return self.asked[self.choice.index]
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What selection.json says of it."""
+        near = [self.asked[i].facts for i in self.choice.within_one_se]
+        told = {"name": self.variant.name, **self.chosen.facts, "chosen_on": self.on, "within_one_se": near}
+        return told | ({"score": self.choice.score, "standard_error": self.choice.standard_error} if self.on else {})
+
+    def test(self, split: Any, device: Any) -> Scored:
+        """Scores of the heads that were asked for."""
+        heads = {key: head for key, head in self.sweep.heads.items() if key[0] in self.asked}
+        return score(heads, split, self.sweep.features.counts, device)
+
+
+def ablate(
+    store: Cache | Path | str, config: RebalanceConfig, *, out: Path | str, device: str = "auto"
+) -> AblationResult:
+    """Fits every variant of the configuration, chooses a setting for each on validation, then tests all of them once.
+
+    Writes ablation.json, table.csv (a line a variant), heads.csv, run.json and, where a variant has several λ,
+    accuracy-lambda.png with its numbers as .csv under out; selection.json holds all choices and is written before the test
+    split is read. Raises as `rebalance` does.
+    """
+    started = time.perf_counter()
+    out, where = Path(out), choose_device(device)
+    configs = [config.with_variant(variant) for variant in config.variants]
+    for of_one in configs:
+        count_lam(of_one.lam), candidates(of_one, ())
+    augmented = any(of_one.views == "augmented" for of_one in configs)
+    loaded = load(store, augmented=augmented, memory_bytes=config.memory_bytes)
+    load_seconds = time.perf_counter() - started
+    fitted, notes = [], []
+    for variant, asked_for in zip(config.variants, configs, strict=True):
+        possible, told = with_possible_views(asked_for, loaded)
+        refuse_too_many(possible, loaded)
+        sweep, asked, on = fit(loaded, possible, where)
+        choice = sweep.choose(asked, on) if on else Choice(0, math.nan, math.nan, ())
+        fitted.append(Fitted(variant, sweep, asked, choice, on))
+        notes += told + ([CAVEAT] if on == "kfold" else [])
+    write_durably(out / "selection.json", json.dumps([f.told for f in fitted], indent=1))
+
+    split = loaded.test()
+    tested = [f.test(split, where) for f in fitted]
+    heads = [
+        {"variant": f.variant.name} | asdict(row_of(s, seed, name, scores))
+        for f, of_test in zip(fitted, tested, strict=True)
+        for name, scored in (f.sweep.scored | {"test": of_test}).items()
+        for (s, seed), scores in scored.items()
+        if s in f.asked
+    ]
+    rates = [hits_of(of, split.labels).rate(f.chosen.facts) for f, of in zip(fitted, tested, strict=True)]
+    alone = next((i for i, f in enumerate(fitted) if f.chosen.method == "cb"), None)
+    counts = loaded.features.counts
+    rows = [
+        _variant_row(f, of)
+        | {
+            "less_alone": None
+            if alone in (None, i)
+            else paired_difference(rates[i], rates[alone], split.labels, counts)
+        }
+        for i, (f, of) in enumerate(zip(fitted, tested, strict=True))
+    ]
+    result = AblationResult(
+        name=out.name,
+        store=str(loaded.store.path),
+        digest=loaded.store.digest,
+        fingerprint=loaded.store.fingerprint,
+        network=network_of(loaded.store),
+        settings=resolved(configs[0]) | {"device": str(where), "views_stored": loaded.store.views("train")},
+        against=None if alone is None else fitted[alone].variant.name,
+        bootstrap={"resamples": RESAMPLES, "level": LEVEL, "samples": len(split.labels)},
+        rows=tuple(rows),
+        heads=tuple(heads),
+        timing={
+            "load_s": round(load_seconds + loaded.views.seconds, 3),
+            "fit_s": round(sum(f.sweep.fit_seconds for f in fitted) - loaded.views.seconds, 3),
+            "heads": sum(len(of) for of in tested),
+            "total_s": round(time.perf_counter() - started, 3),
+        },
+        notes=tuple(dict.fromkeys(notes)),
+        out=str(out),
+    )
+    _write(result, config)
+    return result
+
+
+def _variant_row(fitted: Fitted, tested: Scored) -> dict[str, Any]:
+    rows = [row_of(s, seed, "test", scores) for (s, seed), scores in tested.items() if s == fitted.chosen]
+    facts = fitted.told | {"set": fitted.variant.set, "n": len(rows), "n_of": "batch orders of one backbone"}
+    return facts | mean_and_std(rows) | {"paper": fitted.variant.paper}
+
+
+def _write(result: AblationResult, config: RebalanceConfig) -> None:
+    """Every file of the result; ablation.json last, so that it never speaks of files that are not there."""
+    from pipeline.report.ablation import accuracy_figure, plain_row
+
+    out, document = Path(result.out), result.to_dict()
+    drawn = accuracy_figure(document)
+    if drawn:
+        numbers, image = drawn
+        write_durably(out / "accuracy-lambda.png", image)
+        write_durably(out / "accuracy-lambda.csv", csv_text(numbers))
+    write_durably(out / "table.csv", csv_text([plain_row(row) for row in result.rows]))
+    write_durably(out / "heads.csv", csv_text(result.heads))
+    run = provenance(
+        command="rebalance",
+        config=config.model_dump(mode="json"),
+        device=result.settings["device"],
+        seed=list(config.seeds),
+        made_from={"store": result.store, "digest": result.digest},
+        network=result.network,
+    )
+    write_durably(out / "run.json", json.dumps(run, indent=1))
+    write_durably(out / "ablation.json", json.dumps(document, indent=1, allow_nan=False))
