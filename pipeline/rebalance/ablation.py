@@ -100,7 +100,7 @@ def ablate(
     augmented = any(of_one.views == "augmented" for of_one in configs)
     loaded = load(store, augmented=augmented, memory_bytes=config.memory_bytes)
     load_seconds = time.perf_counter() - started
-    fitted, notes = [], []
+    fitted, notes = [], list(loaded.notes)
     for variant, asked_for in zip(config.variants, configs, strict=True):
         possible, told = with_possible_views(asked_for, loaded)
         refuse_too_many(possible, loaded)
