@@ -98,7 +98,7 @@ def rebalance_command(store, config, out, device, sets, as_json, debug, **option
     if chosen.variants:
         out = out or results_folder(path, "ablations") / tree.get("name", "variants")
         talk.say(f"store: {path}; {len(chosen.variants)} variants; results: {out}")
-        show(ablate(path, chosen, out=out, device=device), as_json)
+        show(ablate(path, chosen, out=out, device=device, report=talk.say), as_json)
         return
     out = out or results_folder(path)
     talk.say(f"store: {path}; results: {out}")

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from pipeline.rebalance.result import csv_text, mean_and_std
 from pipeline.rebalance.run import fit, hits_of, network_of, refuse_too_many, row_of, with_possible_views
 from pipeline.rebalance.selection import Choice, count_lam
 from pipeline.rebalance.sweep import Scored, Sweep, score
+from pipeline.rebalance.tuning import refuse_double_balancing
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -84,19 +86,25 @@ class Fitted:
 
 
 def ablate(
-    store: Cache | Path | str, config: RebalanceConfig, *, out: Path | str, device: str = "auto"
+    store: Cache | Path | str,
+    config: RebalanceConfig,
+    *,
+    out: Path | str,
+    device: str = "auto",
+    report: Callable[[str], object] = lambda line: None,
 ) -> AblationResult:
     """Fits every variant of the configuration, chooses a setting for each on validation, then tests all of them once.
 
-    Writes ablation.json, table.csv (a line a variant), heads.csv, run.json and, where a variant has several λ,
-    accuracy-lambda.png with its numbers as .csv under out; selection.json holds all choices and is written before the test
-    split is read. Raises as `rebalance` does.
+    report is told a line on each. Writes ablation.json, table.csv (a line a variant), heads.csv, run.json and, where a
+    variant has several λ, accuracy-lambda.png with its numbers as .csv under out; selection.json holds all choices and is
+    written before the test split is read. Raises as `rebalance` does.
     """
     started = time.perf_counter()
     out, where = Path(out), choose_device(device)
     configs = [config.with_variant(variant) for variant in config.variants]
     for of_one in configs:
         count_lam(of_one.lam), candidates(of_one, ())
+        refuse_double_balancing(of_one)
     augmented = any(of_one.views == "augmented" for of_one in configs)
     loaded = load(store, augmented=augmented, memory_bytes=config.memory_bytes)
     load_seconds = time.perf_counter() - started
@@ -104,9 +112,10 @@ def ablate(
     for variant, asked_for in zip(config.variants, configs, strict=True):
         possible, told = with_possible_views(asked_for, loaded)
         refuse_too_many(possible, loaded)
-        sweep, asked, on = fit(loaded, possible, where)
+        sweep, asked, on, _ = fit(loaded, possible, where, report)
         choice = sweep.choose(asked, on) if on else Choice(0, math.nan, math.nan, ())
         fitted.append(Fitted(variant, sweep, asked, choice, on))
+        report(f"{variant.name}: {fitted[-1].chosen}" + (f", chosen on {on}" if on else ""))
         notes += told + ([CAVEAT] if on == "kfold" else [])
     write_durably(out / "selection.json", json.dumps([f.told for f in fitted], indent=1))
 

@@ -114,7 +114,7 @@ def per_class_csv(scored: Sequence[tuple[Setting, int | None, str, Scores]], cla
 
 def trials_csv(trials: Sequence[dict[str, Any]]) -> str:
     """trials.csv: one line for each setting that was tried, its parameters as JSON."""
-    return _csv([trial | {"parameters": json.dumps(trial["parameters"])} for trial in trials])
+    return csv_text([trial | {"parameters": json.dumps(trial["parameters"])} for trial in trials])
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
