@@ -197,7 +197,7 @@ def _refuse_other(place: Place, there: Root, wanted: Root, contents: Mapping[str
             old[f"crc32c of {name}/{key}"], new[f"crc32c of {name}/{key}"] = crc, checksum(values)
     fields = [f for f in dict.fromkeys([*new, *old]) if old.get(f) != new.get(f)]
     if fields:
-        listed = "; ".join(f"{f} is {_short(old.get(f))} there, {_short(new.get(f))} wanted" for f in fields)
+        listed = "; ".join("{} is {} there, {} wanted".format(f, *_shown(old.get(f), new.get(f))) for f in fields)
         raise CacheError(
             f"{place}: holds features made otherwise: {listed}. Choose another --out, or replace it with --overwrite"
         )
@@ -210,6 +210,11 @@ def _identity(root: Root) -> dict[str, Any]:
     return {**fields, "counts": list(root.counts), **root.fingerprint}
 
 
-def _short(value: Any) -> str:
-    text = canonical(value).decode()
-    return text if len(text) <= 60 else text[:57] + "..."
+def _shown(*values: Any, most: int = 60) -> list[str]:
+    """Values as JSON; of long ones the part in which they differ."""
+    texts = [canonical(value).decode() for value in values]
+    if max(map(len, texts)) <= most:
+        return texts
+    same = next((i for i, of in enumerate(zip(*texts, strict=False)) if len(set(of)) > 1), 0)
+    start = max(0, same - most // 3)
+    return [("…" if start else "") + t[start : start + most] + ("…" if start + most < len(t) else "") for t in texts]

@@ -70,7 +70,7 @@ def read_root(place: Place) -> Root:
     Raises CacheError for a missing store, something else than a store, another format version, or damage.
     """
     again = f"dump again: pipeline dump-features … --out {place} --overwrite"
-    damaged = f"{place}: the metadata in zarr.json is damaged; {again}"
+    damaged = f"{place}: the metadata in zarr.json is damaged; {again} (nothing else can vouch for the features)"
     try:
         content, tag = place.read("zarr.json")
         document = json.loads(content)

@@ -83,15 +83,15 @@ class Verified:
 def verify_store(path: Path | str) -> Verified:
     """Reads a whole sealed store against its checksums; DataError lists what is damaged and how to repair it."""
     try:
-        store, damaged = open_cache(path), verify(path)
+        if damaged := verify(path):
+            listed = "\n".join(f"  {damage}" for damage in damaged)
+            again = f"repair it: the same `pipeline dump-features … --out {path}` computes just these again"
+            raise DataError(f"{path}: {len(damaged)} damaged file(s)\n{listed}\n{again}")
+        store = open_cache(path)
+        chunks = sum(len(store.chunks(split, view)) for split in store.splits for view in range(store.views(split)))
+        return Verified(path, store.digest, chunks, _skipped(store))
     except CacheError as error:
         raise DataError(str(error)) from error
-    if damaged:
-        listed = "\n".join(f"  {damage}" for damage in damaged)
-        again = f"repair it: the same `pipeline dump-features … --out {path}` computes just these again"
-        raise DataError(f"{path}: {len(damaged)} damaged file(s)\n{listed}\n{again}")
-    chunks = sum(len(store.chunks(split, view)) for split in store.splits for view in range(store.views(split)))
-    return Verified(path, store.digest, chunks, _skipped(store))
 
 
 def describe(path: Path | str) -> Artefact:
