@@ -48,7 +48,7 @@ def made_run(run: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "t
 
 
 def made_store(
-    path: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "test"), seal=True, config=None
+    path: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "test"), seal=True, views=2, config=None
 ) -> Path:
     """A store of features (N, 8) around one centre a class; config: what its provenance says of its configuration."""
     rng = np.random.default_rng(seed)
@@ -57,7 +57,7 @@ def made_store(
     labels |= {split: np.repeat(np.arange(len(counts)), 12) for split in splits}
     with create_store(
         path,
-        splits={split: Split(2 if split == "train" else 1, y, np.arange(len(y))) for split, y in labels.items()},
+        splits={split: Split(views if split == "train" else 1, y, np.arange(len(y))) for split, y in labels.items()},
         width=8,
         dtype="float16",
         weight=centres * (np.array(counts) ** 0.25)[:, None] / 2,
