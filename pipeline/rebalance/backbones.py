@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
     A setting's score is its mean over batch orders, per backbone; the choice is the candidate of all backbones with the
     highest mean score over them on the split they chose on; only then are the test scores of the chosen setting averaged.
     Rows carry the mean and NAME_std (sample standard deviation over backbones) with n. hits: what each backbone got right
-    on the test split, for the differences between rows. DataError where the backbones have no candidate in common.
+    on the test split, for the differences between rows. Where methods were tuned, each backbone's own setting of a method
+    stands for it. DataError where the backbones have no candidate in common.
     """
+    documents, hits = under_one_name(documents, hits)
     first = documents[0]
     candidates, choice, on = choose(documents)
     chosen = candidates[choice.index]
@@ -56,8 +59,37 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
         "timing": {key: sum(d["timing"][key] for d in documents) for key in first["timing"]},
         "within_one_se": [_facts(candidates[i]) for i in choice.within_one_se] if on else [],
         "differences": differences(_facts(chosen), against, hits) if hits else None,
+        "chosen": chosen_by_backbones([d.get("chosen", ()) for d in documents]),
         **{key: first[key] for key in ("network", "settings", "notes") if key in first},
     }
+
+
+def under_one_name(
+    documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits]
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Hits]]:
+    """The same, λ None in the rows that stand for a method whose tuned λ differs between backbones."""
+    lams = [{c["method"]: c["lam"] for c in d.get("chosen", ())} for d in documents]
+    differing = {method for method in lams[0] if len({of_one.get(method) for of_one in lams}) > 1}
+
+    def renamed(rows: Sequence[Mapping[str, Any]], own: Mapping[str, float | None]) -> list[dict[str, Any]]:
+        stand_for = [row["method"] in differing and row["lam"] == own[row["method"]] for row in rows]
+        return [dict(row) | ({"lam": None} if it else {}) for row, it in zip(rows, stand_for, strict=True)]
+
+    keys = ("results", "candidates", "chosen")
+    found = [dict(d) | {k: renamed(d.get(k, ()), own) for k in keys} for d, own in zip(documents, lams, strict=True)]
+    return found, [replace(h, heads=renamed(h.heads, own)) for h, own in zip(hits, lams, strict=False)]
+
+
+def chosen_by_backbones(each: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What tuning chose for each method in all backbones: `0.005 | 0.01` where they differ, the mean of the scores."""
+    found = []
+    for first in each[0]:
+        mine = [c for of_one in each for c in of_one if c["method"] == first["method"]]
+        parameters = {k: [c["parameters"].get(k) for c in mine] for k in first["parameters"]}
+        told = {k: v[0] if len(set(v)) == 1 else " | ".join(map(str, v)) for k, v in parameters.items()}
+        border = [b for c in mine for b in c["border"]]
+        found.append(dict(first) | {"parameters": told, "score": _mean([c["score"] for c in mine]), "border": border})
+    return found
 
 
 def choose(documents: Sequence[Mapping[str, Any]]) -> tuple[list[Setting], Choice, str | None]:

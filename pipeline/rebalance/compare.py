@@ -13,6 +13,7 @@ from pipeline.rebalance.result import spread_of
 from pipeline.rebalance.rivals import RIVALS, Free
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import edges, parameters, trials_of
+from pipeline.report.table import told_parameters
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,6 @@ def _chosen(best: Setting, sweep: Sweep, split: str, trials: int, border: list[s
 
 def _line(chosen: dict[str, Any], trials: list[dict[str, Any]], diverged: int) -> str:
     scores = [t["all"] for t in trials if t["all"] is not None]
-    own = ({} if chosen["lam"] is None else {"λ": chosen["lam"]}) | chosen["parameters"]
-    best = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in own.items())
     lost = f", {diverged} diverged" if diverged else ""
     several = f"{len(trials)} trials{lost}, {trials[0]['split']} {min(scores):.1f} … {max(scores):.1f}"
-    return f"{chosen['method']}: {several}; best {best or 'the only one'}"
+    return f"{chosen['method']}: {several}; best {told_parameters(chosen)}"

@@ -27,7 +27,7 @@ from pipeline.report.source import (
     signed,
 )
 from pipeline.report.style import CSS
-from pipeline.report.table import DIFFERENCES, difference, differences_caption, labelled
+from pipeline.report.table import DIFFERENCES, difference, differences_caption, labelled, told_parameters
 
 if TYPE_CHECKING:
     from pipeline.report.figures import Drawing
@@ -111,6 +111,7 @@ def page(study: Study, lines: Sequence[Line], drawn: Sequence[tuple["Drawing", b
     title = escape(study.folder.resolve().name)
     main = [
         _section("Result", _table(study, lines) + _choice(study) + _near(study) + _norm_term(study)),
+        *([_section("Every method, tuned alike", _methods(study))] if study.document.get("chosen") else []),
         *(_section(escape(drawing.title), _figure(drawing, image)) for drawing, image in drawn),
         _section("Data", _data(study)),
         _section("What made it", _made(study)),
@@ -204,6 +205,24 @@ def _choice(study: Study) -> str:
         return f"<p><strong>λ = {each[0]}</strong> was chosen {alike}{how}.</p>"
     listed = ", ".join(f"{b.name}: {lam}" for b, lam in zip(study.backbones, each, strict=True))
     return f"<p>Each backbone chose its own λ {how}: <strong>{escape(listed)}</strong>.</p>"
+
+
+def _methods(study: Study) -> str:
+    """What each tuned method was given and chose, and what that is worth on test."""
+    shown = [c for c in DIFFERENCES if study.spread(BASELINE, "test", c)]
+    titles = ["trials", "chosen", f"All on {SPLITS[study.choosing_split]}", *(f"{TITLES[c]} on test" for c in shown)]
+    head = "".join(f"<th>{escape(t)}</th>" for t in titles)
+    body = []
+    for c in study.document["chosen"]:
+        kinds = [Kind(c["method"], c["loss"], b.tuned_lam(c["method"])) for b in study.backbones]
+        cells = [str(c["trials"]), escape(told_parameters(c)), f"{c['score']:.1f}"]
+        cells += [_cell(spread) if (spread := study.spread(kinds, "test", column)) else "–" for column in shown]
+        mark = " class=chosen" if kinds == study.selected else ""
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        body.append(f"<tr{mark}><th>{escape(c['method'])}</th>{row}</tr>")
+    notes = " ".join(f"{note[0].upper()}{note[1:]}." for note in study.document.get("notes", ()))
+    table = f"<table class=main><thead><tr><th>Method</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f"<div class=scroll>{table}</div><p class=note>{escape(notes)} All trials are in trials.csv.</p>"
 
 
 def _near(study: Study) -> str:

@@ -96,6 +96,10 @@ class Backbone:
         """(what each head is, weight (H, C, D), bias (H, C)) of heads.safetensors."""
         return read_heads(self.results_path.with_name("heads.safetensors"))
 
+    def tuned_lam(self, method: str) -> float | None:
+        """The λ that stands for a method where methods were tuned."""
+        return next((c["lam"] for c in self.results.get("chosen", ()) if c["method"] == method), None)
+
     def head_number(self, kind: Kind) -> int:
         """Where the head of a kind stands, of several batch orders the first; DataError where no layer can carry it."""
         heads, _, _ = self.heads
@@ -303,7 +307,8 @@ def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
     except CacheError as error:
         raise DataError(f"{path}: its feature store cannot be read: {error}") from error
     chosen = choice or results["selected"]
-    selected = Kind(chosen["method"], chosen.get("loss"), chosen.get("lam"))
+    own = {c["method"]: c["lam"] for c in results.get("chosen", ())}  # λ as this backbone tuned it
+    selected = Kind(chosen["method"], chosen.get("loss"), chosen.get("lam") or own.get(chosen["method"]))
     metrics = folder / "backbone" / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     training = _json_or_empty(folder / "backbone" / "run.json")

@@ -101,10 +101,15 @@ def chosen_table(document: Mapping[str, Any]) -> Table | None:
         table.add_column(column, justify=justify, no_wrap=column != "chosen")  # type: ignore[arg-type]
     table.add_column("at the border of its grid")
     for row in document["chosen"]:
-        own = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["parameters"].items())
-        cells = (str(row["trials"]), f"{row['score']:.1f}", own or "–", ", ".join(row["border"]))
+        cells = (str(row["trials"]), f"{row['score']:.1f}", told_parameters(row), ", ".join(row["border"]))
         table.add_row(name(_setting(row)), *cells)
     return table
+
+
+def told_parameters(chosen: Mapping[str, Any]) -> str:
+    """`λ 0.15, lr 0.005`, or a dash where there was nothing to choose."""
+    own = ({} if chosen["lam"] is None else {"λ": chosen["lam"]}) | chosen["parameters"]
+    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in own.items()) or "–"
 
 
 def caption(document: Mapping[str, Any]) -> str:

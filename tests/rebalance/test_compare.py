@@ -15,8 +15,11 @@ from pipeline.export import export_model
 from pipeline.info import describe
 from pipeline.method_names import METHODS
 from pipeline.rebalance import evaluate, rebalance
+from pipeline.rebalance.backbones import combine
+from pipeline.rebalance.differences import read_hits
 from pipeline.rebalance.rivals import FREE, RIVALS
 from pipeline.report import write_report
+from pipeline.report.source import read_study
 from tests.small_run import made_store
 
 QUICK: dict = {"epochs": 2, "batch_size": 32, "lr": 0.02, "seeds": (0, 1), "trials": 4}
@@ -166,3 +169,39 @@ def test_the_command_line_names_methods_and_refuses_double_balancing(tmp_path, c
     assert [c["method"] for c in document["chosen"]] == ["cb", "balanced-softmax"]
     assert document["settings"]["sampling"] == "class-balanced"
     assert Path(tmp_path / "o/trials.csv").is_file()
+
+
+def test_backbones_that_tune_differently_still_have_one_row_a_method(tmp_path):
+    documents, hits = [], []
+    for seed in (0, 1):
+        folder = tmp_path / f"seed-{seed}"
+        made_store(folder / "features.zarr", seed=seed)
+        config = RebalanceConfig(method=("iwb", "ncm", "lws"), lam="0.01,1", **QUICK)
+        documents.append(rebalance(folder / "features.zarr", config, out=folder / "rebalance").to_dict())
+        hits.append(read_hits(folder / "rebalance/test_hits.safetensors"))
+    first, second = (next(c for c in d["chosen"] if c["method"] == "iwb") for d in documents)
+    if first["lam"] == second["lam"]:  # make them differ: the other λ stands for iwb in the second backbone
+        second |= {"lam": 1.01 - first["lam"]}
+        of(documents[1]["candidates"], method="iwb")[0]["lam"] = second["lam"]
+        path = tmp_path / "seed-1/rebalance/results.json"
+        path.write_text(json.dumps(documents[1]), encoding="utf-8")
+    combined = combine(documents, hits)
+    assert {(c["method"], c["lam"]) for c in combined["candidates"]} == {("iwb", None), ("ncm", None), ("lws", None)}
+    tested = [
+        np.mean([r["all"] for r in of(d["results"], method="iwb", lam=c["lam"], split="test")])
+        for d, c in zip(documents, (first, second), strict=True)
+    ]
+    (row,) = of(combined["results"], method="iwb", lam=None, split="test")
+    assert row["all"] == pytest.approx(np.mean(tested))
+    assert row["all_std"] == pytest.approx(np.std(tested, ddof=1))
+    lrs = [next(c for c in d["chosen"] if c["method"] == "lws")["parameters"]["lr"] for d in documents]
+    told = next(c for c in combined["chosen"] if c["method"] == "lws")["parameters"]["lr"]
+    assert told == (lrs[0] if len(set(lrs)) == 1 else f"{lrs[0]} | {lrs[1]}")
+    combined["selected"] |= {"method": "iwb", "loss": "cb", "lam": None}
+    (tmp_path / "results.json").write_text(json.dumps(combined), encoding="utf-8")
+    study = read_study(tmp_path)
+    assert [b.selected.lam for b in study.backbones] == [first["lam"], second["lam"]]
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Every method, tuned alike" in page
+    assert "<tr class=chosen><th>iwb</th><td>4</td>" in page

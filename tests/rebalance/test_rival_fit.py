@@ -1,6 +1,7 @@
 """One step of every trained rival against an independent float64 formula, and how its trials are fitted together."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from pipeline.heads import Gated, Linear, predict
 from pipeline.metrics import scores_of
 from pipeline.rebalance.engine import Schedule
 from pipeline.rebalance.features import Features
-from pipeline.rebalance.rivals import RIVALS, TRAINED, Free
+from pipeline.rebalance.rivals import RIVALS, TRAINED, Free, losses
+from pipeline.rebalance.rivals import rule as rule_module
 from pipeline.rebalance.rivals.fit import Trial, bytes_of_one, class_balanced_order, fit, given_of, passes, solve
 from pipeline.rebalance.rivals.trained import deferred_weight
 from pipeline.seeds import derive
@@ -208,6 +210,23 @@ def test_one_step_is_that_of_the_formula(name):
     for got, expected in zip(found.arrays, head(moved), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(head(moved), head(start), strict=True))
+
+
+def test_the_documented_example_of_a_new_method_works():
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[1].split("```")[0].replace("    ...,\n", "")
+    names = {"losses": losses, "torch": torch, "Tensor": torch.Tensor}
+    names |= {name: getattr(rule_module, name) for name in ("Params", "Given", "Own", "Trained")}
+    exec(example, names)
+    (rule,) = names["TRAINED"]
+    [[head]] = fit(rule, [Trial(0.3, rule.own[1])], FEATURES, seeds=(7,), schedule=ONE, dtype=torch.float64)
+    x, y = FEATURES.views[0], FEATURES.labels
+
+    def loss(p):
+        return ce(less_at(x @ p["weight"].T + p["bias"], y, 0.3 * np.log(COUNTS[y])), y).mean()
+
+    for got, (name, g) in zip(head.arrays, gradient(loss, STAGE_1).items(), strict=True):
+        np.testing.assert_allclose(got, STAGE_1[name] - 0.3 * (g + 0.03 * STAGE_1[name]), rtol=1e-5, atol=1e-6)
 
 
 def test_deferred_weights_begin_late_in_each_trial_at_its_own_time():
