@@ -56,14 +56,12 @@ class Objects:
     @cached_property
     def _store(self) -> Any:
         """obstore's own object, rooted at the prefix."""
-        try:
-            from obstore.store import from_url
-        except ImportError:
-            raise CacheError(f"{self}: object stores need one more package: pip install 'iwb-pipeline[s3]'") from None
         plain = _endpoint().startswith("http://")
         options: Any = {**_TIMEOUTS, **({"allow_http": True} if plain else {})}
         with self.refusals():
-            return from_url(quote(self.url, safe=":/"), client_options=options, retry_config=_RETRIES)
+            return _library(self).store.from_url(
+                quote(self.url, safe=":/"), client_options=options, retry_config=_RETRIES
+            )
 
     def exists(self) -> bool:
         return self.occupied()
@@ -74,8 +72,7 @@ class Objects:
 
     def names(self) -> Iterator[str]:
         """The name of every object here."""
-        import obstore
-
+        obstore = _library(self)
         with self.refusals():
             for batch in obstore.list(self._store):
                 yield from (entry["path"] for entry in batch)
@@ -83,16 +80,14 @@ class Objects:
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[tuple["_Stream", int]]:
         """(a stream with `readinto`, its size); FileNotFoundError where the object is missing."""
-        import obstore
-
+        obstore = _library(self)
         with self.refusals():
             found = obstore.get(self._store, name)
             yield _Stream(found.stream(min_chunk_size=PIECE)), found.meta["size"]
 
     def read(self, name: str) -> tuple[bytes, dict[str, Any]]:
         """(the content, the tag of this version of it); FileNotFoundError where the object is missing."""
-        import obstore
-
+        obstore = _library(self)
         with self.refusals():
             found = obstore.get(self._store, name)
             return bytes(found.bytes()), _tag(found.meta)
@@ -102,14 +97,13 @@ class Objects:
 
         tag: the version that is to be replaced, ABSENT for none, None for any. Raises Changed where another is there.
         """
-        import obstore
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
-
+        obstore = _library(self)
+        refusals = obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError, FileNotFoundError
         mode: Any = "overwrite" if tag is None else "create" if tag == ABSENT else tag
         with self.refusals():
             try:
                 return _tag(obstore.put(self._store, name, content, mode=mode, use_multipart=False))
-            except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
+            except refusals as error:
                 if tag is None or "NoSuchBucket" in str(error):
                     raise
                 refused = error
@@ -122,8 +116,7 @@ class Objects:
             return version
 
     def delete(self, *names: str) -> None:
-        import obstore
-
+        obstore = _library(self)
         with self.refusals(), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, list(names))
 
@@ -139,8 +132,9 @@ class Objects:
 
     def zarr(self) -> Any:
         """What zarr writes through: each chunk one PUT, not zarr's several parts, which a kill would leave behind."""
-        import obstore
         from zarr.storage import ObjectStore
+
+        obstore = _library(self)
 
         class WholeObjects(ObjectStore):
             async def set(self, key: str, value: Any) -> None:
@@ -167,6 +161,16 @@ class Objects:
 
 
 LEASE = ".lock"
+
+
+def _library(place: Objects) -> Any:
+    """obstore, or a CacheError that says how to get it."""
+    try:
+        import obstore
+        import obstore.store
+    except ImportError:
+        raise CacheError(f"{place}: object stores need one more package: pip install 'iwb-pipeline[s3]'") from None
+    return obstore
 
 
 class _Stream:

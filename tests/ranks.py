@@ -30,7 +30,7 @@ class Job:
         return sum(said["encoded"] for said in self.said)
 
 
-def dump(checkpoint: Path, out: Path, *settings: str, ranks: int = 1, kill_at: str = "", scratch: Path) -> Job:
+def dump(checkpoint: Path, out: Path | str, *settings: str, ranks: int = 1, kill_at: str = "", scratch: Path) -> Job:
     """Dumps the checkpoint's own data in that many processes, killed where PIPELINE_KILL_AT says; nobody looks after them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -39,7 +39,12 @@ def dump(checkpoint: Path, out: Path, *settings: str, ranks: int = 1, kill_at: s
     for report in reports:
         report.unlink(missing_ok=True)
     started = time.monotonic()
-    arguments = [(checkpoint, out, settings, rank, ranks, port, kill_at, reports[rank]) for rank in range(ranks)]
+    # the process they are forked from has the environment of its own start
+    to_bucket = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    arguments = [
+        (checkpoint, out, settings, rank, ranks, port, {**to_bucket, "PIPELINE_KILL_AT": kill_at}, reports[rank])
+        for rank in range(ranks)
+    ]
     processes = [_context.Process(target=_one_rank, args=of) for of in arguments]
     for process in processes:
         process.start()
@@ -55,7 +60,14 @@ def dump(checkpoint: Path, out: Path, *settings: str, ranks: int = 1, kill_at: s
 
 
 def _one_rank(
-    checkpoint: Path, out: Path, settings: Sequence[str], rank: int, world: int, port: int, kill_at: str, report: Path
+    checkpoint: Path,
+    out: Path | str,
+    settings: Sequence[str],
+    rank: int,
+    world: int,
+    port: int,
+    environment: dict[str, str],
+    report: Path,
 ) -> None:
     import torch
 
@@ -66,7 +78,7 @@ def _one_rank(
     from pipeline.errors import PipelineError
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PIPELINE_KILL_AT": kill_at}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
     torch.set_num_threads(1)
     cache.layout.CHUNK_ROWS = CHUNK_ROWS
     backbone = load_checkpoint(checkpoint)
