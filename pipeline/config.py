@@ -120,6 +120,7 @@ class RebalanceConfig(Section):
     weighting: Literal["none", "class-balanced"] | None = None
     force_double_balancing: bool = False
     memory: str = "8GiB"
+    spread: Literal["rows", "heads"] = "rows"
     variants: tuple[Variant, ...] = ()
 
     @property

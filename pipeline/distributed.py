@@ -52,6 +52,14 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(tensor)
 
+    def gathered(self, mine: T) -> list[T]:
+        """What every rank passes, by rank, on all of them; anything that pickles."""
+        if self.world == 1:
+            return [mine]
+        found: list = [None] * self.world
+        dist.all_gather_object(found, mine)
+        return found
+
     def together(self, make: Callable[[], T]) -> T:
         """What make() returns on this rank. Where it raises PipelineError on any rank, the lowest such rank raises it and
         the others raise Elsewhere, so that nobody waits for the dead and the reason is said once."""

@@ -189,17 +189,17 @@ def _one_backbone(
             lambda r: r.written > 0,
         )
     talk.say(str(dumped) if dumped.written else f"{store}: complete, all checksums hold")
-    if not ranks.first:
-        return {}
     folder = out / "rebalance"
     inputs = {"store": dumped.digest, "at": str(store), "settings": config.rebalance.model_dump(mode="json")}
-    if ledger.up_to_date(name + "rebalance", inputs):
+    if not ranks.largest(ranks.first and not ledger.up_to_date(name + "rebalance", inputs)):
         talk.say(f"{folder}: up to date")
     else:
         started = time.perf_counter()
         rebalance(store, config.rebalance, out=folder, device=device)
         outputs = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".csv", ".safetensors")]
         ledger.did(name + "rebalance", time.perf_counter() - started, inputs=inputs, outputs=outputs)
+    if not ranks.first:
+        return {}
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 

@@ -2,8 +2,8 @@
 
 import click
 
-from pipeline.cli.options import PATH, Examples, number, settings, shared, whole_numbers
-from pipeline.cli.outcome import show
+from pipeline.cli.options import PATH, Examples, number, settings, shared, whole_numbers, workers
+from pipeline.cli.outcome import relaunched, show
 from pipeline.cli.places import results_folder, store_and_tree
 from pipeline.method_names import METHODS
 
@@ -71,10 +71,15 @@ from pipeline.method_names import METHODS
     "--select-on", type=click.Choice(["val", "kfold"]), help="What the choice of λ is made on; never the test split."
 )
 @click.option("--out", type=PATH, help="Where results go [default: rebalance/ beside the store].")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
+@click.option(
+    "--spread",
+    type=click.Choice(["rows", "heads"]),
+    help="With several processes: share each batch, or the heads [default: rows].",
+)
+@workers
 @settings
 @shared
-def rebalance_command(store, config, out, device, sets, as_json, debug, **options):
+def rebalance_command(store, config, out, nproc, device, sets, as_json, debug, **options):
     """Fit the classifier on the cached features: class-balanced loss + KL(weight norms ‖ target P), many λ in one pass.
 
     STORE is a feature store, a run's folder, or the name of a configuration whose run has one. Where methods compete, every
@@ -93,6 +98,8 @@ def rebalance_command(store, config, out, device, sets, as_json, debug, **option
     for setting in sets:
         lay_over(tree, setting)
     chosen = make_rebalance_config(tree, "rebalance settings")
+    if relaunched(nproc):
+        return
     from pipeline.rebalance import ablate, rebalance
 
     if chosen.variants:

@@ -27,6 +27,20 @@ def show(result: Any, as_json: bool) -> None:
     )
 
 
+def relaunched(nproc: int) -> bool:
+    """True if the command ran in nproc torchrun workers instead; exits with their code if they failed."""
+    if nproc == 1 or "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return False
+    from pipeline.distributed import launch
+
+    words = click.get_current_context().obj
+    kept = [w for i, w in enumerate(words) if not w.startswith("--nproc") and (i == 0 or words[i - 1] != "--nproc")]
+    code = launch(nproc, kept)
+    if code:
+        raise click.exceptions.Exit(code)
+    return True
+
+
 def exit_code(command: click.Command, words: list[str]) -> int:
     """Runs a command on words, which are its context's `obj`; no error but with --debug shows a traceback."""
     try:

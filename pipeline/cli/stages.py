@@ -1,12 +1,11 @@
 """From images to features: run, train-backbone, dump-features."""
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.cli.options import PATH, STORE, Examples, on_error, settings, shared, whole_numbers, workers
-from pipeline.cli.outcome import show
+from pipeline.cli.outcome import relaunched, show
 from pipeline.cli.places import take_config
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def run_command(config, out, store, seeds, overwrite, on_error, nproc, device, s
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
     """
     talk, chosen = take_config(config, (*sets, *_said(on_error=on_error)))
-    if _relaunched(nproc):
+    if relaunched(nproc):
         return
     from pipeline.run import run_pipeline
 
@@ -64,7 +63,7 @@ def train_command(config, out, overwrite, on_error, nproc, device, sets, as_json
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
     """
     talk, chosen = take_config(config, (*sets, *_said(on_error=on_error)))
-    if _relaunched(nproc):
+    if relaunched(nproc):
         return
     from pipeline.backbone.train import train_backbone
     from pipeline.console import TrainingReporter
@@ -113,7 +112,7 @@ def dump_command(config, checkpoint, out, views, dtype, overwrite, on_error, npr
         raise DataError(
             f"{path}: no such checkpoint; make one with `pipeline train-backbone{f' {config}' if config else ''}`"
         )
-    if _relaunched(nproc):
+    if relaunched(nproc):
         return
     from cache import open_cache
     from pipeline.backbone.checkpoint import load_checkpoint
@@ -147,20 +146,6 @@ def _dump_config(named: "Config | None", saved: "Config", *, both: bool, sets: A
     for setting in sets:
         lay_over(tree, setting)
     return make_config(tree, "dump settings")
-
-
-def _relaunched(nproc: int) -> bool:
-    """True if the command ran in nproc torchrun workers instead; exits with their code if they failed."""
-    if nproc == 1 or "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return False
-    from pipeline.distributed import launch
-
-    words = click.get_current_context().obj
-    kept = [w for i, w in enumerate(words) if not w.startswith("--nproc") and (i == 0 or words[i - 1] != "--nproc")]
-    code = launch(nproc, kept)
-    if code:
-        raise click.exceptions.Exit(code)
-    return True
 
 
 COMMANDS = (run_command, train_command, dump_command)

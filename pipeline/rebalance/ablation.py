@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache import Cache, write_durably
+from pipeline import distributed
 from pipeline.config import RebalanceConfig, Variant
-from pipeline.distributed import choose_device
+from pipeline.distributed import Ranks
 from pipeline.provenance import provenance
 from pipeline.rebalance.differences import LEVEL, RESAMPLES, paired_difference
 from pipeline.rebalance.folds import CAVEAT
-from pipeline.rebalance.load import load
+from pipeline.rebalance.load import Loaded, load
 from pipeline.rebalance.methods import Setting, candidates, resolved
 from pipeline.rebalance.result import csv_text, mean_and_std
 from pipeline.rebalance.run import fit, hits_of, network_of, refuse_too_many, row_of, with_possible_views
@@ -99,28 +100,39 @@ def ablate(
     variant has several λ, accuracy-lambda.png with its numbers as .csv under out; selection.json holds all choices and is
     written before the test split is read. Raises as `rebalance` does.
     """
+    with distributed.ranks(device) as ranks:
+        return _ablate(store, config, Path(out), ranks, report if ranks.first else lambda line: None)
+
+
+def _ablate(
+    store: Cache | Path | str, config: RebalanceConfig, out: Path, ranks: Ranks, report: Callable[[str], object]
+) -> AblationResult:
     started = time.perf_counter()
-    out, where = Path(out), choose_device(device)
     configs = [config.with_variant(variant) for variant in config.variants]
-    for of_one in configs:
-        count_lam(of_one.lam), candidates(of_one, ())
-        refuse_double_balancing(of_one)
-    augmented = any(of_one.views == "augmented" for of_one in configs)
-    loaded = load(store, augmented=augmented, memory_bytes=config.memory_bytes)
+
+    def prepare() -> Loaded:
+        for of_one in configs:
+            count_lam(of_one.lam), candidates(of_one, ())
+            refuse_double_balancing(of_one)
+        augmented = any(of_one.views == "augmented" for of_one in configs)
+        return load(store, augmented=augmented, memory_bytes=config.memory_bytes)
+
+    loaded = ranks.together(prepare)
     load_seconds = time.perf_counter() - started
     fitted, notes = [], list(loaded.notes)
     for variant, asked_for in zip(config.variants, configs, strict=True):
         possible, told = with_possible_views(asked_for, loaded)
         refuse_too_many(possible, loaded)
-        sweep, asked, on, _ = fit(loaded, possible, where, report)
+        sweep, asked, on, _ = fit(loaded, possible, ranks, report)
         choice = sweep.choose(asked, on) if on else Choice(0, math.nan, math.nan, ())
         fitted.append(Fitted(variant, sweep, asked, choice, on))
         report(f"{variant.name}: {fitted[-1].chosen}" + (f", chosen on {on}" if on else ""))
         notes += told + ([CAVEAT] if on == "kfold" else [])
-    write_durably(out / "selection.json", json.dumps([f.told for f in fitted], indent=1))
+    if ranks.first:
+        write_durably(out / "selection.json", json.dumps([f.told for f in fitted], indent=1))
 
     split = loaded.test()
-    tested = [f.test(split, where) for f in fitted]
+    tested = [f.test(split, ranks.device) for f in fitted]
     heads = [
         {"variant": f.variant.name} | asdict(row_of(s, seed, name, scores))
         for f, of_test in zip(fitted, tested, strict=True)
@@ -146,7 +158,9 @@ def ablate(
         digest=loaded.store.digest,
         fingerprint=loaded.store.fingerprint,
         network=network_of(loaded.store),
-        settings=resolved(configs[0]) | {"device": str(where), "views_stored": loaded.store.views("train")},
+        settings=resolved(configs[0])
+        | {"device": str(ranks.device), "ranks": ranks.world}
+        | {"views_stored": loaded.store.views("train")},
         against=None if alone is None else fitted[alone].variant.name,
         bootstrap={"resamples": RESAMPLES, "level": LEVEL, "samples": len(split.labels)},
         rows=tuple(rows),
@@ -160,7 +174,8 @@ def ablate(
         notes=tuple(dict.fromkeys(notes)),
         out=str(out),
     )
-    _write(result, config)
+    if ranks.first:
+        _write(result, config)
     return result
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cache import Cache, write_durably
+from pipeline import distributed
 from pipeline.config import RebalanceConfig
-from pipeline.distributed import choose_device
+from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
 from pipeline.heads import heads_file
 from pipeline.memory import free_memory
@@ -51,19 +51,31 @@ def rebalance(
     Beside what is asked for stand the reference rows: the stage-1 head, the classification loss alone, iwb at λ = 0.
     Where methods compete each is tuned first (tuning.py), and report is told a line on it. Writes results.json,
     results.csv, per_class.csv, heads.safetensors and run.json under out, and trials.csv where methods were tuned;
-    selection.json holds the choice and is written before the test split is read. Raises ConfigError, DataError, and
-    OSError where out cannot be written to.
+    selection.json holds the choice and is written before the test split is read. Under torchrun the ranks share the work
+    as config.spread says, and the first one writes. Raises ConfigError, DataError, and OSError where out cannot be
+    written to.
     """
-    started = time.perf_counter()
-    out, where = Path(out), choose_device(device)
-    count_lam(config.lam), candidates(config, ())  # a typing error is told before anything is read
-    refuse_double_balancing(config)
-    loaded = load(store, augmented=config.views == "augmented", memory_bytes=config.memory_bytes)
-    load_seconds = time.perf_counter() - started
-    config, notes = with_possible_views(config, loaded)
-    refuse_too_many(config, loaded)
+    with distributed.ranks(device) as ranks:
+        return _rebalance(store, config, Path(out), ranks, report if ranks.first else lambda line: None)
 
-    sweep, asked, split, tuned = fit(loaded, config, where, report, beside=references(config))
+
+def _rebalance(
+    store: Cache | Path | str, config: RebalanceConfig, out: Path, ranks: Ranks, report: Callable[[str], object]
+) -> RebalanceResult:
+    started = time.perf_counter()
+
+    def prepare() -> tuple[Loaded, RebalanceConfig, list[str]]:
+        count_lam(config.lam), candidates(config, ())  # a typing error is told before anything is read
+        refuse_double_balancing(config)
+        loaded = load(store, augmented=config.views == "augmented", memory_bytes=config.memory_bytes)
+        possible, notes = with_possible_views(config, loaded)
+        refuse_too_many(possible, loaded)
+        return loaded, possible, notes
+
+    loaded, config, notes = ranks.together(prepare)
+    load_seconds = time.perf_counter() - started
+
+    sweep, asked, split, tuned = fit(loaded, config, ranks, report, beside=references(config))
     choice = sweep.choose(asked, split) if split else Choice(0, math.nan, math.nan, ())
     chosen, near = asked[choice.index], [asked[i].facts for i in choice.within_one_se]
     selected = chosen.facts | {"chosen_on": split} | ({"parameters": parameters(chosen)} if tuned else {})
@@ -72,10 +84,11 @@ def rebalance(
     said: dict[str, Any] = {"selected": selected}
     if split:
         said |= {"score": choice.score, "standard_error": choice.standard_error, "runner_up": against["runner_up"]}
-    write_durably(out / "selection.json", json.dumps(said | {"within_one_se": near}, indent=1))
+    if ranks.first:
+        write_durably(out / "selection.json", json.dumps(said | {"within_one_se": near}, indent=1))
 
     test = loaded.test()
-    scored = sweep.scored | {"test": score(sweep.heads, test, loaded.features.counts, where)}
+    scored = sweep.scored | {"test": score(sweep.heads, test, loaded.features.counts, ranks.device)}
     hits = hits_of(scored["test"], test.labels)
     rows = [row_of(*key, name, scores) for name, of in scored.items() for key, scores in of.items()]
     tested = [r for r in rows if r.split == "test" and (r.method, r.loss, r.lam) == tuple(chosen.facts.values())]
@@ -86,7 +99,9 @@ def rebalance(
         digest=loaded.store.digest,
         fingerprint=loaded.store.fingerprint,
         network=network_of(loaded.store),
-        settings=resolved(config) | {"device": str(where), "views_stored": loaded.store.views("train")},
+        settings=resolved(config)
+        | {"device": str(ranks.device), "ranks": ranks.world}
+        | {"views_stored": loaded.store.views("train")},
         baseline={m: getattr(stage_1, m) for m in MEASURES},
         selected=selected | {"n": len(tested), "n_of": "batch orders of one backbone"} | mean_and_std(tested),
         candidates=tuple(setting.facts for setting in asked),
@@ -104,15 +119,16 @@ def rebalance(
         chosen=tuple(tuned.chosen if tuned else ()),
         trials=tuple(tuned.trials if tuned else ()),
     )
-    write_durably(out / "test_hits.safetensors", hits.to_bytes())
-    _write(result, sweep, scored, loaded, config, chosen)
+    if ranks.first:
+        write_durably(out / "test_hits.safetensors", hits.to_bytes())
+        _write(result, sweep, scored, loaded, config, chosen)
     return result
 
 
 def fit(
     loaded: Loaded,
     config: RebalanceConfig,
-    device: torch.device,
+    ranks: Ranks,
     report: Callable[[str], object],
     *,
     beside: Sequence[Setting] = (),
@@ -127,7 +143,7 @@ def fit(
             f"{loaded.store.path}: no validation split to choose on; choose over folds of the training features with "
             "--select-on kfold, or give a single λ such as --lam 0.1"
         )
-    sweep = Sweep(loaded.features, loaded.val, config, device, folds=split == "kfold")
+    sweep = Sweep(loaded.features, loaded.val, config, ranks, folds=split == "kfold")
     if split and is_comparison(config):
         tuned = compare(sweep, config, split, report)
         return sweep, tuned.winners, split, tuned

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pipeline.config import RebalanceConfig
+from pipeline.distributed import Ranks
 from pipeline.errors import PipelineError
 from pipeline.heads import Linear, Scorer, is_finite, predict
 from pipeline.metrics import Scores, scores_of
@@ -19,6 +20,7 @@ from pipeline.rebalance.rivals import RIVALS, Free
 from pipeline.rebalance.rivals.fit import Trial, fit, solve
 from pipeline.rebalance.selection import Choice, select
 
+ENGINE = ("ce", "cb", "iwb")  # what the stacked engine fits
 Key = tuple[Setting, int | None]  # what is not trained has no seed
 Fitted = dict[Key, Scorer]
 Scored = dict[Key, Scores]
@@ -28,6 +30,7 @@ Scored = dict[Key, Scores]
 class Sweep:
     """Grows by `add`; heads of every setting and seed.
 
+    ranks: who shares the work, each with the same sweep; all get the same heads.
     scored: by split, `val` where there is one and `kfold` (out-of-fold training samples) where folds are asked for.
     diverged: settings with a learning rate of their own at which fitting diverged; they have no heads and no scores.
     """
@@ -35,7 +38,7 @@ class Sweep:
     features: Features
     val: Split | None
     config: RebalanceConfig
-    device: torch.device
+    ranks: Ranks
     folds: bool
     heads: Fitted = field(default_factory=dict)
     scored: dict[str, Scored] = field(default_factory=dict)
@@ -77,12 +80,13 @@ class Sweep:
 
     def _fit(self, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
         started = time.perf_counter()
-        fitted: Fitted = {}
-        groups: dict[tuple, list[Setting]] = {}
-        for s in settings:  # the engine fits what has one learning rate; a rival brings all of its trials
-            groups.setdefault((None, s.lr) if s.method in ("ce", "cb", "iwb") else (s.method, None), []).append(s)
-        for (rival, lr), group in groups.items():
-            fitted |= self._fit_rival(rival, group, rows) if rival else self._fit_engine(lr, group, rows)
+        shared = [s for s in settings if s.method in ENGINE and self.config.spread == "rows"]
+        spread = [s for s in settings if s not in shared]
+        mine = spread[self.ranks.rank :: self.ranks.world]
+        parts = self.ranks.gathered(self.ranks.together(lambda: self._fit_here(mine, rows, None)))
+        parts += [self._fit_here(shared, rows, self.ranks)]
+        found = {key: head for part in parts for key, head in part.items()}
+        fitted = {(s, seed): found[s, seed] for s in settings for seed in self.seeds_of(s)}
         self.fit_seconds += time.perf_counter() - started
         lost = dict.fromkeys(s for (s, _), head in fitted.items() if not is_finite(head))
         if told := [str(s) for s in lost if s.lr is None]:
@@ -92,10 +96,25 @@ class Sweep:
         self.diverged.update(lost)
         return {key: head for key, head in fitted.items() if key[0] not in lost}
 
-    def _fit_engine(self, lr: float | None, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
+    def _fit_here(self, settings: Sequence[Setting], rows: np.ndarray | None, ranks: Ranks | None) -> Fitted:
+        """The heads of the settings, found by this rank alone or by all ranks that share their batches."""
+        fitted: Fitted = {}
+        groups: dict[tuple, list[Setting]] = {}
+        for s in settings:  # the engine fits what has one learning rate; a rival brings all of its trials
+            groups.setdefault((None, s.lr) if s.method in ENGINE else (s.method, None), []).append(s)
+        for (rival, lr), group in groups.items():
+            fitted |= self._fit_rival(rival, group, rows) if rival else self._fit_engine(lr, group, rows, ranks)
+        return fitted
+
+    def _fit_engine(
+        self, lr: float | None, settings: Sequence[Setting], rows: np.ndarray | None, ranks: Ranks | None
+    ) -> Fitted:
         heads: list[Head] = [head_of(s, self.config) for s in settings]
         seeds, schedule = self.config.seeds, schedule_of(self.config, lr=lr)
-        weight, bias = fit_heads(self.features, heads, seeds=seeds, schedule=schedule, rows=rows, device=self.device)
+        where = self.ranks.device
+        weight, bias = fit_heads(
+            self.features, heads, seeds=seeds, schedule=schedule, rows=rows, device=where, ranks=ranks
+        )
         return {
             (s, seed): Linear(weight[i, k], bias[i, k]) for k, s in enumerate(settings) for i, seed in enumerate(seeds)
         }
@@ -103,7 +122,7 @@ class Sweep:
     def _fit_rival(self, method: str, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
         rule, config = RIVALS[method], self.config
         if isinstance(rule, Free):
-            solved = solve(rule, [dict(s.own) for s in settings], self.features, rows=rows, device=self.device)
+            solved = solve(rule, [dict(s.own) for s in settings], self.features, rows=rows, device=self.ranks.device)
             return {(s, None): head for s, head in zip(settings, solved, strict=True)}
         heads = fit(
             rule,
@@ -114,7 +133,7 @@ class Sweep:
             sampling=config.sampling,
             weighting=config.weighting,
             rows=rows,
-            device=self.device,
+            device=self.ranks.device,
         )
         return {
             (s, seed): head
@@ -125,7 +144,7 @@ class Sweep:
     def _score(self, fitted: Fitted) -> None:
         counts = self.features.counts
         if self.val is not None:
-            self.scored.setdefault("val", {}).update(score(fitted, self.val, counts, self.device))
+            self.scored.setdefault("val", {}).update(score(fitted, self.val, counts, self.ranks.device))
         if self.folds:
             self.scored.setdefault("kfold", {}).update(self._out_of_fold(list(fitted)))
 
@@ -140,7 +159,7 @@ class Sweep:
             fitted: Fitted = {(BASELINE, None): self.heads[BASELINE, None]}
             if settings:
                 fitted |= self._fit(settings, np.setdiff1d(np.arange(len(labels)), rows))
-            inputs = _inputs(features[rows], self.device)
+            inputs = _inputs(features[rows], self.ranks.device)
             for key in keys:
                 if key[0] not in self.diverged:
                     answers[key].append(predict(fitted[key], inputs))
