@@ -26,6 +26,7 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
     on the test split, for the differences between rows. Where methods were tuned, each backbone's own setting of a method
     stands for it. DataError where the backbones have no candidate in common.
     """
+    together = chosen_by_backbones([d.get("chosen", ()) for d in documents])
     documents, hits = under_one_name(documents, hits)
     first = documents[0]
     candidates, choice, on = choose(documents)
@@ -59,7 +60,7 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
         "timing": {key: sum(d["timing"][key] for d in documents) for key in first["timing"]},
         "within_one_se": [_facts(candidates[i]) for i in choice.within_one_se] if on else [],
         "differences": differences(_facts(chosen), against, hits) if hits else None,
-        "chosen": chosen_by_backbones([d.get("chosen", ()) for d in documents]),
+        "chosen": together,
         **{key: first[key] for key in ("network", "settings", "notes") if key in first},
     }
 
@@ -75,7 +76,7 @@ def under_one_name(
         stand_for = [row["method"] in differing and row["lam"] == own[row["method"]] for row in rows]
         return [dict(row) | ({"lam": None} if it else {}) for row, it in zip(rows, stand_for, strict=True)]
 
-    keys = ("results", "candidates", "chosen")
+    keys = ("results", "candidates")
     found = [dict(d) | {k: renamed(d.get(k, ()), own) for k in keys} for d, own in zip(documents, lams, strict=True)]
     return found, [replace(h, heads=renamed(h.heads, own)) for h, own in zip(hits, lams, strict=False)]
 
@@ -85,10 +86,13 @@ def chosen_by_backbones(each: Sequence[Sequence[Mapping[str, Any]]]) -> list[dic
     found = []
     for first in each[0]:
         mine = [c for of_one in each for c in of_one if c["method"] == first["method"]]
-        parameters = {k: [c["parameters"].get(k) for c in mine] for k in first["parameters"]}
-        told = {k: v[0] if len(set(v)) == 1 else " | ".join(map(str, v)) for k, v in parameters.items()}
-        border = [b for c in mine for b in c["border"]]
-        found.append(dict(first) | {"parameters": told, "score": _mean([c["score"] for c in mine]), "border": border})
+        own = [({} if c["lam"] is None else {"λ": c["lam"]}) | c["parameters"] for c in mine]
+        told = {k: v[0] if len(set(v)) == 1 else " | ".join(map(str, v)) for k in own[0] if (v := [o[k] for o in own])}
+        alike = len({c["lam"] for c in mine}) == 1
+        facts = {"lam": first["lam"] if alike else None, "score": _mean([c["score"] for c in mine])}
+        border = list(dict.fromkeys(b for c in mine for b in c["border"]))
+        parameters = {k: v for k, v in told.items() if k != "λ" or not alike}
+        found.append(dict(first) | facts | {"parameters": parameters, "border": border})
     return found
 
 

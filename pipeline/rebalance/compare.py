@@ -11,8 +11,9 @@ from pipeline.errors import PipelineError
 from pipeline.rebalance.methods import BASELINE, Setting, asked_methods, references
 from pipeline.rebalance.result import spread_of
 from pipeline.rebalance.rivals import RIVALS, Free
+from pipeline.rebalance.selection import parse_lam
 from pipeline.rebalance.sweep import Sweep
-from pipeline.rebalance.tuning import edges, parameters, trials_of
+from pipeline.rebalance.tuning import edges, lams_of, next_trials, parameters
 from pipeline.report.table import told_parameters
 
 
@@ -41,14 +42,7 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
     found = Comparison([], [], [], [])
     rates: dict[str, float | None] = {}
     for method in dict.fromkeys([*reference, *asked]):
-        tried = trials_of(method, config)
-        sweep.add(tried)
-        alive = [s for s in tried if s not in sweep.diverged]
-        if not alive:
-            raise PipelineError(
-                f"{method}: fitting diverged at every learning rate; lower them: --lr {config.lr / 100:g}"
-            )
-        best = alive[sweep.choose(alive, split).index]
+        tried, best = _tune(sweep, method, config, split)
         found.trials.extend(_trial(sweep, s, split, chosen=s == best) for s in tried)
         rates[method] = best.lr
         if method in asked:
@@ -56,8 +50,8 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
         if method != "baseline":
             border = edges(best, tried)
             found.chosen.append(_chosen(best, sweep, split, len(tried), border))
-            report(_line(found.chosen[-1], found.trials[-len(tried) :], len(tried) - len(alive)))
-        curve = [s for s in tried if method == "iwb" and s.lr == best.lr and s in alive]
+            report(_line(found.chosen[-1], found.trials[-len(tried) :]))
+        curve = [s for s in tried if method == "iwb" and s.lr == best.lr and s not in sweep.diverged]
         sweep.keep_only([best, *curve, BASELINE], of=tried)
     sweep.add([Setting("iwb", config.loss, 0.0, rates.get("iwb", rates["cb"]))])
     at_border = [c["method"] for c in found.chosen if c["border"]]
@@ -65,10 +59,34 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
         found.notes.append(
             f"the best trial lies at the border of its grid, so that a better one may lie beyond, for {', '.join(at_border)}"
         )
+    lams, asked_lams = lams_of(config), parse_lam(config.lam)
+    if "iwb" in asked and asked_lams and len(lams) < len(asked_lams):
+        tried_lams = ", ".join(f"{lam:g}" for lam in lams)
+        found.notes.append(
+            f"iwb: λ shares its {config.trials} trials with the learning rate, so λ {tried_lams} of the {len(asked_lams)} "
+            "asked for were tried; --trials gives all methods more"
+        )
     free = [c["method"] for c in found.chosen if isinstance(RIVALS.get(c["method"]), Free)]
     if free:
         found.notes.append(f"{config.trials} trials a trained method; as many as they like for those without training")
     return found
+
+
+def _tune(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> tuple[list[Setting], Setting]:
+    """(every setting tried, the best of them)."""
+    tried: list[Setting] = []
+    best: Setting | None = None
+    while new := next_trials(method, config, tried, best):
+        sweep.add(new)
+        tried += new
+        alive = [s for s in tried if s not in sweep.diverged]
+        if not alive:
+            raise PipelineError(
+                f"{method}: fitting diverged at every learning rate; lower them: --lr {config.lr / 100:g}"
+            )
+        best = alive[sweep.choose(alive, split).index]
+    assert best is not None
+    return tried, best
 
 
 def _trial(sweep: Sweep, setting: Setting, split: str, *, chosen: bool) -> dict[str, Any]:
@@ -83,7 +101,8 @@ def _chosen(best: Setting, sweep: Sweep, split: str, trials: int, border: list[s
     return best.facts | {"parameters": parameters(best), "trials": trials, "score": mean, "border": border}
 
 
-def _line(chosen: dict[str, Any], trials: list[dict[str, Any]], diverged: int) -> str:
+def _line(chosen: dict[str, Any], trials: list[dict[str, Any]]) -> str:
+    diverged = sum(t["diverged"] for t in trials)
     scores = [t["all"] for t in trials if t["all"] is not None]
     lost = f", {diverged} diverged" if diverged else ""
     several = f"{len(trials)} trials{lost}, {trials[0]['split']} {min(scores):.1f} … {max(scores):.1f}"

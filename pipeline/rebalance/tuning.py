@@ -1,17 +1,18 @@
 """The settings that are tried for each method when methods compete: everything trained gets the same number of them.
 
-`trials` settings a method: its learning rates × its own values. λ counts as an own value of iwb. Methods without training
-try as many values as they like, since a trial costs them one evaluation and they have no learning rate to get wrong.
+A trial is a learning rate with one of the method's own values; λ is an own value of iwb. Methods without training try as many
+values as they like, since a trial costs them one evaluation and they have no learning rate to get wrong.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
 from pipeline.rebalance.methods import BASELINE, Setting, asked_methods
-from pipeline.rebalance.rivals import RIVALS, Free
+from pipeline.rebalance.rivals import RIVALS, Free, Trained
 from pipeline.rebalance.selection import parse_lam
 
 LAMS = (0.05, 0.15, 0.5)  # of `--lam auto`
@@ -22,38 +23,85 @@ def is_comparison(config: RebalanceConfig) -> bool:
     return config.tune or any(method in RIVALS for method in asked_methods(config.method))
 
 
-def trials_of(method: str, config: RebalanceConfig) -> list[Setting]:
-    """The settings tried for one method; the first has the literature's own values."""
+def next_trials(
+    method: str, config: RebalanceConfig, tried: Sequence[Setting] = (), best: Setting | None = None
+) -> list[Setting]:
+    """The settings to try next for one method, after those tried, of which `best` is the best; none once it is tuned.
+
+    Half of the trials go to a ladder of learning rates with the first of the method's own values, which are the
+    literature's; then the other values get one at the best rate each, and what is left goes to rates around the best, beyond
+    the ladder where it lies at an end. A method without training gets all its values at once.
+    """
+    if best is None:
+        ladder = learning_rates(centre_of(method, config), -(-config.trials // 2))
+        first, *others = settings_of(method, config)
+        return [replace(first, lr=lr) for lr in ladder] if first.trained else [first, *others]
+    left = config.trials - len(tried)
+    if not best.trained or left <= 0:
+        return []
+    known = {replace(s, lr=None) for s in tried}
+    if others := [replace(s, lr=best.lr) for s in settings_of(method, config) if s not in known]:
+        return others[:left]
+    return [replace(best, lr=lr) for lr in rates_around(best, tried, left)]
+
+
+def settings_of(method: str, config: RebalanceConfig) -> list[Setting]:
+    """A method with each of its own values, λ among them, and no learning rate yet; the literature's come first."""
     if method == "baseline":
         return [BASELINE]
     if method in ("ce", "cb"):
-        return [Setting(method, method, None, lr) for lr in learning_rates(config.lr, config.trials)]
+        return [Setting(method, method)]
     if method == "iwb":
         lams = lams_of(config)
-        rates = learning_rates(config.lr, config.trials // len(lams))
-        return [Setting(method, config.loss, lam, lr) for lam in lams for lr in rates]
-    rule = RIVALS[method]
-    if isinstance(rule, Free):
-        return [Setting(method, own=tuple(own.items())) for own in rule.own]
-    values = rule.own[: config.trials]
-    centre = config.lr if rule.lr is None else rule.lr * config.batch_size / rule.batch
-    rates = learning_rates(centre, config.trials // len(values))
-    return [Setting(method, None, None, lr, tuple(own.items())) for own in values for lr in rates]
+        middle = lams[len(lams) // 2]
+        return [Setting(method, config.loss, lam) for lam in sorted(lams, key=lambda lam: lam != middle)]
+    return [Setting(method, own=tuple(own.items())) for own in RIVALS[method].own]
+
+
+def centre_of(method: str, config: RebalanceConfig) -> float:
+    """The literature's learning rate, scaled in proportion to the batch; the configuration's where it names none."""
+    rule = RIVALS.get(method)
+    if not isinstance(rule, Trained) or rule.lr is None:
+        return config.lr
+    return rule.lr * config.batch_size / rule.batch
 
 
 def learning_rates(centre: float, how_many: int) -> tuple[float, ...]:
-    """A ladder around `centre`, ascending: a factor of 2 apart from eight on, of 3 below; an odd one out lies below."""
-    factor, first = (2 if how_many >= 8 else 3), -(how_many // 2)
-    return tuple(float(f"{centre * factor**i:.3g}") for i in range(first, first + how_many))
+    """A ladder around `centre`, ascending, a factor of 4 apart, less where there are more than six; an odd one out lies
+    below.
+    """
+    factor = _factor(how_many)
+    return tuple(_rounded(centre * factor**i) for i in range(-(how_many // 2), how_many - how_many // 2))
+
+
+def rates_around(best: Setting, tried: Sequence[Setting], how_many: int) -> list[float]:
+    """New learning rates near the best: one factor beyond it where it is the last of all tried, else ever finer."""
+    assert best.lr is not None
+    rates, factor = {s.lr for s in tried if s.lr is not None}, _factor(-(-(len(tried) + how_many) // 2))
+    beyond = (best.lr == max(rates)) - (best.lr == min(rates))
+    parts = [n / 2**level for level in range(1, 12) for n in range(1, 2**level, 2)]
+    steps = [step for part in parts for step in (part, -part)]
+    if beyond:
+        steps[:0] = [beyond, beyond / 2, 2 * beyond]
+    found = dict.fromkeys(_rounded(best.lr * factor**step) for step in steps)
+    return [lr for lr in found if lr not in rates][:how_many]
+
+
+def _factor(how_many: int) -> float:
+    return 4.0 if how_many < 7 else 1024 ** (1 / (how_many - 1))
+
+
+def _rounded(lr: float) -> float:
+    return float(f"{lr:.3g}")
 
 
 def lams_of(config: RebalanceConfig) -> tuple[float, ...]:
-    """About √trials of the λ asked for, evenly spread over them, so that as many learning rates are tried as λ."""
+    """About √trials of the λ asked for, from the middle of as many equal parts of them: λ and learning rate share the
+    trials.
+    """
     asked = parse_lam(config.lam) or LAMS
     most = max(1, min(len(asked), math.isqrt(config.trials)))
-    if most == 1:
-        return (asked[len(asked) // 2],)
-    return tuple(asked[round(i * (len(asked) - 1) / (most - 1))] for i in range(most))
+    return tuple(asked[(2 * i + 1) * len(asked) // (2 * most)] for i in range(most))
 
 
 def edges(chosen: Setting, tried: Sequence[Setting]) -> list[str]:

@@ -102,7 +102,7 @@ def chosen_table(document: Mapping[str, Any]) -> Table | None:
     table.add_column("at the border of its grid")
     for row in document["chosen"]:
         cells = (str(row["trials"]), f"{row['score']:.1f}", told_parameters(row), ", ".join(row["border"]))
-        table.add_row(name(_setting(row)), *cells)
+        table.add_row(name((row["method"], row["loss"], None)), *cells)
     return table
 
 

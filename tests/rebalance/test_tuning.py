@@ -1,5 +1,8 @@
 """Which settings are tried when methods compete, and what is refused."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from pipeline.config import RebalanceConfig
@@ -8,13 +11,16 @@ from pipeline.method_names import METHODS
 from pipeline.rebalance.methods import Setting, asked_methods
 from pipeline.rebalance.rivals import FREE, RIVALS, TRAINED
 from pipeline.rebalance.tuning import (
+    centre_of,
     edges,
     is_comparison,
     lams_of,
     learning_rates,
+    next_trials,
     numbers,
+    rates_around,
     refuse_double_balancing,
-    trials_of,
+    settings_of,
 )
 
 FREE_NAMES = {rule.name for rule in FREE}
@@ -27,36 +33,68 @@ def test_the_names_are_those_of_the_rules():
         asked_methods(("balanced-sofmax",))
 
 
-@pytest.mark.parametrize("trials", [12, 24, 7, 3, 1])
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "baseline" and m not in FREE_NAMES])
-def test_nothing_trained_has_more_trials_than_another(method, trials):
-    found = trials_of(method, RebalanceConfig(trials=trials, lam="0.02,0.05,0.1,0.2,0.5,1"))
-    assert len(set(found)) == len(found) <= trials
-    if trials in (12, 24, 1):
-        assert len(found) == trials or (method == "iwb" and trials == 24)
-    assert all(s.method == method and s.lr for s in found)
+def search(method, config, score):
+    """Every setting tried where the best is always the one with the highest score."""
+    tried, best = [], None
+    while new := next_trials(method, config, tried, best):
+        tried += new
+        best = max(tried, key=score)
+    return tried, best
+
+
+TRAINED_NAMES = [m for m in METHODS if m != "baseline" and m not in FREE_NAMES]
+
+
+@pytest.mark.parametrize("trials", [12, 24, 7, 3, 2, 1])
+@pytest.mark.parametrize("method", TRAINED_NAMES)
+@pytest.mark.parametrize("wanted", [1e-6, 0.004, 1e3])
+def test_everything_trained_has_as_many_trials(method, trials, wanted):
+    config = RebalanceConfig(trials=trials, lam="0.02,0.05,0.1,0.2,0.5,1")
+    tried, _ = search(method, config, lambda s: -abs(math.log(s.lr / wanted)))
+    assert len(set(tried)) == len(tried) == trials
+    assert all(s.method == method and s.lr for s in tried)
+    if trials >= 7:
+        own = {replace(s, lr=None) for s in tried}
+        assert own == set(settings_of(method, config))
 
 
 @pytest.mark.parametrize("rule", TRAINED, ids=lambda rule: rule.name)
 def test_the_literature_setting_is_among_the_trials(rule):
-    config = RebalanceConfig(batch_size=rule.batch, lr=0.04)
-    found = trials_of(rule.name, config)
-    assert Setting(rule.name, None, None, rule.lr or 0.04, tuple(rule.own[0].items())) in found
-    only = trials_of(rule.name, RebalanceConfig(batch_size=rule.batch, lr=0.04, trials=1))
-    assert only == [Setting(rule.name, None, None, rule.lr or 0.04, tuple(rule.own[0].items()))]
+    literature = Setting(rule.name, None, None, rule.lr or 0.04, tuple(rule.own[0].items()))
+    assert literature in next_trials(rule.name, RebalanceConfig(batch_size=rule.batch, lr=0.04))
+    assert next_trials(rule.name, RebalanceConfig(batch_size=rule.batch, lr=0.04, trials=1)) == [literature]
 
 
 def test_the_literature_learning_rate_goes_with_the_batch():
-    (one,) = trials_of("crt", RebalanceConfig(batch_size=128, trials=1))
-    assert one.lr == pytest.approx(0.1 * 128 / 512)
+    assert centre_of("crt", RebalanceConfig(batch_size=128)) == pytest.approx(0.1 * 128 / 512)
+    assert centre_of("cb", RebalanceConfig(batch_size=128, lr=0.3)) == 0.3
 
 
 def test_ladders():
     assert learning_rates(0.01, 1) == (0.01,)
-    assert learning_rates(0.01, 3) == (0.00333, 0.01, 0.03)
-    assert learning_rates(0.01, 4) == (0.00111, 0.00333, 0.01, 0.03)
-    twelve = learning_rates(0.01, 12)
-    assert (twelve[0], twelve[6], twelve[-1]) == (0.000156, 0.01, 0.32)
+    assert learning_rates(0.01, 3) == (0.0025, 0.01, 0.04)
+    assert learning_rates(0.01, 6) == (0.000156, 0.000625, 0.0025, 0.01, 0.04, 0.16)
+    twelve = learning_rates(1, 12)
+    assert twelve[6] == 1
+    assert twelve[-1] / twelve[0] == pytest.approx(1024, rel=0.01)
+
+
+def test_what_is_left_goes_around_the_best_rate_and_beyond_an_end():
+    tried = [Setting("cb", "cb", None, lr) for lr in (0.01, 0.04, 0.16)]
+    assert rates_around(tried[1], tried, 4) == [0.08, 0.02, 0.0566, 0.0283]
+    assert rates_around(tried[2], tried, 3) == [0.64, 0.32, 2.56]
+    assert rates_around(tried[0], tried, 2) == [0.0025, 0.005]
+
+
+@pytest.mark.parametrize("wanted", [1e-4, 3e-4, 0.002, 0.011, 0.05, 0.3])
+def test_the_search_comes_near_the_best_rate_and_finds_the_best_value(wanted):
+    def score(s):
+        return -abs(math.log(s.lr / wanted)) - abs(dict(s.own)["rho"] - 1.6)
+
+    tried, best = search("grw", RebalanceConfig(lr=0.005), score)
+    assert dict(best.own)["rho"] == 1.6
+    assert 0.4 < best.lr / wanted < 2.5
+    assert not [b for b in edges(best, tried) if b.startswith("lr")]
 
 
 def test_lambda_shares_the_trials_with_the_learning_rate():
@@ -64,7 +102,14 @@ def test_lambda_shares_the_trials_with_the_learning_rate():
     assert lams_of(RebalanceConfig(lam="0.2")) == (0.2,)
     assert lams_of(RebalanceConfig(lam="0.1,0.2,0.3,0.4,0.5")) == (0.1, 0.3, 0.5)
     assert lams_of(RebalanceConfig(lam="0.1,0.2,0.3", trials=1)) == (0.2,)
-    assert len(trials_of("iwb", RebalanceConfig(lam="0.2"))) == 12
+    twelve = "0.02,0.05,0.1,0.15,0.2,0.25,0.3,0.4,0.5,0.6,0.8,1"
+    assert lams_of(RebalanceConfig(lam=twelve)) == (0.1, 0.3, 0.8)
+    assert len(lams_of(RebalanceConfig(lam=twelve, trials=144))) == 12
+    first = next_trials("iwb", RebalanceConfig(lam="0.1,0.2,0.4"))
+    assert {s.lam for s in first} == {0.2}
+    assert len(first) == 6
+    then = next_trials("iwb", RebalanceConfig(lam="0.1,0.2,0.4"), first, first[1])
+    assert [(s.lam, s.lr) for s in then] == [(0.1, first[1].lr), (0.4, first[1].lr)]
 
 
 def test_the_border_of_a_grid_is_told():
@@ -72,7 +117,7 @@ def test_the_border_of_a_grid_is_told():
     assert edges(tried[0], tried) == ["lr 0.1 (0.1 … 0.4)"]  # two values of rho have nothing between them
     assert edges(tried[2], tried) == []
     assert edges(tried[4], tried) == ["lr 0.4 (0.1 … 0.4)"]
-    kinds = trials_of("logit-adjust", RebalanceConfig())
+    kinds = next_trials("logit-adjust", RebalanceConfig())
     last = next(s for s in kinds if dict(s.own) == {"tau": 1.0, "form": "multiplicative"})
     assert edges(last, kinds) == ["tau 1 (0 … 1)"]  # although the additive form goes on to 2
     assert numbers(last) == {"tau": 1.0}
