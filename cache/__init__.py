@@ -10,6 +10,7 @@ from cache.create import Split, create_store
 from cache.files import write_durably
 from cache.layout import CacheError, Chunk, Layout, chunk_rows, owned_chunks
 from cache.place import is_url, locate
+from cache.plain import Exported, export
 from cache.reader import Cache, open_cache
 from cache.stream import stream_order
 from cache.verify import Damage, verify
@@ -20,11 +21,13 @@ __all__ = [
     "CacheError",
     "Chunk",
     "Damage",
+    "Exported",
     "Layout",
     "Split",
     "Writer",
     "chunk_rows",
     "create_store",
+    "export",
     "is_url",
     "locate",
     "open_cache",

@@ -52,13 +52,16 @@ def stream_order(
 def stream_window(layout: Layout, split: str, *, memory_bytes: int) -> int:
     """How many chunks of a split the pool of a stream may hold within memory_bytes; CacheError where it is too few.
 
-    Beside the pool there are a chunk being read, one being copied and two blocks of its size: the one that the caller
-    has and the next.
+    Beside the pool there are a chunk being read and, each a quarter of it: rows being copied, the block that the caller
+    has, and the next one.
     """
     array = layout.features(split)
     stored, number = np.dtype(array.stored).itemsize, np.dtype(NUMBERS[array.dtype]).itemsize
     rows, width = array.chunk[1:]
-    pooled, beside = rows * (width * stored + SLOT), 2 * rows * width * (stored + number)
+    pooled, beside = (
+        rows * (width * stored + SLOT),
+        rows * width * stored + _piece(rows) * width * (stored + 2 * number),
+    )
     window = (memory_bytes - beside) // pooled
     if window < SMALLEST:
         needed = beside + SMALLEST * pooled
@@ -137,6 +140,7 @@ def _blocks(
     per_chunk = max((chunk.rows for chunk in chunks), default=0)
     held, pool = np.empty(slots, np.int64), np.empty((slots, cache.width), STORED[cache.dtype])
     staged = np.empty((per_chunk, cache.width), pool.dtype)
+    piece = _piece(per_chunk)
     block = _Carried(cache.width, cache.dtype, multiple_of)
 
     def read(step: _Step) -> NDArray:
@@ -149,12 +153,12 @@ def _blocks(
         while step and reading:
             got = reading.result()
             held[step.into] = step.rows
-            whole = len(step.rows) == len(got)
-            pool[step.into] = got if whole else got[step.rows - chunks[step.chunk].start]
+            for part in _parts(len(step.rows), piece):
+                pool[step.into[part]] = got[step.rows[part] - chunks[step.chunk].start]
             following = next(steps, None)
             reading = reader.submit(read, following) if following else None
-            for start in range(0, len(step.leaving), per_chunk):
-                leaving = step.leaving[start : start + per_chunk]
+            for part in _parts(len(step.leaving), piece):
+                leaving = step.leaving[part]
                 yield from block.add(held[leaving], pool, leaving)
             step = following
     yield from block.rest()
@@ -195,6 +199,15 @@ def _wanted(rows: int, chunk_rows: int, only: NDArray[np.bool_] | None) -> Calla
         return np.arange(start, stop) if only is None else start + np.flatnonzero(only[start:stop])
 
     return of
+
+
+def _piece(chunk_rows: int) -> int:
+    """Rows that are copied, and given out, at a time."""
+    return -(-chunk_rows // 4)
+
+
+def _parts(n: int, piece: int) -> Iterator[slice]:
+    return (slice(start, min(start + piece, n)) for start in range(0, n, piece))
 
 
 def _slots(rows: int, chunk_rows: int, window: int) -> int:

@@ -119,6 +119,8 @@ class Writer:
         self, chunk: Chunk, rows: NDArray, absent: Collection[int], name: Callable[[int], str] | None
     ) -> None:
         dtype = self.layout.dtype
+        if -LARGEST[dtype] <= rows.min() and rows.max() <= LARGEST[dtype]:
+            return  # false where anything is not a number; a third of the time of looking at each
         bad = ~(np.abs(rows) <= LARGEST[dtype])
         bad[list(absent)] = False
         if not bad.any():

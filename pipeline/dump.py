@@ -155,8 +155,8 @@ class Encoder:
     def __init__(self, backbone: Checkpoint, config: Config, dataset: Dataset, *, device: torch.device):
         self.device, self.settings = device, config.dump
         self.precision = encoding_precision(device)
-        self._memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self._model = backbone.model.to(device, memory_format=self._memory_format).eval()  # type: ignore[call-overload]
+        self.memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self._model = backbone.model.to(device, memory_format=self.memory_format).eval()  # type: ignore[call-overload]
         self._width = classifier(backbone.model).in_features
         self._dataset, self._transform, self._workers = dataset, backbone.transform, config.data.workers
 
@@ -186,6 +186,11 @@ class Encoder:
                     yield chunk, features, [row - chunk.start for row in unreadable]
                     unreadable.clear()
 
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Features (B, D) of normalised images (B, 3, H, W) on the device, in the precision of the device."""
+        with torch.inference_mode(), self._autocast():
+            return encode(self._model, batch.contiguous(memory_format=self.memory_format))
+
     def _encode(self, chunk: Chunk, images: Iterator[torch.Tensor], stop: Signals) -> np.ndarray | None:
         features = torch.empty(chunk.rows, self._width, device=self.device)
         done = 0
@@ -193,9 +198,7 @@ class Encoder:
             for batch in images:
                 if stop.received:
                     return None
-                with torch.inference_mode(), self._autocast():
-                    got = encode(self._model, batch.contiguous(memory_format=self._memory_format))
-                features[done : done + len(batch)] = got
+                features[done : done + len(batch)] = self.forward(batch)
                 done += len(batch)
             return features.cpu().numpy()
         except torch.OutOfMemoryError as error:

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.backbone.model import encode
+from pipeline.cli import invoke
 from pipeline.errors import ConfigError, DataError
 from pipeline.export import export_model
 from pipeline.report.source import read_heads, read_results, read_study
@@ -126,3 +127,27 @@ def test_of_several_backbones_the_first_is_exported_and_named(run, tmp_path):
     exported = export_model(tmp_path / "all", out=tmp_path / "model")
     assert exported.head["backbone"] == "seed-0"
     assert "backbone seed-0" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("to", "file"), [([], "train/features.npy"), (["--to", "safetensors"], "store.safetensors")])
+def test_a_feature_store_is_exported_as_plain_files(run, tmp_path, capsys, to, file):
+    store, out = str(run / "features.zarr"), tmp_path / "plain"
+    assert invoke(["export", store, *to, "--out", str(out), "--json"]) == 0
+    assert file in json.loads(capsys.readouterr().out)["files"]
+    assert (out / file).is_file()
+    assert invoke(["export", store, "--out", str(out)]) == 3
+    assert "already holds something" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["features.zarr", "--to", "timm"], "is a feature store: it goes --to npy or safetensors"),
+        (["features.zarr", "--lam", "0.05"], "without --lam"),
+        (["", "--to", "npy"], "npy is of a feature store, such as"),
+    ],
+)
+def test_a_model_and_a_store_are_not_confused(run, tmp_path, capsys, words, message):
+    assert invoke(["export", str(run / words[0]), *words[1:], "--out", str(tmp_path / "x")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "x").exists()

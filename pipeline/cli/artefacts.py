@@ -6,7 +6,7 @@ import click
 
 from pipeline.cli.options import PATH, STORE, Examples, shared
 from pipeline.cli.outcome import show
-from pipeline.cli.places import run_folder
+from pipeline.cli.places import is_store, run_folder
 from pipeline.errors import FAILED
 
 
@@ -23,18 +23,37 @@ def report_command(run, out, as_json, debug):
 
 @click.command("export", cls=Examples, example="pipeline export runs/digits-lt --to timm --out model")
 @click.argument("run", required=False)
-@click.option("--to", "kind", type=click.Choice(["timm", "safetensors"]), default="timm", show_default=True)
+@click.option(
+    "--to",
+    "kind",
+    type=click.Choice(["timm", "safetensors", "npy"]),
+    help="timm or safetensors of a model [default: timm], npy or safetensors of a feature store [default: npy].",
+)
 @click.option("--out", type=PATH, required=True, help="The folder to make.")
 @click.option("--lam", type=float, help="Take the head of this λ instead of the selected one.")
 @click.option("--method", metavar="NAME", help="Take the head of this method instead of the selected one.")
 @shared
 def export_command(run, kind, out, lam, method, as_json, debug):
-    """The whole model with the rebalanced head, its configuration and a model card, as a folder."""
+    """The whole model with the rebalanced head, its configuration and a model card, as a folder.
+
+    Or, where RUN is a feature store (…/features.zarr), its features, labels and classifier as plain files.
+    """
+    if run is not None and is_store(run):
+        import cache
+
+        if kind == "timm" or lam is not None or method is not None:
+            raise click.UsageError(
+                f"{run} is a feature store: it goes --to npy or safetensors, without --lam or --method"
+            )
+        show(cache.export(run, out, format=kind or "npy"), as_json)
+        return
+    if kind == "npy":
+        raise click.UsageError(f"npy is of a feature store, such as {run_folder(run) / 'features.zarr'}")
     from pipeline.export import export_model
 
     if lam is not None and method is not None:
         raise click.UsageError("--lam is of iwb: give it without --method")
-    show(export_model(run_folder(run), to=kind, out=out, lam=lam, method=method), as_json)
+    show(export_model(run_folder(run), to=kind or "timm", out=out, lam=lam, method=method), as_json)
 
 
 @click.command("predict", cls=Examples, example="pipeline predict model photos/ --top-k 3")

@@ -46,6 +46,11 @@ def run_folder(run: str | None) -> Path:
         return Path(run or "")
 
 
+def is_store(place: str) -> bool:
+    """Whether a path or URL is that of a feature store itself, not of a run that has one."""
+    return "://" in place or (Path(place) / "zarr.json").is_file()
+
+
 def store_and_tree(
     store: str | None, config: str | None, *, sets: Any = (), settings_from_store: bool = True
 ) -> "tuple[Talk, Path | str, dict]":

@@ -1,0 +1,214 @@
+"""How much of the bare encoder's rate a whole dump keeps: real encoder, real write path, sealed store."""
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from cache import Split, Writer, chunk_rows, create_store
+from pipeline.backbone.checkpoint import Checkpoint
+from pipeline.backbone.model import build_model, classifier
+from pipeline.bench.measure import Measure, Seconds, interleaved
+from pipeline.config import BackboneConfig, Config, make_config
+from pipeline.data import load_dataset
+from pipeline.data.transform import Loader, Transform
+from pipeline.dump import Encoder, augmentation_key, dump_features
+
+NETWORK, CLASSES, FILES = "cifar_resnet32", 10, 64
+TARGET = 0.95
+
+
+def dumping(
+    place: Path, *, rows: int, repeat: int, device: torch.device, say: Callable[[str], object]
+) -> Iterator[Measure]:
+    """Dump over encoder for images in memory, dump over the slower of its halves for image files; a true ResNet-32."""
+    model, repeat = build_model(BackboneConfig(model=NETWORK), num_classes=CLASSES), min(repeat, 3)
+    say(f"dump: {NETWORK}, images in memory")
+    config = arrays(place, rows=min(rows, 2048), size=32, views=3)
+    yield _over_encoder("images in memory", config, backbone(model, 32), place, repeat, device)
+    say(f"dump: {NETWORK}, image files")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, cpus // 2)
+    with threads(max(1, cpus - workers) if device.type == "cpu" else torch.get_num_threads()):
+        config = files(place, rows=min(rows, 2048), size=32, stored=128, views=3, workers=workers)
+        yield _over_slower("image files", config, backbone(model, 32), place, repeat, device)
+
+
+def writing(place: Path, *, rows: int, width: int, dtype: str, repeat: int) -> Measure:
+    """How fast chunks of features become durable: an encoder up to this rate need not wait for the disk."""
+    size = min(rows, 4 * chunk_rows(width=width, itemsize=2))
+    features = np.random.default_rng(0).standard_normal((size, width), np.float32)
+
+    def write() -> Seconds:
+        with empty_store(place / "written.zarr", size, width, dtype) as writer:
+            wanted, started = writer.missing(), time.perf_counter()
+            for chunk in wanted:
+                writer.write(chunk, features[chunk.start : chunk.stop])
+            taken = time.perf_counter() - started
+        shutil.rmtree(place / "written.zarr")
+        return Seconds(taken)
+
+    rate = size / statistics.median(interleaved({"write": write}, repeat=repeat)["write"])
+    return Measure(f"written by one thread, {width}-d, {dtype}", round(rate), "rows/s")
+
+
+def _over_encoder(name: str, config: Config, of: Checkpoint, place: Path, repeat: int, device: torch.device) -> Measure:
+    """The rate of a dump over the rate of the encoder on the batches of one of its views."""
+    ways = {"dump": lambda: _dump(config, of, place, device), "encoder": _forward(config, of, device)}
+    seconds = interleaved(ways, repeat=repeat)
+    why = "where encoder and writer share the CPU cores, writing takes time that the encoder alone would have had"
+    return _kept(name, seconds, _samples(config) * (config.dump.views - 1), ("encoder",), why)
+
+
+def _over_slower(name: str, config: Config, of: Checkpoint, place: Path, repeat: int, device: torch.device) -> Measure:
+    """The rate of a dump over that of the slower of its two halves, each alone: decoding the files, and the encoder."""
+    ways = {
+        "dump": lambda: _dump(config, of, place, device),
+        "encoder": _forward(config, of, device),
+        "loader": lambda: _decode(config, of, device),
+    }
+    seconds = interleaved(ways, repeat=repeat)
+    why = "with this few CPU cores the encoder and the decoding processes take time from each other"
+    return _kept(name, seconds, _samples(config) * (config.dump.views - 1), ("encoder", "loader"), why)
+
+
+def _kept(name: str, seconds: dict[str, list[float]], images: int, halves: tuple[str, ...], why: str) -> Measure:
+    rate = {way: images / statistics.median(times) for way, times in seconds.items()}
+    slower = min(halves, key=lambda half: rate[half])
+    figures: dict[str, Any] = {f"{way}, images/s": round(value, 1) for way, value in rate.items()}
+    figures |= {f"{way}, all s": [round(t, 4) for t in times] for way, times in seconds.items()}
+    ratio = round(rate["dump"] / rate[slower], 4)
+    return Measure(f"dump over {slower}: {NETWORK}, {name}", ratio, "×", TARGET, figures=figures, why=why)
+
+
+def _dump(config: Config, of: Checkpoint, place: Path, device: torch.device) -> Seconds:
+    """From the first finished chunk, when processes and caches are warm, to the sealed store: all views but the first."""
+    begun: list[float] = []
+    out = place / "dump.zarr"
+    dump_features(of, config, out=out, device=str(device), report=lambda *_: begun.append(time.perf_counter()))
+    taken = time.perf_counter() - begun[0]
+    shutil.rmtree(out)
+    return Seconds(taken)
+
+
+def _forward(config: Config, of: Checkpoint, device: torch.device) -> Callable[[], None]:
+    """The encoder alone, as often as a dump runs it, on the batches of view 1: decoded, augmented, on its device."""
+    dataset = load_dataset(config.data)
+    encoder = Encoder(of, config, dataset, device=device)
+    images = Loader(dataset.train, of.transform, device=device).batches(
+        _batches(config), augmentation_key(config.dump.seed, 1)
+    )
+    batches = [batch.contiguous(memory_format=encoder.memory_format) for batch in images]
+
+    def forward() -> None:
+        for _ in range(config.dump.views - 1):
+            for batch in batches:
+                encoder.forward(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return forward
+
+
+def _decode(config: Config, of: Checkpoint, device: torch.device) -> Seconds:
+    """The loader alone, timed like the dump: all views but the first."""
+    loader = Loader(load_dataset(config.data).train, of.transform, device=device, workers=config.data.workers)
+    started = 0.0
+    for view in range(config.dump.views):
+        for _ in loader.batches(_batches(config), augmentation_key(config.dump.seed, view)):
+            pass
+        started = started or time.perf_counter()
+    return Seconds(time.perf_counter() - started)
+
+
+def _batches(config: Config) -> list[np.ndarray]:
+    n, size = _samples(config), config.dump.batch_size
+    return [np.arange(a, min(a + size, n)) for a in range(0, n, size)]
+
+
+def _samples(config: Config) -> int:
+    return len(load_dataset(config.data).train)
+
+
+def empty_store(path: Path, rows: int, width: int, dtype: str, *, least_chunks: int = 1) -> Writer:
+    """The writer of a store of one training view, nothing in it yet; chunks are smaller where it has few rows."""
+    usual = chunk_rows(width=width, itemsize=4 if dtype == "float32" else 2)
+    labels = np.arange(rows) % CLASSES
+    return create_store(
+        path,
+        splits={"train": Split(1, labels, np.arange(rows))},
+        width=width,
+        dtype=dtype,
+        weight=np.zeros((CLASSES, width)),
+        bias=np.zeros(CLASSES),
+        class_names=[str(c) for c in range(CLASSES)],
+        counts=np.bincount(labels, minlength=CLASSES),
+        fingerprint={"generated": "normal"},
+        provenance={},
+        rows_per_chunk=max(1, min(usual, -(-rows // least_chunks))),
+    )
+
+
+def backbone(model: nn.Module, size: int) -> Checkpoint:
+    """A network with fresh weights, as a dump takes it."""
+    width = classifier(model).in_features
+    facts = {"network": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+    return Checkpoint(
+        path=Path("fresh weights"),
+        model=model.eval(),
+        config=make_config({"name": "bench", "data": {"source": "digits"}}, "bench"),
+        transform=Transform((size, size), (0.5,) * 3, (0.25,) * 3, "crop-flip"),
+        class_names=tuple(map(str, range(CLASSES))),
+        counts=np.ones(CLASSES, np.int64),
+        network=facts | {"feature_width": width},
+        dataset={},
+        epoch=0,
+        complete=True,
+        weights_digest="fresh",
+        provenance={},
+    )
+
+
+def arrays(place: Path, *, rows: int, size: int, views: int) -> Config:
+    """A configuration whose images are random, in memory."""
+    images = np.random.default_rng(0).integers(0, 256, (rows, size, size, 3), np.uint8)
+    names = np.array([str(c) for c in range(CLASSES)])
+    np.savez(place / "images.npz", images=images, labels=np.arange(rows) % CLASSES, class_names=names)
+    return _config({"source": "npz", "path": str(place / "images.npz")}, views)
+
+
+def files(place: Path, *, rows: int, size: int, stored: int, views: int, workers: int) -> Config:
+    """A configuration whose images are `rows` lines of a list that names a few JPEG files again and again."""
+    rng = np.random.default_rng(0)
+    for i in range(FILES):
+        coarse = rng.integers(0, 256, (12, 12, 3), np.uint8)  # smooth, as photographs are, not noise
+        Image.fromarray(coarse).resize((stored, stored), Image.Resampling.BICUBIC).save(place / f"{i}.jpg", quality=90)
+    lines = (f"{i % FILES}.jpg {i % CLASSES}\n" for i in range(rows))
+    (place / "list.txt").write_text("".join(lines), encoding="utf-8")
+    data = {"source": "list", "path": str(place), "train_list": str(place / "list.txt"), "image_size": size}
+    return _config(data | {"workers": workers}, views, batch_size=32)
+
+
+def _config(data: dict[str, Any], views: int, **dump: Any) -> Config:
+    data |= {"val_per_class": 0, "test_per_class": 0, "augment": "crop-flip"}
+    return make_config({"name": "bench", "data": data, "dump": {"views": views, **dump}}, "bench")
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """This many threads for torch, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
