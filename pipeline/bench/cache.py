@@ -13,7 +13,7 @@ from pipeline.bench.dump import dumping, empty_store, writing
 from pipeline.bench.measure import Benchmark, Measure, interleaved, machine, ratio
 from pipeline.bench.peak import memory
 from pipeline.distributed import choose_device
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -30,8 +30,10 @@ def bench_cache(
     """Ratios and peak memory of the store on generated features (rows, width), the page cache warm and checksums on.
 
     The default size is ImageNet-LT's training split. folder: where temporary files go (the system's default), which are
-    removed. Raises PipelineError where the disk has too little room for them.
+    removed. Raises ConfigError where it is none, PipelineError where the disk has too little room for them.
     """
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give --folder a place for temporary files")
     started, where = time.perf_counter(), choose_device(device)
     with tempfile.TemporaryDirectory(prefix="bench-cache.", dir=folder) as name:
         place = Path(name)

@@ -18,9 +18,10 @@ def bench() -> None:
 @click.option("--width", type=click.IntRange(1), default=2048, show_default=True, help="Features of each.")
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions of each timing.")
 @click.option("--folder", type=PATH, help="Where temporary files go [default: the system's].")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to encode.")
 @click.option("--out", type=PATH, help="Also write the result to this JSON file.")
 @shared
-def cache_command(rows, width, repeat, folder, out, as_json, debug):
+def cache_command(rows, width, repeat, folder, device, out, as_json, debug):
     """The feature store: dumping over the bare encoder, loading and verifying over np.load, memory against N.
 
     The default size is ImageNet-LT's; every ratio is of medians of interleaved repetitions, the page cache warm.
@@ -28,7 +29,8 @@ def cache_command(rows, width, repeat, folder, out, as_json, debug):
     from pipeline.bench.cache import bench_cache
     from pipeline.console import Talk
 
-    finish(bench_cache(rows=rows, width=width, repeat=repeat, folder=folder, say=Talk().say), out, as_json)
+    result = bench_cache(rows=rows, width=width, repeat=repeat, folder=folder, device=device, say=Talk().say)
+    finish(result, out, as_json)
 
 
 @bench.command("rebalance", cls=Examples, example="pipeline bench rebalance --repeat 3 --small")
