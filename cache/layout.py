@@ -21,6 +21,12 @@ class CacheError(Exception):
     exit_code = 3
 
 
+class Refused(CacheError):
+    """The disk did not do what it was asked to: full, no permission, no locks. The store itself is as good as before."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Rows start..stop of one view of one split: the unit that is encoded, written, checked and repaired whole."""

@@ -5,7 +5,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from cache.layout import CacheError
+from cache.layout import CacheError, Refused
 
 _held: set[int] = set()
 
@@ -21,10 +21,20 @@ class Lock:
     def take(self) -> "Lock":
         """Itself, held; CacheError naming the owner where another process holds it."""
         while self._descriptor is None:
-            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError as error:
+                meanwhile = "another process has moved or removed it meanwhile; run the same command again"
+                raise CacheError(f"{self._store}: {meanwhile}") from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    os.close(descriptor)
+                    raise Refused(
+                        f"{self._store}: this file system cannot lock files ({error.strerror}); mount it with locks, or "
+                        "dump into a local folder and copy the sealed store"
+                    ) from error
                 owner = os.pread(descriptor, 100, 0).decode(errors="replace") or "unknown"
                 os.close(descriptor)
                 message = f"{self._store}: another process is writing it ({owner}); wait for it or stop it"
@@ -47,7 +57,9 @@ class Lock:
 
     def release(self) -> None:
         if self._descriptor is not None:
-            self._file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self._file).st_ino == os.fstat(self._descriptor).st_ino:  # else it is of who came after us
+                    self._file.unlink()
             _held.discard(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,6 +1,9 @@
 """Where a store lives: a folder, or the objects under a prefix of a bucket. Names are relative to it, as zarr's keys."""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.files import fsync, fsync_tree, write_durably
-from cache.layout import CacheError
+from cache.layout import CacheError, Refused
 from cache.lock import Lock
 from cache.objects import SCHEMES, Objects
 
@@ -92,8 +95,11 @@ class Local:
         """Turns what the disk refuses (full, no permission) into a CacheError."""
         try:
             yield
+        except FileNotFoundError as error:
+            meanwhile = "another process has moved or removed it meanwhile; run the same command again"
+            raise CacheError(f"{self}: {meanwhile}") from error
         except OSError as error:
-            raise CacheError(
+            raise Refused(
                 f"{self}: cannot be written: {error.strerror or error}; finished chunks stay good: "
                 "run the same pipeline dump-features command again when this is mended"
             ) from error
@@ -106,20 +112,26 @@ class Local:
         umask = os.umask(0)
         os.umask(umask)
         building.chmod(0o777 & ~umask)  # mkdtemp gives 0700, which another user of a shared run could not read
-        try:
-            fill(Local(building))
-            fsync_tree(building)
-            os.rename(building, path)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
+        with _claimed(building):
+            try:
+                fill(Local(building))
+                fsync_tree(building)
+                os.rename(building, path)
+            except BaseException as error:
+                shutil.rmtree(building, ignore_errors=True)
+                if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    meanwhile = "another process has made a store there meanwhile; run the same command again"
+                    raise CacheError(f"{path}: {meanwhile}") from error
+                raise
         fsync(path.parent)
 
     def remove(self) -> None:
         """Takes a store, or an empty folder, away; a kill half-way leaves no half store under its name."""
         path = self.path
-        for leftover in path.parent.glob(f".{path.name}.*.building"):
-            shutil.rmtree(leftover)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.building"):
+            with _claimed(leftover) as ours:
+                if ours:
+                    shutil.rmtree(leftover, ignore_errors=True)
         if not path.exists():
             return
         if path.is_dir() and not any(path.iterdir()):
@@ -130,7 +142,26 @@ class Local:
         with Lock(path):
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".building"))
             os.rename(path, aside)
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)  # another process may take it for a leftover and help
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Marks a folder that is being built as in use; false where it is gone or a living process has claimed it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = True
+    except OSError:
+        ours = False
+    try:
+        yield ours
+    finally:
+        os.close(descriptor)
 
 
 Place = Local | Objects

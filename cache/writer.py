@@ -109,11 +109,21 @@ class Writer:
             rows = rows.astype(np.float32)
             rows[list(absent)] = np.nan
         self._check_range(chunk, rows, absent, name)
-        if self._lock:
-            self._lock.confirm()
+        self._confirm()
         where = slice(chunk.view, chunk.view + 1), slice(chunk.start, chunk.stop)
         with self.place.refusals():
             store.write_chunk(self.place, array, chunk.key, encode(rows, array.dtype)[None], where)
+
+    def _confirm(self) -> None:
+        """CacheError where the store is no longer ours to write, as for a rank that has outlived the one with the lock."""
+        if self._lock:
+            self._lock.confirm()
+            return
+        there = read_root(self.place)
+        if there.sealed or (there.layout, there.fingerprint) != (self.layout, self._root.fingerprint):
+            raise CacheError(
+                f"{self.place}: another process has sealed or replaced it meanwhile; nothing more is written"
+            )
 
     def _check_range(
         self, chunk: Chunk, rows: NDArray, absent: Collection[int], name: Callable[[int], str] | None

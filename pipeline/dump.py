@@ -207,6 +207,10 @@ class Encoder:
                 f"{self.device}: not enough memory for batches of {size}; "
                 f"go on with --set dump.batch_size={max(1, size // 2)}"
             ) from error
+        except (PipelineError, OSError, RuntimeError):
+            if stop.received:  # Ctrl-C at a terminal also ends the processes that load images
+                return None
+            raise
 
     def _autocast(self):
         if self.precision == torch.float32:
@@ -355,4 +359,6 @@ def _as_data_error() -> Iterator[None]:
     try:
         yield
     except CacheError as error:
-        raise DataError(str(error)) from error
+        ending = DataError(str(error))
+        ending.exit_code = error.exit_code
+        raise ending from error

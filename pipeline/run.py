@@ -188,7 +188,8 @@ def _one_backbone(
             lambda: dump_features(backbone, config, out=store, device=device, overwrite=overwrite, report=bar.move),
             lambda r: r.written > 0,
         )
-    talk.say(str(dumped) if dumped.written else f"{store}: complete, all checksums hold")
+    whole = f"{store}: complete, all checksums hold"
+    talk.say(str(dumped) if dumped.written or dumped.skipped else whole)
     folder = out / "rebalance"
     inputs = {"store": dumped.digest, "at": str(store), "settings": config.rebalance.model_dump(mode="json")}
     if not ranks.largest(ranks.first and not ledger.up_to_date(name + "rebalance", inputs)):

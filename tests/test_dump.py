@@ -129,6 +129,39 @@ def test_augmented_views_differ_and_depend_on_seed_view_and_sample_alone(whole, 
     np.testing.assert_allclose(views[2][rows], features, rtol=2**-10, atol=2**-12)
 
 
+@pytest.mark.slow
+def test_batch_size_and_threads_only_round_otherwise(whole, config, checkpoint, tmp_path):
+    """Within what one rounding to float16 and a few of float32 can differ by."""
+    exact = open_cache(whole)
+    for name, size, threads in (("batch", 11, 1), ("threads", 32, 2)):
+        torch.set_num_threads(threads)
+        try:
+            other = config.model_copy(update={"dump": config.dump.model_copy(update={"batch_size": size})})
+            store = open_cache(dump_features(load_checkpoint(checkpoint), other, out=tmp_path / name).store)
+        finally:
+            torch.set_num_threads(1)
+        assert store.fingerprint == exact.fingerprint
+        for split in exact.splits:
+            for view in range(exact.views(split)):
+                got, expected = store.read(split, view), exact.read(split, view)
+                np.testing.assert_allclose(got, expected, rtol=2**-9, atol=2**-12)
+
+
+@given(missing=st.lists(st.integers(0, 99), unique=True), world=st.integers(1, 9), batch_size=st.integers(1, 50))
+def test_what_is_missing_is_encoded_once_whatever_the_ranks(missing, world, batch_size):
+    """The plan from missing chunks to batches of rows: each row of each missing chunk on one rank, in one batch."""
+    chunks = [Chunk("train", n // 10, n % 10, 7 * (n % 10), min(7 * (n % 10) + 7, 65)) for n in sorted(missing)]
+    seen = [
+        (chunk.view, row)
+        for rank in range(world)
+        for i in dump.owned_chunks(chunks=len(chunks), rank=rank, world=world)
+        for chunk in [chunks[i]]
+        for batch in batches_of(chunk, batch_size)
+        for row in batch.tolist()
+    ]
+    assert seen == [(chunk.view, row) for chunk in chunks for row in range(chunk.start, chunk.stop)]
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_ranks_write_the_same_bytes(ranks, whole, config, checkpoint, tmp_path):
     store = opened(config, checkpoint, tmp_path / "f.zarr")
@@ -148,15 +181,6 @@ def test_a_dump_killed_after_a_chunk_goes_on_to_the_same_bytes(whole, config, ch
     result = dump_features(load_checkpoint(checkpoint), config, out=store)
     assert result.written == result.chunks - len(finished)
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
-    assert_same(store, whole)
-
-
-@pytest.mark.slow
-def test_ranks_killed_again_and_again_end_at_the_same_bytes(whole, config, checkpoint, tmp_path):
-    store = opened(config, checkpoint, tmp_path / "f.zarr")
-    codes = [in_processes(checkpoint, store, ranks=n, PIPELINE_KILL_AT="after:2").returncode for n in (2, 3, 1)]
-    assert all(codes)
-    assert in_processes(checkpoint, store, ranks=2).returncode == 0
     assert_same(store, whole)
 
 

@@ -70,7 +70,7 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, PipelineError):
         return str(error), error.exit_code
     if type(error).__module__.partition(".")[0] == "cache":
-        return str(error), DATA
+        return str(error), getattr(error, "exit_code", DATA)
     if isinstance(error, OSError) and error.errno is not None:
         advice = {
             errno.ENOSPC: "free some space, then the same command goes on where it stopped",
