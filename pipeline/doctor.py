@@ -107,7 +107,7 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         disk_free_gib=disk,
         folder=str(folder),
         checks=tuple(checks),
-        warnings=tuple(_warnings(memory, disk, folder)),
+        warnings=tuple([*_warnings(memory, disk, folder), *_without_kernel(device)]),
     )
 
 
@@ -192,6 +192,7 @@ def _run_stage2(device: str) -> str:
     from pipeline.rebalance.engine import Head, Schedule, fit_heads
     from pipeline.rebalance.features import Features
     from pipeline.rebalance.formulation import penalty
+    from pipeline.rebalance.native import instruction_sets
 
     labels = np.repeat([0, 1], [100, 10])
     noise = np.random.default_rng(0).normal(size=(110, 4)).astype(np.float32)
@@ -205,7 +206,9 @@ def _run_stage2(device: str) -> str:
     found = float(right[labels == 1].mean())
     if not found > 0.9:
         raise RuntimeError(f"a fit that separates two distant classes found {100 * found:.0f} % of the small one")
-    return f"a rebalancing fit on {device} finds {100 * found:.0f} % of a class ten times smaller"
+    by = f"by the {next(iter(instruction_sets()))} kernel" if instruction_sets() else "by tensor operations"
+    how = f", {by}" if device == "cpu" else ""
+    return f"a rebalancing fit on {device} finds {100 * found:.0f} % of a class ten times smaller{how}"
 
 
 def _check(name: str, work: Callable[[], str]) -> Check:
@@ -227,6 +230,16 @@ def _warnings(memory: float | None, disk: float, folder: Path) -> list[str]:
     if not os.access(folder, os.W_OK):
         found.append(f"{folder} cannot be written to; give --out")
     return found
+
+
+def _without_kernel(device: str) -> list[str]:
+    from pipeline.rebalance.native import instruction_sets
+
+    if instruction_sets() or device != "cpu":
+        return []
+    return [
+        "stage 2 has no compiled kernel and fits heads several times slower: install a C compiler, then the package again"
+    ]
 
 
 def _version(name: str) -> str | None:

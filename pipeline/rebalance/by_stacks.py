@@ -15,7 +15,7 @@ from pipeline.rebalance.stack import Stack
 
 CPU_STACK_LOGITS = 100_000  # the logits, residuals, heads and momentum of a stack then stay in the cache of its core
 SHARED_PRODUCT = 10**8  # operations from which cores gain by sharing one product; below it each has its own stack
-RESIDENT = 0.25  # of the free memory of a device: what a view may take to be moved there whole
+RESIDENT = 0.25  # of the free memory of a device: what views may take that are kept there
 
 
 def fit_by_stacks(
@@ -58,15 +58,14 @@ def fit_by_stacks(
     torch.set_num_threads(threads // workers if worth_sharing else 1)
     batches = Batches(seeds, len(epochs.taken), epochs.size, start.shape[1] - 1, weightings, unit=unit, ranks=ranks)
     advance = Recorded() if device.type == "cuda" and not ranks else _advance
+    place = Residence(device, int(RESIDENT * free_bytes))
     with ThreadPoolExecutor(workers) as pool:
         run = pool.map if workers > 1 else map
         for epoch in range(len(epochs)):
             for _, stack in stacks:
                 stack.minus_lr.fill_(-schedule.lr_of(epoch))
-            for view, labels, order in epochs.whole(epoch):
-                if view.nbytes < RESIDENT * free_bytes:
-                    view = view.to(device)
-                for block in batches.epoch(view, labels.to(view.device), order):
+            for view, labels, order in epochs.whole(epoch, place=place):
+                for block in batches.epoch(view, labels, order):
                     list(run(advance, [stack for _, stack in stacks], itertools.repeat(block)))
     for members, stack in stacks:
         head = stack.weight.cpu().numpy()
@@ -77,6 +76,25 @@ def fit_by_stacks(
 def _advance(stack: Stack, block: Sequence[Batch]) -> None:
     for batch in block:
         stack.step(batch)
+
+
+class Residence:
+    """Views on the device of the heads: all of them stay there if they fit the budget, else one at a time, else none."""
+
+    def __init__(self, device: torch.device, budget: int):
+        self.device, self.budget, self._kept = device, budget, dict[int, torch.Tensor]()
+
+    def __call__(self, view: torch.Tensor, number: int | None) -> torch.Tensor:
+        """The view, where batches are gathered from it; number None: a part of one, which is not kept."""
+        if view.device == self.device or view.nbytes > self.budget:
+            return view
+        if number is None:
+            return view.to(self.device)
+        if number not in self._kept:
+            if sum(kept.nbytes for kept in self._kept.values()) + view.nbytes > self.budget:
+                self._kept.clear()
+            self._kept[number] = view.to(self.device)
+        return self._kept[number]
 
 
 class Recorded:

@@ -1,7 +1,7 @@
 """The rows of every epoch in the order of every seed, from memory or from the disk."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -32,15 +32,23 @@ class Epochs:
     def streamed(self) -> bool:
         return isinstance(self.features.views, StreamedViews)
 
-    def whole(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(features (N, D), labels (N,), order (S, n) of rows in them) that make up the epoch; streamed ones for one seed."""
+    def whole(
+        self, epoch: int, *, place: Callable[[Tensor, int | None], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(features (N, D), labels (N,), order (S, n) of rows in them) that make up the epoch; streamed ones for one seed.
+
+        place: where features go; it is told the number of the view that they are the whole of, None for a part.
+        """
         labels = torch.as_tensor(self.features.labels, dtype=torch.int64)
         if not self.streamed:
-            yield self._view(epoch), labels, torch.as_tensor(np.stack([self._order(epoch, s) for s in self.seeds]))
+            orders = torch.as_tensor(np.stack([self._order(epoch, seed) for seed in self.seeds]))
+            view = place(self._view(epoch), self._number(epoch))
+            yield view, labels.to(view.device), orders
             return
         (seed,) = self.seeds
         for rows, features in self._stream(epoch, seed):
-            yield torch.as_tensor(features), labels[rows], torch.arange(len(rows))[None]
+            part = place(torch.as_tensor(features), None)
+            yield part, labels[rows].to(part.device), torch.arange(len(rows))[None]
 
     def pieces(self, epoch: int, *, at_once: int) -> Iterator[list[tuple[np.ndarray, Tensor]]]:
         """(rows (n,), their features (n, D)) for every seed; n is a multiple of the batch but at the end of an epoch.
@@ -59,9 +67,10 @@ class Epochs:
             yield [(rows, view.index_select(0, torch.as_tensor(rows))) for rows in some]
 
     def _view(self, epoch: int) -> Tensor:
-        return torch.as_tensor(
-            self.features.views[self.features.view_of_epoch(epoch, augmented=self.schedule.augmented)]
-        )
+        return torch.as_tensor(self.features.views[self._number(epoch)])
+
+    def _number(self, epoch: int) -> int:
+        return self.features.view_of_epoch(epoch, augmented=self.schedule.augmented)
 
     def _order(self, epoch: int, seed: int) -> np.ndarray:
         return self.taken[batch_order(len(self.taken), seed=seed, epoch=epoch)]
