@@ -107,7 +107,7 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         disk_free_gib=disk,
         folder=str(folder),
         checks=tuple(checks),
-        warnings=tuple([*_warnings(memory, disk, folder), *_without_kernel(device)]),
+        warnings=(*_warnings(memory, disk, folder), *_without_kernel(device)),
     )
 
 

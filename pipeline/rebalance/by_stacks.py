@@ -1,5 +1,6 @@
 """All heads of a job by tensor operations: on a GPU, over several ranks, and where the kernel was not built."""
 
+import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,7 @@ def fit_by_stacks(
             momentum=schedule.momentum,
             weight_decay=schedule.weight_decay,
             ranks=ranks,
+            fused=fuses(device, dtype, ranks),
         )
         stacks.append((members, stack))
     unit = any(stack.penalised and stack.form.moving_target for _, stack in stacks)
@@ -70,6 +72,12 @@ def fit_by_stacks(
     for members, stack in stacks:
         head = stack.weight.cpu().numpy()
         yield members, head[..., :-1], head[..., -1]
+
+
+def fuses(device: torch.device, dtype: torch.dtype, ranks: Ranks | None) -> bool:
+    """Whether steps end with a kernel of our own: Triton comes with torch for GPUs, on most systems."""
+    possible = device.type == "cuda" and dtype == torch.float32 and not ranks
+    return possible and importlib.util.find_spec("triton") is not None
 
 
 @torch.no_grad()  # which is a setting of each thread

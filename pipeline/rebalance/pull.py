@@ -50,8 +50,9 @@ class MeanTarget:
         n = self.stack.norms
         summed = self.stack.form.penalty.kl_weight == "batch"  # turns the batch mean into the sum over this batch
         self.scale = self.stack.kl_weight * (step.total if summed else 1)
-        self.slope, self.pull, self.share = (torch.empty_like(n) for _ in range(3))
-        self.pull_column, self.total = self.pull[..., None], n.new_empty(*n.shape[:2], 1)
+        self.slope, self.share = (torch.empty_like(n) for _ in range(2))
+        self.pull, self.pull_column = self.stack.pull, self.stack.pull[..., None]
+        self.total = n.new_empty(*n.shape[:2], 1)
         self.mean_logits = step.logits[:, -1]
         if self.stack.form.penalty.hardness == "scalar":
             self.true_cosine, self.mean_cosine = TrueCosine(step), n.new_empty(n.shape[:2])
@@ -86,7 +87,8 @@ class MeanTarget:
 
     def add_slope(self) -> None:
         torch.div(self.slope, self.stack.norms, out=self.pull)
-        self.stack.velocity_of_vectors.addcmul_(self.stack.vectors, self.pull_column)
+        if not self.stack.fused:
+            self.stack.velocity_of_vectors.addcmul_(self.stack.vectors, self.pull_column)
 
 
 class EveryTarget:

@@ -21,7 +21,7 @@ class Stack:
 
     weight (S, K, C, D+1) is the start and belongs to the stack from then on. half_target (K, C) is λ·NC/2. kl_weight
     (K,). slices: (first head, last head + 1, weighting), in order, together all heads. ranks: who shares every batch;
-    each then has the same heads.
+    each then has the same heads. fused: end each step with the one kernel of fused.py, for float32 on a GPU.
     """
 
     def __init__(
@@ -35,7 +35,9 @@ class Stack:
         momentum: float,
         weight_decay: float,
         ranks: Ranks | None = None,
+        fused: bool = False,
     ):
+        self.fused = fused
         self.ranks = ranks or Ranks(0, 1, weight.device)
         self.form, self.weight, self.slices = form, weight, slices
         self.half_target, self.kl_weight = half_target[None], kl_weight[None, :, None]
@@ -45,7 +47,8 @@ class Stack:
         self.velocity = torch.zeros_like(weight)
         self.vectors, self.velocity_of_vectors = weight[..., : self.width], self.velocity[..., : self.width]
         self.tiny, self.eps = torch.finfo(weight.dtype).tiny, torch.finfo(weight.dtype).eps
-        self.norms = weight.new_empty(weight.shape[:3])
+        self.norms = torch.linalg.vector_norm(self.vectors, dim=-1).clamp_min_(self.tiny)
+        self.pull = torch.zeros_like(self.norms)  # the factor of a class vector in the gradient of the penalty
         self.minus_lr = weight.new_zeros(())  # a tensor, so that a recorded step goes on with the lr of another epoch
         self._steps: dict[int, Step] = {}
 
@@ -94,13 +97,23 @@ class Step:
         for velocity, residual, weighting in self.products:
             torch.baddbmm(velocity, residual, batch.weighted[weighting], beta=self.momentum, out=velocity)
         if self.pull is not None:
-            torch.linalg.vector_norm(stack.vectors, dim=-1, out=stack.norms)
-            stack.norms.clamp_min_(stack.tiny)
+            if not stack.fused:
+                torch.linalg.vector_norm(stack.vectors, dim=-1, out=stack.norms)
+                stack.norms.clamp_min_(stack.tiny)
             self.pull.add(batch)
+        if stack.fused:
+            self.finish()
+            return
         stack.ranks.add_up(stack.velocity)
         if stack.weight_decay:
             stack.velocity.add_(stack.weight, alpha=stack.weight_decay)
         stack.weight.addcmul_(stack.velocity, stack.minus_lr)
+
+    def finish(self) -> None:
+        from pipeline.rebalance.fused import update
+
+        stack = self.stack
+        update(stack.weight, stack.velocity, stack.pull, stack.norms, stack.minus_lr, weight_decay=stack.weight_decay)
 
     def compute_residual(self) -> None:
         """residual = ∂(classification loss of one sample)/∂logits, before the sample's weight."""

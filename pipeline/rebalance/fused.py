@@ -1,0 +1,39 @@
+"""The end of a step on a GPU in one pass over weight and velocity, where single operations would take seven."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def _update(weight, velocity, pull, norms, minus_lr, decay, width, tiny, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    factor, rate = tl.load(pull + row), tl.load(minus_lr)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width + 1, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column <= width
+        at = row * (width + 1) + column
+        w = tl.load(weight + at, mask=inside, other=0.0)
+        v = tl.load(velocity + at, mask=inside, other=0.0)
+        v += (tl.where(column < width, factor, 0.0) + decay) * w
+        w += rate * v
+        tl.store(velocity + at, v, mask=inside)
+        tl.store(weight + at, w, mask=inside)
+        squares += tl.where(column < width, w * w, 0.0)
+    tl.store(norms + row, tl.maximum(tl.sqrt(tl.sum(squares)), tiny))
+
+
+def update(
+    weight: Tensor, velocity: Tensor, pull: Tensor, norms: Tensor, minus_lr: Tensor, *, weight_decay: float
+) -> None:
+    """velocity += (pull + weight_decay)·weight, weight += minus_lr·velocity, and norms of the new class vectors.
+
+    weight, velocity (…, C, D+1) float32, the last column the bias, which pull leaves alone and norms leave out; pull and
+    norms (…, C); minus_lr a scalar tensor. All contiguous and changed in place.
+    """
+    width, tiny = weight.shape[-1] - 1, torch.finfo(weight.dtype).tiny
+    _update[(norms.numel(),)](weight, velocity, pull, norms, minus_lr, weight_decay, width, tiny, BLOCK=BLOCK)
