@@ -18,7 +18,7 @@ from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
 from pipeline.rebalance.methods import Setting, candidates, resolved
 from pipeline.rebalance.result import csv_text, mean_and_std
-from pipeline.rebalance.run import fit, hits_of, network_of, refuse_too_many, row_of, with_possible_views
+from pipeline.rebalance.run import fit, hits_of, network_of, refuse_too_many, row_of, with_possible_views, write_choice
 from pipeline.rebalance.selection import Choice, count_lam
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import refuse_double_balancing
@@ -128,8 +128,7 @@ def _ablate(
         fitted.append(Fitted(variant, sweep, asked, choice, on))
         report(f"{variant.name}: {fitted[-1].chosen}" + (f", chosen on {on}" if on else ""))
         notes += told + ([CAVEAT] if on == "kfold" else [])
-    if ranks.first:
-        write_durably(out / "selection.json", json.dumps([f.told for f in fitted], indent=1))
+    write_choice(out, [f.told for f in fitted], ranks)
 
     split = loaded.test()
     tested = [f.test(split, ranks.device) for f in fitted]

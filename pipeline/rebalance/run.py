@@ -84,8 +84,7 @@ def _rebalance(
     said: dict[str, Any] = {"selected": selected}
     if split:
         said |= {"score": choice.score, "standard_error": choice.standard_error, "runner_up": against["runner_up"]}
-    if ranks.first:
-        write_durably(out / "selection.json", json.dumps(said | {"within_one_se": near}, indent=1))
+    write_choice(out, said | {"within_one_se": near}, ranks)
 
     test = loaded.test()
     scored = sweep.scored | {"test": score(sweep.heads, test, loaded.features.counts, ranks.device)}
@@ -123,6 +122,12 @@ def _rebalance(
         write_durably(out / "test_hits.safetensors", hits.to_bytes())
         _write(result, sweep, scored, loaded, config, chosen)
     return result
+
+
+def write_choice(out: Path, choice: Any, ranks: Ranks) -> None:
+    """selection.json, on the disk before any rank goes on: what is read after this cannot have chosen."""
+    text = json.dumps(choice, indent=1)
+    ranks.together(lambda: write_durably(out / "selection.json", text) if ranks.first else None)
 
 
 def fit(
