@@ -162,3 +162,22 @@ def test_heads_fitted_from_the_stream_are_those_fitted_from_memory_in_its_order(
         np.testing.assert_allclose(weight[s], expected[0][0], rtol=1e-12)
         np.testing.assert_allclose(bias[s], expected[1][0], rtol=1e-12, atol=1e-13)
     assert np.abs(bias[0] - bias[1]).max() > 1e-9
+
+
+@pytest.mark.parametrize("kernel", [None, next(iter(instruction_sets()), None)])
+def test_heads_from_a_stream_are_those_from_memory_in_the_same_order(whole, monkeypatch, kernel):
+    seeds, schedule = (0, 1), Schedule(epochs=3, lr=1e-5, batch_size=16)
+    streamed = load(whole, augmented=True, memory_bytes=VIEW - 1).features
+    apart = 2 if kernel else 1  # the kernel takes both seeds along, so that their streams share the memory
+    monkeypatch.setattr(
+        "pipeline.rebalance.epochs.batch_order",
+        lambda rows, *, seed, epoch: streamed.views.order(epoch, seed, streams=apart),
+    )
+    heads = [Head("cb-softmax", 0.1, penalty()), Head("ce")]
+    found = [
+        fit_heads(features, heads, seeds=seeds, schedule=schedule, kernel=kernel)
+        for features in (streamed, load(whole, augmented=True).features)
+    ]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(found[0][0][0], found[0][0][1], rtol=1e-6)
