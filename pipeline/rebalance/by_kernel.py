@@ -28,6 +28,7 @@ def fit_by_kernel(
         seeds=len(epochs.seeds),
         penalties=[h.penalty for h in heads],
         half_targets=torch.stack([h.half_target(counts) for h in heads]).numpy(),
+        priors=torch.stack([h.prior(counts) for h in heads]).numpy(),
         class_weights=[(class_weights(counts, *kind).numpy(), kind[0] != "cb-bce") for kind in kinds],
         weighting=[kinds.index(h.weighting) for h in heads],
         bce=[h.loss == "cb-bce" for h in heads],

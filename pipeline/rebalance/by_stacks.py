@@ -47,6 +47,7 @@ def fit_by_stacks(
             start.expand(seeds, len(group), *start.shape).contiguous(),
             torch.stack([h.half_target(counts) for h in group]).to(device, dtype),
             torch.tensor([h.kl_weight for h in group], dtype=dtype, device=device),
+            torch.stack([h.prior(counts) for h in group]).to(device, dtype),
             _runs([kinds.index(h.weighting) for h in group]),
             momentum=schedule.momentum,
             weight_decay=schedule.weight_decay,
@@ -70,8 +71,7 @@ def fit_by_stacks(
                 for block in batches.epoch(view, labels, order):
                     list(run(advance, [stack for _, stack in stacks], itertools.repeat(block)))
     for members, stack in stacks:
-        head = stack.weight.cpu().numpy()
-        yield members, head[..., :-1], head[..., -1]
+        yield members, stack.vectors.cpu().numpy(), (stack.weight[..., -1] - stack.prior).cpu().numpy()
 
 
 def fuses(device: torch.device, dtype: torch.dtype, ranks: Ranks | None) -> bool:

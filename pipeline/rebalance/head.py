@@ -33,12 +33,17 @@ class Form:
 
 @dataclass(frozen=True)
 class Head:
-    """One head to fit: its classification loss, λ and penalty. ALONE is the loss without a penalty."""
+    """One head to fit: its classification loss, λ and penalty. ALONE is the loss without a penalty.
+
+    tau: the loss sees z + τ·ln π, the head that comes out is z: the logit-adjusted loss [Menon et al., ICLR 2021, Eq. 10],
+    with `ce` and τ = 1 balanced softmax [Ren et al., NeurIPS 2020]. The penalty sees no difference.
+    """
 
     loss: Literal["ce", "cb-softmax", "cb-bce"]
     lam: float = 0.0
     penalty: Penalty = ALONE
     beta: float = 0.9999
+    tau: float = 0.0
 
     @property
     def penalised(self) -> bool:
@@ -60,6 +65,10 @@ class Head:
     def kl_weight(self) -> float:
         """The factor beside the batch size, where that is one too."""
         return 1.0 if self.penalty.kl_weight == "batch" else float(self.penalty.kl_weight)
+
+    def prior(self, counts: Tensor) -> Tensor:
+        """τ·ln π (C,): it goes into the bias before training and out of it afterwards."""
+        return self.tau * (counts / counts.sum()).log()
 
     def half_target(self, counts: Tensor) -> Tensor:
         """λ·NC/2 (C,), which makes P with 1 − cosine."""

@@ -20,7 +20,7 @@ except ImportError:
 
 SHARED = 10**7  # operations of a step from which threads gain by sharing a head
 
-_ADDRESSES = ("weight", "velocity", "bias", "bias_velocity", "half_target", "class_weight")
+_ADDRESSES = ("weight", "velocity", "bias", "bias_velocity", "half_target", "class_weight", "prior")
 _SWITCHES = ("penalised", "summed", "loss", "by_sum", "divergence", "direction", "hardness", "moving")
 HEAD = np.dtype(
     [(name, np.uint64) for name in _ADDRESSES] + [("kl_weight", np.float64)] + [(name, np.int32) for name in _SWITCHES],
@@ -44,8 +44,9 @@ def instruction_sets() -> dict[str, int]:
 class Heads:
     """S × K heads with their momentum, all of one size; arrays of the kernel's precision.
 
-    weight (C, D), bias (C,): the start of all. half_targets (K, C): λ·NC/2. class_weights: (C,) of every weighting with
-    whether it is divided by its sum over the batch; weighting (K,): which of them a head takes. bce (K,): which loss.
+    weight (C, D), bias (C,): where all start. priors (K, C): added to the bias while fitting. half_targets (K, C): λ·NC/2.
+    class_weights: (C,) of every weighting with whether it is divided by its sum over the batch; weighting (K,): which of
+    them a head takes. bce (K,): which loss.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Heads:
         seeds: int,
         penalties: Sequence[Penalty],
         half_targets: NDArray,
+        priors: NDArray,
         class_weights: Sequence[tuple[NDArray, bool]],
         weighting: Sequence[int],
         bce: Sequence[bool],
@@ -70,17 +72,19 @@ class Heads:
         shape = (seeds, len(penalties))
         self._weight, self._bias = self._zeros(*shape, self.width), self._zeros(*shape)
         self._weight[..., : self.classes] = weight.T
-        self._bias[..., : self.classes] = bias
+        self._bias[..., : self.classes] = bias + priors
         self._bias[..., self.classes :] = -1e30  # e^ of it is exactly 0: padding has no probability and no gradient
         self._velocity, self._bias_velocity = np.zeros_like(self._weight), np.zeros_like(self._bias)
-        self._half, self._class = self._zeros(len(penalties)), self._zeros(len(class_weights))
+        self._half, self._prior = self._zeros(len(penalties)), self._zeros(len(penalties))
+        self._prior[:, : self.classes] = priors
+        self._class = self._zeros(len(class_weights))
         self._half[:, : self.classes] = half_targets
         self._class[:, : self.classes] = np.stack([weights for weights, _ in class_weights])
         self._heads = np.zeros(shape, HEAD)
         for s, k in np.ndindex(shape):
             rule, of = penalties[k], weighting[k]
             arrays = (self._weight[s, k], self._velocity[s, k], self._bias[s, k], self._bias_velocity[s, k])
-            addresses = [array.ctypes.data for array in (*arrays, self._half[k], self._class[of])]
+            addresses = [array.ctypes.data for array in (*arrays, self._half[k], self._class[of], self._prior[k])]
             summed = rule.kl_weight == "batch"
             kl_weight = 1.0 if rule.kl_weight == "batch" else float(rule.kl_weight)
             self._heads[s, k] = (
@@ -103,8 +107,8 @@ class Heads:
 
     @property
     def bias(self) -> NDArray:
-        """(S, K, C)"""
-        return self._bias[..., : self.classes]
+        """(S, K, C), the prior taken out again."""
+        return (self._bias - self._prior)[..., : self.classes]
 
     def advance(
         self,

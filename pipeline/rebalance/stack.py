@@ -19,9 +19,10 @@ from pipeline.rebalance.pull import EveryTarget, MeanTarget
 class Stack:
     """S × K heads of one form with their momentum.
 
-    weight (S, K, C, D+1) is the start and belongs to the stack from then on. half_target (K, C) is λ·NC/2. kl_weight
-    (K,). slices: (first head, last head + 1, weighting), in order, together all heads. ranks: who shares every batch;
-    each then has the same heads. fused: end each step with the one kernel of fused.py, for float32 on a GPU.
+    weight (S, K, C, D+1) is the start and belongs to the stack from then on. half_target (K, C) is λ·NC/2. kl_weight (K,).
+    prior (K, C): what is added to the bias while fitting. slices: (first head, last head + 1, weighting), in order,
+    together all heads. ranks: who shares every batch; each then has the same heads. fused: end each step with the one
+    kernel of fused.py, for float32 on a GPU.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Stack:
         weight: Tensor,
         half_target: Tensor,
         kl_weight: Tensor,
+        prior: Tensor,
         slices: Sequence[tuple[int, int, int]],
         *,
         momentum: float,
@@ -41,7 +43,9 @@ class Stack:
         self.ranks = ranks or Ranks(0, 1, weight.device)
         self.form, self.weight, self.slices = form, weight, slices
         self.half_target, self.kl_weight = half_target[None], kl_weight[None, :, None]
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.momentum, self.weight_decay, self.prior = momentum, weight_decay, prior
+        self.weight[..., -1] += prior
+        self.has_prior = bool(prior.any())
         self.penalised = bool((kl_weight > 0).any())
         self.seeds, self.heads, self.classes, self.width = *weight.shape[:3], weight.shape[3] - 1
         self.velocity = torch.zeros_like(weight)
@@ -96,6 +100,8 @@ class Step:
         self.compute_residual()
         for velocity, residual, weighting in self.products:
             torch.baddbmm(velocity, residual, batch.weighted[weighting], beta=self.momentum, out=velocity)
+        if stack.weight_decay and stack.has_prior and stack.ranks.first:  # the prior is no part of what decays
+            stack.velocity[..., -1].sub_(stack.prior, alpha=stack.weight_decay)
         if self.pull is not None:
             if not stack.fused:
                 torch.linalg.vector_norm(stack.vectors, dim=-1, out=stack.norms)

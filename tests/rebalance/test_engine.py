@@ -42,14 +42,17 @@ def features():
 
 
 def by_autograd(features, head, seed, schedule, rows=None):
-    """(weight, bias) by the objective, autograd and torch.optim.SGD in float64."""
+    """(weight, bias) by the objective, autograd and torch.optim.SGD in float64.
+
+    With head.tau the objective is taken at the bias plus τ·ln π, of which its classification loss alone takes notice.
+    """
     rows = np.arange(len(features.labels)) if rows is None else rows
     weight = torch.tensor(features.weight, dtype=torch.float64, requires_grad=True)
     bias = torch.tensor(features.bias, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.SGD(
         [weight, bias], schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
     )
-    rule = head.penalty
+    rule, prior = head.penalty, torch.tensor(features.counts / features.counts.sum()).log()
     for epoch in range(schedule.epochs):
         optimiser.param_groups[0]["lr"] = schedule.lr * 0.5 * (1 + math.cos(math.pi * epoch / schedule.epochs))
         order = rows[batch_order(len(rows), seed=seed, epoch=epoch)]
@@ -58,7 +61,7 @@ def by_autograd(features, head, seed, schedule, rows=None):
             take = order[first : first + schedule.batch_size]
             loss = iwb_objective(
                 weight,
-                bias,
+                bias + head.tau * prior,
                 torch.tensor(view[take], dtype=torch.float64),
                 torch.tensor(features.labels[take]),
                 features.counts,
@@ -177,6 +180,9 @@ def test_heads_of_all_kinds_fitted_together_are_those_fitted_alone(features, mon
         Head("cb-softmax", 0.0, penalty(), beta=0.5),
         Head("cb-bce"),
         Head("ce", 0.7, penalty(hardness="scalar")),
+        Head("ce", 0.4, penalty(), tau=1.0),
+        Head("cb-softmax", tau=0.5),
+        Head("ce", 0.4, penalty("code", hardness="scalar"), tau=0.7),
     ]
     weight, bias = fit_heads(features, heads, seeds=(0, 7), schedule=SHORT, dtype=torch.float64, kernel=kernel)
     for s, seed in enumerate((0, 7)):

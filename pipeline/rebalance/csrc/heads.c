@@ -16,7 +16,7 @@ enum { VECTOR, SCALAR, NONE };
 
 /* One head; arrays of REAL: weight, velocity (D, P), the others (P). The same fields as HEAD in native.py. */
 struct head {
-    void *weight, *velocity, *bias, *bias_velocity, *half_target, *class_weight;
+    void *weight, *velocity, *bias, *bias_velocity, *half_target, *class_weight, *prior;
     double kl_weight;
     int32_t penalised, summed, loss, by_sum, divergence, direction, hardness, moving;
 };

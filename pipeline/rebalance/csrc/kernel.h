@@ -355,8 +355,9 @@ static void NAME(step)(const struct head *h, const struct block *k, const struct
     memset(squares + from, 0, (to - from) * sizeof(REAL));
     NAME(update)(h, k, features, logits, batch, s.pull, squares, from, to);
     REAL *bias = h->bias, *velocity = h->bias_velocity, momentum = k->momentum, decay = k->weight_decay, rate = k->lr;
+    const REAL *prior = h->prior; /* it is in the bias while fitting, but no part of what decays */
     for (long c = from; c < LESS(to, k->classes); c++) {
-        velocity[c] = momentum * velocity[c] + s.slope[c] + decay * bias[c];
+        velocity[c] = momentum * velocity[c] + s.slope[c] + decay * (bias[c] - prior[c]);
         bias[c] -= rate * velocity[c];
     }
 }
