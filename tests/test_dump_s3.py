@@ -1,6 +1,7 @@
 """Dumping into a bucket and working from it: the same store, the same heads, and errors that say what to check."""
 
 import json
+import shlex
 import signal
 import socket
 import sys
@@ -139,6 +140,19 @@ def test_a_run_may_keep_its_features_in_a_bucket(url, tmp_path, capsys):
     assert invoke([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["redone"] == []
     assert invoke(["report", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.slow
+def test_the_documentation_s_commands_run(moto_bucket, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "storage.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    pipeline ")]
+    assert {words[0] for words in commands} >= {"dump-features", "verify", "rebalance", "run"}
+    for name, value in moto_bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        quick = ["--set", "backbone.epochs=1"] if words[0] in ("train-backbone", "run") else []
+        assert invoke([*words, *quick]) == 0, words
 
 
 def fails(arguments, capsys) -> str:

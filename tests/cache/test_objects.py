@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import CacheError, locate, objects, open_cache, open_writer, verify
+from cache import CacheError, Split, locate, objects, open_cache, open_writer, verify
 from cache.lease import Lease
 from cache.objects import Objects
 from tests.cache.conftest import Small
@@ -328,6 +328,22 @@ def test_a_seal_whose_answer_is_lost_is_a_seal(remote, bucket, monkeypatch):
             writer.seal()
     assert len(puts) == 2
     assert verify(remote.path) == []
+
+
+def test_a_large_chunk_is_one_request(moto_bucket, monkeypatch):
+    """Not an upload in parts, whose leftovers a kill would hide in the bucket."""
+    network, rows = Network(moto_bucket), np.zeros((3300, 1024), np.float32)
+    with network.open() as watched:
+        for name, value in watched.environment.items():
+            monkeypatch.setenv(name, value)
+        split = Split(1, np.zeros(3300, int), np.arange(3300))
+        given = {"splits": {"train": split}, "width": 1024, "weight": np.zeros((3, 1024)), "counts": [3300, 0, 0]}
+        with Small(moto_bucket.url("large")).create(**given, rows_per_chunk=9999) as writer:
+            (chunk,) = writer.missing()
+            writer.write(chunk, rows)
+    assert [(m, n) for m, n, _ in network.log if "/features/c/" in n and m != "GET"] == [
+        ("PUT", f"/features/large/{chunk.array}/{chunk.key}")
+    ]
 
 
 def test_a_server_that_ignores_conditions_is_refused(moto_bucket, monkeypatch):
