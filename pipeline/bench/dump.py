@@ -1,6 +1,5 @@
 """How much of the bare encoder's rate a whole dump keeps: real encoder, real write path, sealed store."""
 
-import os
 import shutil
 import statistics
 import time
@@ -17,7 +16,7 @@ from torch import nn
 from cache import Split, Writer, chunk_rows, create_store
 from pipeline.backbone.checkpoint import Checkpoint
 from pipeline.backbone.model import build_model, classifier
-from pipeline.bench.measure import Measure, Seconds, interleaved
+from pipeline.bench.measure import Measure, Seconds, busy, cpus, interleaved
 from pipeline.config import BackboneConfig, Config, make_config
 from pipeline.data import load_dataset
 from pipeline.data.transform import Loader, Transform
@@ -36,9 +35,8 @@ def dumping(
     config = arrays(place, rows=min(rows, 2048), size=32, views=3)
     yield _over_encoder("images in memory", config, backbone(model, 32), place, repeat, device)
     say(f"dump: {NETWORK}, image files")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, cpus // 2)
-    with threads(max(1, cpus - workers) if device.type == "cpu" else torch.get_num_threads()):
+    workers = max(1, cpus() // 2)
+    with threads(max(1, cpus() - workers) if device.type == "cpu" else torch.get_num_threads()):
         config = files(place, rows=min(rows, 2048), size=32, stored=128, views=3, workers=workers)
         yield _over_slower("image files", config, backbone(model, 32), place, repeat, device)
 
@@ -65,7 +63,9 @@ def _over_encoder(name: str, config: Config, of: Checkpoint, place: Path, repeat
     """The rate of a dump over the rate of the encoder on the batches of one of its views."""
     ways = {"dump": lambda: _dump(config, of, place, device), "encoder": _forward(config, of, device)}
     seconds = interleaved(ways, repeat=repeat)
-    why = "where encoder and writer share the CPU cores, writing takes time that the encoder alone would have had"
+    why = (
+        f"{busy()}: where encoder and writer share the cores, writing takes time that the encoder alone would have had"
+    )
     return _kept(name, seconds, _samples(config) * (config.dump.views - 1), ("encoder",), why)
 
 
@@ -77,7 +77,7 @@ def _over_slower(name: str, config: Config, of: Checkpoint, place: Path, repeat:
         "loader": lambda: _decode(config, of, device),
     }
     seconds = interleaved(ways, repeat=repeat)
-    why = "with this few CPU cores the encoder and the decoding processes take time from each other"
+    why = f"{busy()}: with so few cores for each, encoder and decoding processes take time from each other"
     return _kept(name, seconds, _samples(config) * (config.dump.views - 1), ("encoder", "loader"), why)
 
 

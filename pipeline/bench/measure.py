@@ -98,6 +98,16 @@ def ratio(
     return Measure(name, round(medians[over] / medians[of], 4), "×", figures=figures, **claim)
 
 
+def busy() -> str:
+    """How many want a CPU and how many CPUs there are, at this moment: what a missed target may come from."""
+    return f"load {os.getloadavg()[0]:.1f} on {cpus()} CPUs"
+
+
+def cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine(**facts: Any) -> dict[str, Any]:
     """What a figure of this process holds for: processor, CPUs, threads, versions, how busy the machine is already."""
     import torch
@@ -105,7 +115,7 @@ def machine(**facts: Any) -> dict[str, Any]:
     made = provenance()
     return {
         "processor": _processor(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cpus(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "versions": made["versions"],
