@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import PipelineError
+import cache
+from pipeline.errors import DataError, PipelineError
 from pipeline.heads import Gated, Linear, predict
 from pipeline.metrics import scores_of
 from pipeline.rebalance.engine import Schedule
@@ -16,7 +17,9 @@ from pipeline.rebalance.rivals import RIVALS, TRAINED, Free, losses
 from pipeline.rebalance.rivals import rule as rule_module
 from pipeline.rebalance.rivals.fit import Trial, bytes_of_one, class_balanced_order, fit, given_of, passes, solve
 from pipeline.rebalance.rivals.trained import deferred_weight
+from pipeline.rebalance.streamed import StreamedViews
 from pipeline.seeds import derive
+from tests.small_run import made_store
 
 COUNTS = np.array([9, 4, 2])
 PI = COUNTS / 15
@@ -345,3 +348,13 @@ def test_small_classes_gain(long_tail, name):
     after = max((scores_of(*predict(h, x), y, features.counts).summary for h in heads), key=lambda s: s["all"])
     assert after["few"] > before["few"] + 4
     assert after["all"] > before["all"]
+
+
+@pytest.mark.parametrize("name", ["grw", "crt"])
+def test_a_view_that_memory_cannot_hold_is_refused_with_what_to_set(tmp_path, name):
+    store = cache.open_cache(made_store(tmp_path / "features.zarr"))
+    views = StreamedViews(store, 2, memory_bytes=1 << 12)
+    features = Features(views, store.labels("train"), store.counts, *store.classifier)
+    rule = RIVALS[name]
+    with pytest.raises(DataError, match=r"features\.zarr: .* rows of features at once .* --set rebalance\.memory="):
+        fit(rule, [Trial(0.1, rule.own[0])], features, seeds=(0,), schedule=ONE)
