@@ -168,19 +168,23 @@ struct NAME(part) {
     REAL *cosine;                    /* [0]: of the cosine with the true class */
     REAL *norms, *share, *log_share; /* n, softmax(n), its logarithm */
     REAL *pull, *row, *target, *edge; /* factor of W_c in the gradient; of one sample: residual, P_i, ∂L/∂P_i */
+    REAL *inverse, *factor, *cosines; /* 1/n; ∂L/∂P → ∂L/∂g/n; of one sample: g_i */
     REAL scale;                      /* kl_weight, times the batch where it is summed */
 };
-enum { NAME(SUMS) = 4, NAME(ARRAYS) = 15 }; /* the last SUMS hold those of the whole team */
+enum { NAME(SUMS) = 4, NAME(ARRAYS) = 18 }; /* the last SUMS hold those of the whole team */
 
 /* ∂L/∂g_i into residual for a target that moves with W; the mean of q for the direction that needs it */
 static void NAME(target_of_sample)(const struct head *h, const struct block *k, struct NAME(part) *s, const REAL *z,
-                                   REAL *residual, REAL inverse, REAL cosine, long label, long batch) {
+                                   REAL *residual, REAL inverse, REAL cosine, long label) {
     const REAL *bias = h->bias, *half = h->half_target;
-    REAL *p = s->target, *e = s->edge;
+    REAL *p = s->target, *e = s->edge, *g = s->cosines;
     long classes = k->classes;
-    for (long c = 0; c < k->padded; c++) {
-        REAL g = h->hardness == VECTOR ? (z[c] - bias[c]) * inverse / s->norms[c] : h->hardness == SCALAR ? cosine : -1;
-        p[c] = c < classes ? half[c] * (1 - g) : (REAL)-1e30;
+    for (long c = 0; c < k->padded; c += LANES) {
+        VEC b = NAME(load)(bias + c), of_class = (VEC){0} + (h->hardness == SCALAR ? cosine : (REAL)-1);
+        if (h->hardness == VECTOR) of_class = (NAME(load)(z + c) - b) * inverse * NAME(load)(s->inverse + c);
+        NAME(store)(g + c, of_class);
+        VEC value = NAME(load)(half + c) * (1 - of_class);
+        NAME(store)(p + c, NAME(choose)(b < (REAL)-1e29, b, value)); /* padding stays without probability */
     }
     if (h->divergence == MSE) {
         for (long c = 0; c < classes; c++) e[c] = (p[c] - s->norms[c]) * 2 / classes;
@@ -195,20 +199,21 @@ static void NAME(target_of_sample)(const struct head *h, const struct block *k, 
             for (long c = 0; c < classes; c++) kl += e[c] * (p[c] - s->log_share[c]);
             for (long c = 0; c < classes; c++) e[c] *= p[c] - s->log_share[c] - kl;
         } else {
-            for (long c = 0; c < classes; c++) e[c] -= s->share[c];
+            for (long c = 0; c < k->padded; c += LANES) NAME(store)(e + c, NAME(load)(e + c) - NAME(load)(s->share + c));
         }
     }
     if (!h->moving) return;
     if (h->hardness == VECTOR) {
-        for (long c = 0; c < classes; c++) {
-            REAL edge = -s->scale / batch * e[c] * half[c] / s->norms[c];
-            residual[c] += edge * inverse;
-            s->along[c] += edge * (z[c] - bias[c]) * inverse / s->norms[c];
+        for (long c = classes; c < k->padded; c++) e[c] = 0;
+        for (long c = 0; c < k->padded; c += LANES) {
+            VEC edge = NAME(load)(e + c) * NAME(load)(s->factor + c);
+            NAME(store)(residual + c, NAME(load)(residual + c) + edge * inverse);
+            NAME(store)(s->along + c, NAME(load)(s->along + c) + edge * NAME(load)(g + c));
         }
-    } else {
+    } else { /* all classes' targets of a sample hang on its one cosine, with its true class */
         REAL edge = 0;
-        for (long c = 0; c < classes; c++) edge -= s->scale / batch * e[c] * half[c];
-        edge /= s->norms[label];
+        for (long c = 0; c < classes; c++) edge += e[c] * s->factor[c] * s->norms[c];
+        edge *= s->inverse[label];
         residual[label] += edge * inverse;
         s->along[label] += edge * cosine;
     }
@@ -299,8 +304,8 @@ static void NAME(residuals)(const struct head *h, const struct block *k, struct 
             }
         }
         if (each) {
-            NAME(target_of_sample)(h, k, s, z, r, inverse, cosine, label, batch);
-            for (long c = 0; c < padded; c++) z[c] = r[c];
+            NAME(target_of_sample)(h, k, s, z, r, inverse, cosine, label);
+            memcpy(z, r, padded * sizeof(REAL));
         }
         inverses += inverse;
     }
@@ -308,10 +313,14 @@ static void NAME(residuals)(const struct head *h, const struct block *k, struct 
         for (long c = 0; c < k->classes; c++) s->mean[c] -= bias[c] * inverses;
 }
 
-static void NAME(norms)(const struct head *h, const struct block *k, struct NAME(part) *s, const REAL *squares) {
+static void NAME(norms)(const struct head *h, const struct block *k, struct NAME(part) *s, const REAL *squares,
+                        long batch) {
+    const REAL *half = h->half_target;
     for (long c = 0; c < k->padded; c++) {
         REAL n = REAL_SQRT(squares[c]);
         s->norms[c] = n > TINY ? n : TINY;
+        s->inverse[c] = 1 / s->norms[c];
+        s->factor[c] = -s->scale / batch * half[c] * s->inverse[c];
         s->target[c] = c < k->classes ? s->norms[c] : (REAL)-1e30;
     }
     NAME(softmax)(s->target, s->share, k->padded);
@@ -331,14 +340,16 @@ static void NAME(step)(const struct head *h, const struct block *k, const struct
     REAL *squares = scratch, *logits = squares + padded, *parts = logits + k->batch * padded;
     REAL *own = parts + team->rank * size, *arrays[NAME(ARRAYS)];
     for (int i = 0; i < NAME(ARRAYS); i++) arrays[i] = own + i * padded;
-    struct NAME(part) s = {arrays[0], arrays[1], arrays[2], arrays[3], arrays[4],  arrays[5], arrays[6],
-                           arrays[7], arrays[8], arrays[9], arrays[10], h->summed ? h->kl_weight * batch : h->kl_weight};
+    struct NAME(part) s = {arrays[0],  arrays[1],  arrays[2],  arrays[3],
+                           arrays[4],  arrays[5],  arrays[6],  arrays[7],
+                           arrays[8],  arrays[9],  arrays[10], arrays[11],
+                           arrays[12], arrays[13], h->summed ? h->kl_weight * batch : h->kl_weight};
 
     NAME(logits)(h, k, features, logits, batch, from, to);
     together(team);
     memset(own, 0, NAME(SUMS) * padded * sizeof(REAL));
     memset(s.pull, 0, padded * sizeof(REAL));
-    if (h->penalised) NAME(norms)(h, k, &s, squares);
+    if (h->penalised) NAME(norms)(h, k, &s, squares, batch);
     NAME(residuals)(h, k, &s, logits, k->labels + first, inverse_norms, batch, batch * team->rank / team->members,
                     batch * (team->rank + 1) / team->members);
     together(team);
