@@ -5,6 +5,7 @@ METHODS = {
     "ce": "retrain with cross-entropy",
     "cb": "retrain with the class-balanced loss",
     "iwb": "inverse weight-balancing",
+    "best": "iwb with the logit-adjusted loss, class means mixed in",
     "focal": "retrain with the focal loss",
     "grw": "retrain with weights π^−ρ",
     "crt": "a new classifier, class-balanced sampling",

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.config import RebalanceConfig, nearest
 from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS
+from pipeline.rebalance.best import best_head, best_schedule
 from pipeline.rebalance.engine import ALONE, Head, Schedule
 from pipeline.rebalance.formulation import Penalty, penalty, preset_cb
 from pipeline.rebalance.rivals import RIVALS, Trained
@@ -35,7 +36,7 @@ class Setting:
     @property
     def trained(self) -> bool:
         """Whether it depends on a batch order."""
-        return self.method in ("ce", "cb", "iwb") or isinstance(RIVALS.get(self.method), Trained)
+        return self.method in ENGINE or isinstance(RIVALS.get(self.method), Trained)
 
     def __str__(self) -> str:
         loss = f"+{self.loss}" if self.method == "iwb" else ""
@@ -45,6 +46,7 @@ class Setting:
         return f"{self.method}{loss} {values}".rstrip()
 
 
+ENGINE = ("ce", "cb", "iwb", "best")  # what the stacked engine fits
 BASELINE = Setting("baseline")
 REFERENCES = {"baseline": BASELINE, "cb": Setting("cb", "cb")}  # what a selected row is always measured against
 
@@ -92,15 +94,17 @@ def penalty_of(config: RebalanceConfig) -> Penalty:
 
 
 def head_of(setting: Setting, config: RebalanceConfig) -> Head:
-    """What the engine fits for ce, cb and iwb."""
+    """What the engine fits for ce, cb, iwb and best."""
+    if setting.method == "best":
+        return best_head(setting.lam or 0.0)
     cb = config.cb or preset_cb(config.formulation)
     form = "ce" if setting.loss == "ce" else "cb-bce" if cb == "bce" else "cb-softmax"
     rule = penalty_of(config) if setting.method == "iwb" else ALONE
     return Head(form, setting.lam or 0.0, rule, config.beta)  # type: ignore[arg-type]
 
 
-def schedule_of(config: RebalanceConfig, *, lr: float | None = None) -> Schedule:
-    """How a configuration trains; lr: in place of its learning rate."""
+def schedule_of(config: RebalanceConfig, *, lr: float | None = None, method: str = "") -> Schedule:
+    """How a configuration trains a method; lr: in place of its learning rate."""
     schedule = Schedule(
         epochs=config.epochs,
         lr=config.lr,
@@ -109,7 +113,8 @@ def schedule_of(config: RebalanceConfig, *, lr: float | None = None) -> Schedule
         batch_size=config.batch_size,
         augmented=config.views == "augmented",
     )
-    return schedule if lr is None else replace(schedule, lr=lr)
+    schedule = schedule if lr is None else replace(schedule, lr=lr)
+    return best_schedule(schedule) if method == "best" else schedule
 
 
 def resolved(config: RebalanceConfig) -> dict[str, Any]:

@@ -12,15 +12,17 @@ from pipeline.distributed import Ranks
 from pipeline.errors import PipelineError
 from pipeline.heads import Linear, Scorer, is_finite, predict
 from pipeline.metrics import Scores, scores_of
-from pipeline.rebalance.engine import Head, fit_heads
+from pipeline.rebalance.best import with_means
+from pipeline.rebalance.engine import Head, Schedule, fit_heads
 from pipeline.rebalance.features import Features, Split
 from pipeline.rebalance.folds import stratified_folds
-from pipeline.rebalance.methods import BASELINE, Setting, head_of, schedule_of
+from pipeline.rebalance.methods import BASELINE, ENGINE, Setting, head_of, schedule_of
 from pipeline.rebalance.rivals import RIVALS, Free
 from pipeline.rebalance.rivals.fit import Trial, fit, solve
+from pipeline.rebalance.rivals.free import nearest_mean
 from pipeline.rebalance.selection import Choice, select
 
-ENGINE = ("ce", "cb", "iwb")  # what the stacked engine fits
+NEAREST_MEAN = Free("ncm", nearest_mean)
 Key = tuple[Setting, int | None]  # what is not trained has no seed
 Fitted = dict[Key, Scorer]
 Scored = dict[Key, Scores]
@@ -99,25 +101,38 @@ class Sweep:
     def _fit_here(self, settings: Sequence[Setting], rows: np.ndarray | None, ranks: Ranks | None) -> Fitted:
         """The heads of the settings, found by this rank alone or by all ranks that share their batches."""
         fitted: Fitted = {}
-        groups: dict[tuple, list[Setting]] = {}
-        for s in settings:  # the engine fits what has one learning rate; a rival brings all of its trials
-            groups.setdefault((None, s.lr) if s.method in ENGINE else (s.method, None), []).append(s)
-        for (rival, lr), group in groups.items():
-            fitted |= self._fit_rival(rival, group, rows) if rival else self._fit_engine(lr, group, rows, ranks)
+        schedules: dict[Schedule, list[Setting]] = {}  # the engine fits what has one schedule
+        rivals: dict[str, list[Setting]] = {}  # a rival brings all of its trials
+        for s in settings:
+            if s.method in ENGINE:
+                schedules.setdefault(schedule_of(self.config, lr=s.lr, method=s.method), []).append(s)
+            else:
+                rivals.setdefault(s.method, []).append(s)
+        for schedule, group in schedules.items():
+            fitted |= self._fit_engine(schedule, group, rows, ranks)
+        for rival, group in rivals.items():
+            fitted |= self._fit_rival(rival, group, rows)
         return fitted
 
     def _fit_engine(
-        self, lr: float | None, settings: Sequence[Setting], rows: np.ndarray | None, ranks: Ranks | None
+        self, schedule: Schedule, settings: Sequence[Setting], rows: np.ndarray | None, ranks: Ranks | None
     ) -> Fitted:
-        heads: list[Head] = [head_of(s, self.config) for s in settings]
-        seeds, schedule = self.config.seeds, schedule_of(self.config, lr=lr)
-        where = self.ranks.device
+        heads: list[Head] = list(dict.fromkeys(head_of(s, self.config) for s in settings))
+        seeds, where = self.config.seeds, self.ranks.device
         weight, bias = fit_heads(
             self.features, heads, seeds=seeds, schedule=schedule, rows=rows, device=where, ranks=ranks
         )
-        return {
-            (s, seed): Linear(weight[i, k], bias[i, k]) for k, s in enumerate(settings) for i, seed in enumerate(seeds)
-        }
+        shares = [dict(s.own).get("means", 0.0) for s in settings]
+        means = solve(NEAREST_MEAN, [{}], self.features, rows=rows, device=where)[0] if any(shares) else None
+        fitted: Fitted = {}
+        for s, share in zip(settings, shares, strict=True):
+            k = heads.index(head_of(s, self.config))
+            for i, seed in enumerate(seeds):
+                found = weight[i, k], bias[i, k]
+                if means is not None and share:
+                    found = with_means(*found, means.weight, means.bias, float(share))
+                fitted[s, seed] = Linear(*found)
+        return fitted
 
     def _fit_rival(self, method: str, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
         rule, config = RIVALS[method], self.config

@@ -11,7 +11,8 @@ from typing import Any
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
-from pipeline.rebalance.methods import BASELINE, Setting, asked_methods
+from pipeline.rebalance.best import RATE, TRIALS
+from pipeline.rebalance.methods import BASELINE, ENGINE, Setting, asked_methods
 from pipeline.rebalance.rivals import RIVALS, Free, Trained
 from pipeline.rebalance.selection import parse_lam
 
@@ -20,7 +21,7 @@ LAMS = (0.05, 0.15, 0.5)  # of `--lam auto`
 
 def is_comparison(config: RebalanceConfig) -> bool:
     """Whether each method is tuned: where that is asked for, and wherever a rival competes."""
-    return config.tune or any(method in RIVALS for method in asked_methods(config.method))
+    return config.tune or any(method in RIVALS or method == "best" for method in asked_methods(config.method))
 
 
 def next_trials(
@@ -55,12 +56,16 @@ def settings_of(method: str, config: RebalanceConfig) -> list[Setting]:
         lams = lams_of(config)
         middle = lams[len(lams) // 2]
         return [Setting(method, config.loss, lam) for lam in sorted(lams, key=lambda lam: lam != middle)]
+    if method == "best":
+        return [Setting(method, "la", lam, own=(("means", share),)) for lam, share in TRIALS]
     return [Setting(method, own=tuple(own.items())) for own in RIVALS[method].own]
 
 
 def centre_of(method: str, config: RebalanceConfig) -> float:
     """The literature's learning rate, scaled in proportion to the batch; the configuration's where it names none."""
     rule = RIVALS.get(method)
+    if method == "best":
+        return config.lr * RATE
     if not isinstance(rule, Trained) or rule.lr is None:
         return config.lr
     return rule.lr * config.batch_size / rule.batch
@@ -133,7 +138,7 @@ def refuse_double_balancing(config: RebalanceConfig) -> None:
         return
     for method in asked_methods(config.method):
         rule = RIVALS.get(method)
-        if method in ("ce", "cb", "iwb"):
+        if method in ENGINE:
             raise ConfigError(
                 f"rebalance.sampling and rebalance.weighting are for the other trained methods; {method} samples "
                 "instances and its loss says how classes weigh: name methods with --method, without it"

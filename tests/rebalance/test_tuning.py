@@ -27,7 +27,7 @@ FREE_NAMES = {rule.name for rule in FREE}
 
 
 def test_the_names_are_those_of_the_rules():
-    assert {*METHODS} == {"baseline", "ce", "cb", "iwb", *RIVALS}
+    assert {*METHODS} == {"baseline", "ce", "cb", "iwb", "best", *RIVALS}
     assert asked_methods(("all",)) == tuple(METHODS)
     with pytest.raises(ConfigError, match=r"--method balanced-sofmax: unknown.*did you mean balanced-softmax"):
         asked_methods(("balanced-sofmax",))
