@@ -96,7 +96,7 @@ class RebalanceConfig(Section):
     method: tuple[str, ...] = ("iwb",)
     lam: str = "auto"
     loss: Literal["cb", "ce"] = "cb"
-    formulation: Literal["paper", "code"] = "paper"
+    formulation: Literal["tuned", "paper", "code"] = "tuned"
     cb: Literal["softmax", "bce"] | None = None
     beta: float = Field(0.9999, ge=0, lt=1)
     log_base: Literal["2", "e"] | None = None

@@ -36,8 +36,8 @@ from pipeline.method_names import METHODS
 )
 @click.option(
     "--formulation",
-    type=click.Choice(["paper", "code"]),
-    help="As the paper writes it, or as its released code does it.",
+    type=click.Choice(["tuned", "paper", "code"]),
+    help="As we set it [default], as the paper writes it, or as its released code does it.",
 )
 @click.option(
     "--cb", type=click.Choice(["softmax", "bce"]), help="Form of the class-balanced loss [default: the formulation's]."

@@ -129,7 +129,7 @@ def caption(document: Mapping[str, Any]) -> str:
         )
         parts += [
             f"fitted on {seen} (encoder in evaluation mode)",
-            f"{settings['formulation']}'s formulation",
+            "tuned formulation" if settings["formulation"] == "tuned" else f"{settings['formulation']}'s formulation",
             "no test-time flips",
         ]
     if "backbones" in document:
