@@ -95,7 +95,7 @@ class RebalanceConfig(Section):
 
     method: tuple[str, ...] = ("iwb",)
     lam: str = "auto"
-    loss: Literal["cb", "ce"] = "cb"
+    loss: Literal["cb", "ce", "la"] = "cb"
     formulation: Literal["tuned", "paper", "code"] = "tuned"
     cb: Literal["softmax", "bce"] | None = None
     beta: float = Field(0.9999, ge=0, lt=1)

@@ -32,7 +32,9 @@ from pipeline.method_names import METHODS
     "--force-double-balancing", is_flag=True, default=None, help="Allow two remedies for class sizes in one method."
 )
 @click.option(
-    "--loss", type=click.Choice(["cb", "ce"]), help="Class-balanced loss or cross-entropy beside the KL term."
+    "--loss",
+    type=click.Choice(["cb", "ce", "la"]),
+    help="Beside the KL term: class-balanced loss, cross-entropy, or logit-adjusted loss (balanced softmax).",
 )
 @click.option(
     "--formulation",

@@ -98,9 +98,9 @@ def head_of(setting: Setting, config: RebalanceConfig) -> Head:
     if setting.method == "best":
         return best_head(setting.lam or 0.0)
     cb = config.cb or preset_cb(config.formulation)
-    form = "ce" if setting.loss == "ce" else "cb-bce" if cb == "bce" else "cb-softmax"
-    rule = penalty_of(config) if setting.method == "iwb" else ALONE
-    return Head(form, setting.lam or 0.0, rule, config.beta)  # type: ignore[arg-type]
+    form = "ce" if setting.loss in ("ce", "la") else "cb-bce" if cb == "bce" else "cb-softmax"
+    rule, tau = penalty_of(config) if setting.method == "iwb" else ALONE, float(setting.loss == "la")
+    return Head(form, setting.lam or 0.0, rule, config.beta, tau)  # type: ignore[arg-type]
 
 
 def schedule_of(config: RebalanceConfig, *, lr: float | None = None, method: str = "") -> Schedule:

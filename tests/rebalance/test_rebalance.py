@@ -96,7 +96,7 @@ def test_the_document_has_the_promised_shape(swept, store):
     assert {"load_s", "fit_s", "heads"} <= set(document["timing"])
     assert document["timing"]["heads"] == 8  # cb, λ 0, two λ, in two orders
     settings = document["settings"]
-    assert (settings["log_base"], settings["cb"], settings["kl_weight"]) == ("2", "softmax", 1.0)
+    assert (settings["log_base"], settings["cb"], settings["kl_weight"]) == ("2", "bce", 1.0)
     kinds = {(r["method"], r["loss"], r["lam"], r["seed"], r["split"]) for r in document["results"]}
     expected = {("baseline", None, None, None, split) for split in ("val", "test")}
     for split in ("val", "test"):

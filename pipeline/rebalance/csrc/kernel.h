@@ -292,15 +292,20 @@ static void NAME(residuals)(const struct head *h, const struct block *k, struct 
                 NAME(store)(slope + c, NAME(load)(slope + c) + value);
             }
         } else { /* binary cross-entropy of the probabilities: ∂l/∂z = ratio − p·Σratio, ratio −1 or p/(1 − p) */
-            REAL ratios = 0, *ratio = s->target;
-            for (long c = 0; c < k->classes; c++) {
-                REAL p = r[c] / sum, rest = 1 - p;
-                ratio[c] = c == label ? -1 : p / (rest > EPSILON ? rest : EPSILON);
-                ratios += ratio[c];
+            REAL *ratio = s->target, share = 1 / sum, ratios;
+            VEC all = {0};
+            for (long c = 0; c < padded; c += LANES) {
+                VEC p = NAME(load)(r + c) * share, q = p / NAME(larger)(1 - p, (VEC){0} + EPSILON);
+                NAME(store)(r + c, p);
+                NAME(store)(ratio + c, q);
             }
-            for (long c = 0; c < k->classes; c++) {
-                r[c] = weight * (ratio[c] - r[c] / sum * ratios);
-                slope[c] += r[c];
+            ratio[label] = -1; /* before the sum: taken out of it afterwards, a sure label's would leave no digits */
+            for (long c = 0; c < padded; c += LANES) all += NAME(load)(ratio + c);
+            ratios = NAME(sum_of)(all);
+            for (long c = 0; c < padded; c += LANES) {
+                VEC value = weight * (NAME(load)(ratio + c) - NAME(load)(r + c) * ratios);
+                NAME(store)(r + c, value);
+                NAME(store)(slope + c, NAME(load)(slope + c) + value);
             }
         }
         if (each) {
