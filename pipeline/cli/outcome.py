@@ -21,7 +21,7 @@ def show(result: Any, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 110
+    width = None if sys.stdout.isatty() else 120
     Console(highlight=False, width=width).print(
         result if hasattr(result, "__rich__") or hasattr(result, "__rich_console__") else str(result), markup=False
     )

@@ -74,7 +74,7 @@ class RebalanceResult:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=110, highlight=False, color_system=None)
+        console = Console(file=io.StringIO(), width=120, highlight=False, color_system=None)
         console.print(self)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

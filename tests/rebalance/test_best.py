@@ -8,7 +8,7 @@ from pipeline.rebalance.best import with_means
 from pipeline.rebalance.engine import Head, Schedule, fit_heads
 from pipeline.rebalance.features import Features, Split
 from pipeline.rebalance.formulation import penalty
-from pipeline.rebalance.methods import Setting
+from pipeline.rebalance.methods import Setting, head_of, schedule_of
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import is_comparison, next_trials
 
@@ -64,3 +64,15 @@ def test_it_is_tuned_with_as_many_trials_as_others_and_finds_the_small_classes()
     assert len({s.lam for s in tried}) > 2
     few = {s: sweep.scored["val"][s, 0 if s.trained else None].summary["few"] for s in (best, Setting("baseline"))}
     assert few[best] > few[Setting("baseline")] + 5
+
+
+def test_the_default_and_the_logit_adjusted_loss_mean_these_heads():
+    config = RebalanceConfig()
+    assert config.formulation == "tuned"
+    assert head_of(Setting("iwb", "cb", 0.3), config) == Head("cb-bce", 0.3, penalty("paper"))
+    assert head_of(Setting("cb", "cb"), config) == Head("cb-bce")
+    paper = RebalanceConfig(formulation="paper")
+    assert head_of(Setting("iwb", "cb", 0.3), paper) == Head("cb-softmax", 0.3, penalty("paper"))
+    assert head_of(Setting("iwb", "la", 0.3), config) == Head("ce", 0.3, penalty("paper"), tau=1.0)
+    assert not schedule_of(config, method="best").augmented
+    assert schedule_of(config, method="iwb").augmented
