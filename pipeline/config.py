@@ -96,7 +96,7 @@ class RebalanceConfig(Section):
     method: tuple[str, ...] = ("iwb",)
     lam: str = "auto"
     loss: Literal["cb", "ce", "la"] = "cb"
-    formulation: Literal["tuned", "paper", "code"] = "tuned"
+    formulation: Literal["mixed", "paper", "code"] = "mixed"
     cb: Literal["softmax", "bce"] | None = None
     beta: float = Field(0.9999, ge=0, lt=1)
     log_base: Literal["2", "e"] | None = None

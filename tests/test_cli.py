@@ -231,3 +231,9 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert "Example:" in out
     assert f"pipeline {command}" in out.split("Example:")[1]
     assert "--json" in out
+
+
+def test_a_run_of_several_backbones_is_named_with_one_of_them(tmp_path, capsys):
+    (tmp_path / "seed-3" / "features.zarr").mkdir(parents=True)
+    assert invoke(["rebalance", str(tmp_path)]) == 3
+    assert f"a run of several backbones; name one of them, such as {tmp_path}/seed-3" in capsys.readouterr().err

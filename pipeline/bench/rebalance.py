@@ -136,7 +136,9 @@ def _sweep(device: torch.device, repeat: int, say: Callable[[str], object]) -> I
         "×",
         target=60,
         figures=figures,
-        why="without the kernel (no C compiler at installation) each step goes through memory many times",
+        why="other work on this machine takes cores from the threads"
+        if device.type == "cuda" or instruction_sets()
+        else "without the kernel (no C compiler at installation) each step goes through memory many times",
     )
     slope, deviation = affine([(k, medians[f"{k} heads"]) for k in heads])
     floor = medians["products and exponentials"] / SWEEP

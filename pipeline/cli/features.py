@@ -5,6 +5,7 @@ import click
 from pipeline.cli.options import PATH, Examples, number, settings, shared, whole_numbers, workers
 from pipeline.cli.outcome import relaunched, show
 from pipeline.cli.places import results_folder, store_and_tree
+from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS
 
 
@@ -38,8 +39,8 @@ from pipeline.method_names import METHODS
 )
 @click.option(
     "--formulation",
-    type=click.Choice(["tuned", "paper", "code"]),
-    help="As we set it [default], as the paper writes it, or as its released code does it.",
+    type=click.Choice(["mixed", "paper", "code"]),
+    help="As the paper writes it, as its released code does it, or the former's norm term with the latter's loss [default].",
 )
 @click.option(
     "--cb", type=click.Choice(["softmax", "bce"]), help="Form of the class-balanced loss [default: the formulation's]."
@@ -100,6 +101,11 @@ def rebalance_command(store, config, out, nproc, device, sets, as_json, debug, *
     for setting in sets:
         lay_over(tree, setting)
     chosen = make_rebalance_config(tree, "rebalance settings")
+    if chosen.variants and (fixed := [f"--{key}" for key in ("method", "loss", "formulation") if options[key]]):
+        raise ConfigError(
+            f"{', '.join(fixed)}: the variants of --config {config} say this themselves, and their names would be wrong; "
+            "leave it away, or write variants of your own"
+        )
     if relaunched(nproc):
         return
     from pipeline.rebalance import ablate, rebalance

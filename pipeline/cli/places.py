@@ -80,6 +80,10 @@ def store_and_tree(
             path = load_config(find_config(store)).run_dir / "features.zarr"
         except ConfigError:
             path = Path(store)
+    if isinstance(path, Path) and not (path / "zarr.json").exists():
+        run = path.parent if path.name == "features.zarr" else path
+        if several := sorted(str(found.parent) for found in run.glob("seed-*/features.zarr")):
+            raise DataError(f"{run}: a run of several backbones; name one of them, such as {several[0]}")
     if isinstance(path, Path) and not path.exists():
         raise DataError(f"{path}: no such feature store; make one with `pipeline dump-features`")
     if named is not None and not over:

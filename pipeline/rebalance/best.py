@@ -1,7 +1,7 @@
 """`--method best`: inverse weight-balancing with the logit-adjusted loss and a share of class means in the class vectors.
 
 Chosen among some two hundred combinations of loss, penalty, start, schedule and post-processing by validation accuracy on two
-encoders, and confirmed on others (docs/results.md): the logit-adjusted loss finds the balance, the KL term moves accuracy to
+encoders; docs/results.md says how far it held on others. The logit-adjusted loss finds the balance, the KL term moves accuracy to
 small classes by λ, and class means, which need few samples to be good, steady what was fitted on few.
 """
 

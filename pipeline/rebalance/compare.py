@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import PipelineError
+from pipeline.rebalance.best import TRIALS
 from pipeline.rebalance.methods import BASELINE, Setting, asked_methods, references
 from pipeline.rebalance.result import spread_of
 from pipeline.rebalance.rivals import RIVALS, Free
@@ -65,6 +66,11 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
         found.notes.append(
             f"iwb: λ shares its {config.trials} trials with the learning rate, so λ {tried_lams} of the {len(asked_lams)} "
             "asked for were tried; --trials gives all methods more"
+        )
+    if "best" in asked:
+        tries = ", ".join(f"{lam:g}" for lam in sorted({lam for lam, _ in TRIALS}))
+        found.notes.append(
+            f"best tries λ {tries} of its own, with its own loss: --lam, --loss and --formulation are not for it"
         )
     free = [c["method"] for c in found.chosen if isinstance(RIVALS.get(c["method"]), Free)]
     if free:

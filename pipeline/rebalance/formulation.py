@@ -30,7 +30,7 @@ class Penalty:
 
 
 PRESETS: dict[str, tuple[Penalty, CBLoss]] = {
-    "tuned": (Penalty(), "bce"),  # the text's penalty beside the code's loss: docs/results.md says what speaks for it
+    "mixed": (Penalty(), "bce"),  # the text's penalty beside the code's loss: docs/results.md says what speaks for it
     "paper": (Penalty(), "softmax"),
     "code": (Penalty(log_base="e", direction="target-to-norms", kl_weight="batch", detach_target=False), "bce"),
 }

@@ -48,6 +48,7 @@ class Setting:
 
 ENGINE = ("ce", "cb", "iwb", "best")  # what the stacked engine fits
 BASELINE = Setting("baseline")
+LA_ALONE = Setting("balanced-softmax", own=(("tau", 1.0),))  # the logit-adjusted loss without a norm term
 REFERENCES = {"baseline": BASELINE, "cb": Setting("cb", "cb")}  # what a selected row is always measured against
 
 
@@ -75,7 +76,7 @@ def candidates(config: RebalanceConfig, lams: Sequence[float]) -> list[Setting]:
 
 def references(config: RebalanceConfig) -> list[Setting]:
     """Rows of every table: the stage-1 head, the classification loss alone, and equal target norms (λ = 0)."""
-    alone = [Setting("ce", "ce")] if config.loss == "ce" else []
+    alone = {"ce": [Setting("ce", "ce")], "la": [LA_ALONE]}.get(config.loss, [])
     return [BASELINE, *alone, Setting("cb", "cb"), Setting("iwb", config.loss, 0.0)]
 
 

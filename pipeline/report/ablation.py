@@ -40,7 +40,7 @@ def ablation_tables(document: Mapping[str, Any]) -> Group:
     papers = any(row["paper"] for row in rows)
     table.add_column("variant", no_wrap=True)
     for column in ("λ", *(c.capitalize() for c in DIFFERENCES), *(["paper"] if papers else [])):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     for row in rows:
         cells = [spread([row], column) for column in DIFFERENCES]
         table.add_row(row["name"], _lam(row), *cells, *([_paper(row["paper"])] if papers else []))
@@ -59,7 +59,7 @@ def _differences(document: Mapping[str, Any]) -> Table:
     )
     table.add_column("variant", no_wrap=True)
     for column in DIFFERENCES:
-        table.add_column(column.capitalize(), justify="right", no_wrap=True)
+        table.add_column(column.capitalize(), justify="right")
     for row in document["rows"]:
         if row["less_alone"]:
             table.add_row(row["name"], *(difference(row["less_alone"][column]) for column in DIFFERENCES))

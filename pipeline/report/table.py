@@ -31,8 +31,8 @@ def results_table(document: Mapping[str, Any]) -> Table:
     table = Table(title=title, caption=caption(document), caption_justify="left", title_justify="left", box=box.SIMPLE)
     table.add_column("head", no_wrap=True)
     for column in COLUMNS:
-        table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+        table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right", min_width=6)
+    table.add_column("")
     for i, setting in enumerate(order):
         mark = chosen if setting == selected else "within 1 SE" if setting in near else ""
         cells = [spread(tested[setting], column) for column in COLUMNS]
@@ -62,7 +62,7 @@ def differences_table(document: Mapping[str, Any]) -> Table | None:
     )
     table.add_column("less", no_wrap=True)
     for column in DIFFERENCES:
-        table.add_column(column.capitalize(), justify="right", no_wrap=True)
+        table.add_column(column.capitalize(), justify="right", min_width=6)
     for label, row in labelled(found["rows"]):
         table.add_row(label, *(difference(row[column]) for column in DIFFERENCES))
     return table
@@ -98,7 +98,7 @@ def chosen_table(document: Mapping[str, Any]) -> Table | None:
     on = _split_name(document["selected"]["chosen_on"])
     table = Table(title=f"Chosen for each method on {on}", title_justify="left", box=box.SIMPLE)
     for column, justify in (("head", "left"), ("trials", "right"), (f"All on {on} in %", "right"), ("chosen", "left")):
-        table.add_column(column, justify=justify, no_wrap=column != "chosen")  # type: ignore[arg-type]
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("at the border of its grid")
     for row in document["chosen"]:
         cells = (str(row["trials"]), f"{row['score']:.1f}", told_parameters(row), ", ".join(row["border"]))
@@ -129,7 +129,7 @@ def caption(document: Mapping[str, Any]) -> str:
         )
         parts += [
             f"fitted on {seen} (encoder in evaluation mode)",
-            "tuned formulation" if settings["formulation"] == "tuned" else f"{settings['formulation']}'s formulation",
+            "mixed formulation" if settings["formulation"] == "mixed" else f"{settings['formulation']}'s formulation",
             "no test-time flips",
         ]
     if "backbones" in document:

@@ -205,3 +205,10 @@ def test_clean_and_augmented_variants_share_one_store(store, tmp_path):
     clean, augmented = ([h["ece"] for h in result.heads if h["variant"] == v["name"]] for v in variants)
     assert not np.allclose(clean, augmented)
     assert cache.open_cache(store).views("train") == 2
+
+
+@pytest.mark.parametrize("option", ["--method", "--loss", "--formulation"])
+def test_what_the_variants_say_themselves_cannot_be_said_for_all(option, store, capsys):
+    value = {"--method": "iwb", "--loss": "ce", "--formulation": "code"}[option]
+    assert invoke(["rebalance", str(store), "--config", "ablations/table3", option, value]) == 2
+    assert f"{option}: the variants of --config ablations/table3 say this themselves" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_it_is_tuned_with_as_many_trials_as_others_and_finds_the_small_classes()
 
 def test_the_default_and_the_logit_adjusted_loss_mean_these_heads():
     config = RebalanceConfig()
-    assert config.formulation == "tuned"
+    assert config.formulation == "mixed"
     assert head_of(Setting("iwb", "cb", 0.3), config) == Head("cb-bce", 0.3, penalty("paper"))
     assert head_of(Setting("cb", "cb"), config) == Head("cb-bce")
     paper = RebalanceConfig(formulation="paper")
