@@ -8,9 +8,11 @@ Formulas: IWB (AAAI 2024) Eq. 3–10 and their gradients as pipeline/rebalance/p
 
 typedef REAL NAME(vec) __attribute__((vector_size(BYTES)));
 typedef INT NAME(ints) __attribute__((vector_size(BYTES)));
+typedef uint32_t NAME(bits) __attribute__((vector_size(BYTES)));
 typedef REAL NAME(loose) __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 #define VEC NAME(vec)
 #define INTS NAME(ints)
+#define BITS NAME(bits)
 #define LANES ((long)(BYTES / sizeof(REAL)))
 #define TINY (sizeof(REAL) == 4 ? (REAL)1.17549435e-38 : (REAL)2.2250738585072014e-308)
 #define EPSILON (sizeof(REAL) == 4 ? (REAL)1.1920929e-07 : (REAL)2.220446049250313e-16)
@@ -47,7 +49,7 @@ INLINE VEC NAME(exponential)(VEC x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    VEC scaled = (VEC)((INTS)p + ((INTS)shifted << 23));
+    VEC scaled = (VEC)((BITS)p + ((BITS)shifted << 23)); /* unsigned: padding may wrap around, and is chosen away */
     return NAME(choose)(x < -60.0f, x - x, scaled);
 #else
     VEC y;
@@ -400,6 +402,7 @@ static void NAME(advance)(const struct head *h, const struct block *k, const str
 #undef NAME
 #undef VEC
 #undef INTS
+#undef BITS
 #undef LANES
 #undef TINY
 #undef EPSILON
