@@ -65,6 +65,9 @@ class BackboneConfig(Section):
     warmup_epochs: float = Field(0.0, ge=0)
     seed: int = Field(0, ge=0)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    accumulate: int = Field(1, ge=1)
+    sync_batch_norm: bool = False
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     validate_every: int = Field(1, ge=1)
     save_every_minutes: float = Field(10.0, gt=0)
 

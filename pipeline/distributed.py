@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -51,6 +51,12 @@ class Ranks:
         """Replaces a tensor by its sum over ranks, in place, on whatever device and in whatever precision it is."""
         if self.world > 1:
             dist.all_reduce(tensor)
+
+    def take_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replaces tensors by those of rank 0, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def gathered(self, mine: T) -> list[T]:
         """What every rank passes, by rank, on all of them; anything that pickles."""

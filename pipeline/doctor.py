@@ -126,7 +126,7 @@ def _devices() -> tuple[list[str], str, str, str, int]:
     """(every device, the one `auto` takes, precision, why that precision, threads)."""
     import torch
 
-    from pipeline.backbone.train import choose_precision
+    from pipeline.backbone.schedule import choose_precision
     from pipeline.distributed import choose_device
 
     found = ["cpu"]

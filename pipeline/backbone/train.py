@@ -1,31 +1,29 @@
-"""Stage 1: an encoder and a linear classifier trained with cross-entropy, under DDP or alone.
+"""Stage 1: an encoder and a linear classifier trained on long-tailed images, under DDP or alone.
 
 Everything random is a function of (seed, epoch, step, sample), so a resumed run continues exactly and the rank count
 only changes floating-point order.
 """
 
-import json
 import math
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from cache import write_durably
 from pipeline import distributed
-from pipeline.backbone import checkpoint
 from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
+from pipeline.backbone.folder import TrainingFolder, identity_of
+from pipeline.backbone.learner import Learner, Parallel
 from pipeline.backbone.model import build_model, check_input, class_accuracy, input_transform, network_facts
+from pipeline.backbone.objective import UNREADABLE, Objective
+from pipeline.backbone.order import epoch_order, shares, steps_of
+from pipeline.backbone.schedule import choose_precision, learning_rate
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Loader
@@ -35,7 +33,6 @@ from pipeline.metrics import group_means
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
 
-UNREADABLE = -100  # label of a black image that stands for one that cannot be read
 AGREE_EVERY = 20  # steps between two looks at signals and clocks where looking costs a collective
 
 
@@ -66,7 +63,7 @@ def train_backbone(
             trained_epochs=trainer.epoch - before,
             network=trainer.network,
             dataset=trainer.facts,
-            last=_last_line(out / "metrics.jsonl"),
+            last=trainer.folder.last_line,
             best_val_accuracy=trainer.best,
             seconds=round(time.perf_counter() - started, 2),
         )
@@ -76,37 +73,38 @@ class Trainer:
     """The state of one training: model, optimiser, and how far it has come."""
 
     def __init__(self, config: Config, dataset: Dataset, *, out: Path, ranks: Ranks, signals: Signals, overwrite: bool):
-        self.config, self.dataset, self.out, self.ranks, self.signals = config, dataset, out, ranks, signals
-        settings = config.backbone
+        self.config, self.dataset, self.ranks, self.signals = config, dataset, ranks, signals
+        self.settings = settings = config.backbone
+        self.steps = steps_of(len(dataset.train), settings.batch_size)
+        _refuse_empty_shares(len(dataset.train) // self.steps, ranks.world, settings.accumulate)
         self.transform = input_transform(config.data, settings, dataset.train)
         self.facts = dataset.summary()
-        if settings.batch_size < ranks.world:
-            raise ConfigError(
-                f"backbone.batch_size={settings.batch_size} is less than the {ranks.world} ranks; take fewer ranks"
-            )
         device = ranks.device
         cuda = device.type == "cuda"
         self.precision = choose_precision(settings.precision, device)
         if cuda:
             torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
         # channels_last is slower on a CPU for small networks
         self.memory_format = torch.channels_last if cuda else torch.contiguous_format
         self.model = build_model(settings, num_classes=len(dataset.class_names)).to(device)
         self.model.to(memory_format=self.memory_format)
         check_input(self.model, self.transform, device)
         self.network = network_facts(settings, self.model)
+        self.objective = Objective(settings, dataset.counts, device=device)
         self.optimiser = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.epoch, self.step_in_epoch, self.best = 0, 0, None  # type: int, int, float | None
-        self.sums = np.zeros(3)  # loss, correct, seen of the epoch so far, this rank's share
+        self.tally = torch.zeros(2, len(dataset.class_names) + 1, dtype=torch.float64, device=device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.folder = TrainingFolder(
+            out, identity_of(settings, dataset=dataset.fingerprint, transform=self.transform.to_dict())
+        )
         self._resume(overwrite)
-        self.parallel: nn.Module = self.model
-        if ranks.world > 1:
-            self.parallel = DistributedDataParallel(
-                self.model, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True
-            )
+        self.learner = Learner(self.model)
+        self.parallel = Parallel(self.learner, ranks, sync_batch_norm=settings.sync_batch_norm, mode=settings.compile)
         self.train_loader = Loader(dataset.train, self.transform, device=device, workers=config.data.workers)
         self.val_loader = (
             Loader(dataset.val, self.transform, device=device, workers=config.data.workers) if dataset.val else None
@@ -116,14 +114,9 @@ class Trainer:
     def _may_skip(self) -> bool:
         return self.config.dump.on_error == "skip"
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps an epoch: every image once, in batches of equal size (±1), none dropped."""
-        return max(1, math.ceil(len(self.dataset.train) / self.config.backbone.batch_size))
-
     def run(self) -> Iterator[Event]:
         """Trains to the end, yielding what happens; saves after every epoch, every few minutes, and on SIGTERM."""
-        epochs = self.config.backbone.epochs
+        epochs = self.settings.epochs
         yield Begin(
             self.network, self.facts, str(self.ranks.device), str(self.precision).removeprefix("torch."), self.ranks.world,
             self.epoch, epochs, self.steps,
@@ -131,65 +124,76 @@ class Trainer:
         self.saved_at = time.monotonic()
         cuda = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         while self.epoch < epochs:
-            with torch.random.fork_rng(
-                devices=cuda
-            ):  # dropout and the like are seeded per step, nobody else's generator moves
+            # dropout and the like are seeded per step, nobody else's generator moves
+            with torch.random.fork_rng(devices=cuda):
                 yield from self._train_epoch()
             yield self._finish_epoch()
 
     def _train_epoch(self) -> Iterator[Step]:
-        settings, ranks = self.config.backbone, self.ranks
+        settings, ranks, labels = self.settings, self.ranks, self.dataset.train.labels
         self.epoch_started, self.first_step = time.perf_counter(), self.step_in_epoch
-        order = np.random.default_rng(derive(settings.seed, "order", self.epoch)).permutation(len(self.dataset.train))
+        order = epoch_order(labels, seed=settings.seed, epoch=self.epoch)
         batches = np.array_split(order, self.steps)[self.step_in_epoch :]
-        mine = [np.array_split(batch, ranks.world)[ranks.rank] for batch in batches]
-        bad: list[int] = []
-        key = derive(settings.seed, "augment", self.epoch)
-        images = self.train_loader.batches(mine, key=key, unreadable=bad.append if self._may_skip else None)
-        sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-        sums += torch.from_numpy(self.sums).to(ranks.device)
+        mine = [shares(batch, world=ranks.world, parts=settings.accumulate)[ranks.rank] for batch in batches]
+        parts = self._read([part for of_batch in mine for part in of_batch])
         self.parallel.train()
-        for batch, rows, pixels in zip(batches, mine, images, strict=True):
+        for batch in batches:
             step = self.epoch * self.steps + self.step_in_epoch
             torch.manual_seed(derive(settings.seed, "step", step, ranks.rank))
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps=self.steps, settings=settings)
-            known = np.where(np.isin(rows, bad), UNREADABLE, self.dataset.train.labels[rows])
-            wanted = torch.from_numpy(known).to(ranks.device)
-            bad.clear()
-            with self._autocast():
-                logits = self.parallel(pixels.contiguous(memory_format=self.memory_format))
-            loss_sum = F.cross_entropy(logits.float(), wanted, reduction="sum", ignore_index=UNREADABLE)
+            # DDP averages over ranks
+            scale = ranks.world / self.objective.denominator(labels[batch], epoch=self.epoch)
             self.optimiser.zero_grad(set_to_none=True)
-            self.scaler.scale(loss_sum * (ranks.world / len(batch))).backward()  # DDP averages over ranks
+            for part in range(settings.accumulate):
+                pixels, wanted = next(parts)
+                with self.parallel.summing(last=part == settings.accumulate - 1):
+                    with self._autocast():
+                        logits = self.parallel(pixels)
+                    terms = self.objective.terms(logits.float(), wanted, epoch=self.epoch)
+                    self.scaler.scale(terms.sum() * scale).backward()
+                self._count(logits.detach(), wanted, terms.detach())
             self.scaler.step(self.optimiser)
             self.scaler.update()
-            sums += torch.stack(
-                [
-                    loss_sum.detach().double(),
-                    (logits.argmax(1) == wanted).sum().double(),
-                    (wanted != UNREADABLE).sum().double(),
-                ]
-            )
             self.step_in_epoch += 1
             _kill_armed_at(step)
             yield Step(self.epoch, self.step_in_epoch, self.steps)
             wish = self._agreed_wish(step)
             if wish != GO_ON:
-                self.sums = sums.cpu().numpy()
                 self._save(complete=False)
                 if wish == STOP:
                     raise self._stopped()
-        self.sums = sums.cpu().numpy()
+
+    def _read(self, rows: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(pixels, labels) of each array of training positions, augmented for this epoch."""
+        bad: list[int] = []
+        key = derive(self.settings.seed, "augment", self.epoch)
+        labels = self.dataset.train.labels
+        images = self.train_loader.batches(rows, key=key, unreadable=bad.append if self._may_skip else None)
+        for positions, pixels in zip(rows, images, strict=True):
+            known = np.where(np.isin(positions, bad), UNREADABLE, labels[positions]) if bad else labels[positions]
+            bad.clear()
+            yield (
+                pixels.contiguous(memory_format=self.memory_format),
+                torch.from_numpy(known).to(self.ranks.device, non_blocking=True),
+            )
+
+    def _count(self, logits: Tensor, labels: Tensor, terms: Tensor) -> None:
+        """Adds a part of a batch to the epoch's tally; the last column takes what could not be read."""
+        seen = torch.where(labels < 0, len(self.tally[0]) - 1, labels)
+        right = torch.stack([(logits.argmax(1) == labels).double(), torch.ones_like(seen, dtype=torch.float64)])
+        self.tally.index_add_(1, seen, right)
+        self.loss_sum += terms.sum()
 
     def _finish_epoch(self) -> Epoch:
-        settings = self.config.backbone
-        loss, correct, seen = self.ranks.total(self.sums).tolist()
-        if not seen:
+        settings = self.settings
+        right, seen = self.ranks.total(self.tally.cpu().numpy())[:, :-1]
+        loss = float(self.ranks.total(self.loss_sum.cpu().numpy()))
+        if not seen.any():
             raise DataError(f"{self.dataset.name}: not one training image could be read; --on-error fail says why")
         if not math.isfinite(loss):
             raise PipelineError(
-                f"epoch {self.epoch + 1}: the loss is {loss}; {self.out / 'last.pt'} holds the epoch before; lower backbone.lr "
+                f"epoch {self.epoch + 1}: the loss is {loss}; {self.folder.last} holds the epoch before; lower backbone.lr "
                 f"(now {settings.lr}) or set backbone.warmup_epochs, and train with --overwrite"
             )
         seconds = time.perf_counter() - self.epoch_started
@@ -201,8 +205,8 @@ class Trainer:
             epoch=self.epoch + 1,
             epochs=settings.epochs,
             lr=learning_rate((self.epoch + 1) * self.steps - 1, steps=self.steps, settings=settings),
-            loss=loss / seen,
-            train_accuracy=100 * correct / seen,
+            loss=loss / seen.sum(),
+            train_accuracy=100 * right.sum() / seen.sum(),
             val_accuracy=val["all"],
             val_many=val["many"],
             val_medium=val["medium"],
@@ -210,16 +214,15 @@ class Trainer:
             images_per_s=round(len(self.dataset.train) * (1 - self.first_step / self.steps) / seconds, 1),
             seconds=round(seconds, 3),
             peak_memory_mb=round(peak_memory_mb(self.ranks.device), 1),
-            left_out=len(self.dataset.train) - round(seen),
+            left_out=len(self.dataset.train) - round(seen.sum()),
         )
-        self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, np.zeros(3)
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.tally.zero_()
+        self.loss_sum.zero_()
         better = result.val_accuracy is not None and (self.best is None or result.val_accuracy > self.best)
         self.best = result.val_accuracy if better else self.best
-        if (
-            self.ranks.first
-        ):  # the line first: a kill between the two only repeats the epoch, and resuming drops its line
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
+        if self.ranks.first:  # before the checkpoint: a kill between the two repeats the epoch, resuming drops its line
+            self.folder.append(result)
         self._save(complete=last, best=better)
         return result
 
@@ -231,12 +234,13 @@ class Trainer:
         share = np.array_split(np.arange(len(labels)), self.ranks.world)[self.ranks.rank]
         rows = np.array_split(share, max(1, math.ceil(len(share) / 256))) if len(share) else []
         counts = np.zeros((2, len(self.dataset.class_names)))
-        self.model.eval()
+        self.ranks.take_from_first(self.model.buffers())
+        self.learner.eval()
         bad: list[int] = []
         batches = self.val_loader.batches(rows, unreadable=bad.append if self._may_skip else None)
         for asked, pixels in zip(rows, batches, strict=True):
             with self._autocast():
-                guess = self.model(pixels.contiguous(memory_format=self.memory_format)).argmax(1).cpu().numpy()
+                guess = self.learner(pixels.contiguous(memory_format=self.memory_format)).argmax(1).cpu().numpy()
             read = ~np.isin(asked, bad)
             positions, guess = asked[read], guess[read]
             np.add.at(counts[0], labels[positions], guess == labels[positions])
@@ -244,7 +248,7 @@ class Trainer:
         correct, seen = self.ranks.total(counts)
         return class_accuracy(correct, seen)
 
-    def _autocast(self):
+    def _autocast(self) -> AbstractContextManager:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.ranks.device.type, dtype=self.precision)
@@ -253,25 +257,25 @@ class Trainer:
         """What all ranks do after this step: go on, save, or save and stop."""
         if self.ranks.world > 1 and self.ranks.device.type == "cuda" and step % AGREE_EVERY:
             return GO_ON
-        late = time.monotonic() - self.saved_at > 60 * self.config.backbone.save_every_minutes
+        late = time.monotonic() - self.saved_at > 60 * self.settings.save_every_minutes
         wish = STOP if self.signals.received else SAVE if late and self.ranks.first else GO_ON
         return wish if self.ranks.world == 1 else self.ranks.largest(wish)
 
     def _stopped(self) -> Terminated:
         stop = Terminated(
-            f"stopped at epoch {self.epoch + 1}, step {self.step_in_epoch}/{self.steps}; saved in {self.out / 'last.pt'}: "
+            f"stopped at epoch {self.epoch + 1}, step {self.step_in_epoch}/{self.steps}; saved in {self.folder.last}: "
             "the same command continues"
         )
         stop.exit_code = self.signals.exit_code
         return stop
 
     def _save(self, *, complete: bool, best: bool = False) -> None:
-        sums = self.ranks.total(self.sums)
+        tally, loss_sum = (self.ranks.total(t.cpu().numpy()) for t in (self.tally, self.loss_sum))
         if self.ranks.first:
             state = {
                 "model": self.model.state_dict(),
                 "config": self.config.model_dump(mode="json"),
-                "identity": self._identity(),
+                "identity": self.folder.identity,
                 "transform": self.transform.to_dict(),
                 "class_names": list(self.dataset.class_names),
                 "counts": self.dataset.counts.tolist(),
@@ -279,86 +283,42 @@ class Trainer:
                 "network": self.network,
                 "epoch": self.epoch,
                 "step_in_epoch": self.step_in_epoch,
-                "sums": sums.tolist(),
                 "best": self.best,
                 "complete": complete,
                 "provenance": self.provenance,
             }
-            if best:
-                checkpoint.save(self.out / "best.pt", state)
-            checkpoint.save(
-                self.out / "last.pt",
-                state | {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()},
-            )
+            resume = {
+                "optimiser": self.optimiser.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "tally": tally.tolist(),
+                "loss_sum": float(loss_sum),
+            }
+            self.folder.save(state, resume=resume, best=best)
         self.saved_at = time.monotonic()
 
-    def _identity(self) -> dict[str, Any]:
-        """What decides the result: two checkpoints that differ in any of it are different trainings."""
-        backbone = self.config.backbone.model_dump(
-            mode="json", exclude={"save_every_minutes", "validate_every", "pretrained"}
-        )
-        images = {
-            "dataset": self.dataset.fingerprint,
-            "transform": json.dumps(self.transform.to_dict(), sort_keys=True),
-        }
-        return {f"backbone.{key}": value for key, value in backbone.items()} | {
-            f"data ({key})": value for key, value in images.items()
-        }
-
     def _resume(self, overwrite: bool) -> None:
-        """Takes up the checkpoint in `out`, if it is of this configuration; else starts anew there."""
-        path = self.out / "last.pt"
+        """Takes up the checkpoint in the folder, if it is of this configuration; else starts anew there."""
         self.provenance = provenance(
             command="train-backbone", config=self.config.model_dump(mode="json"), device=str(self.ranks.device),
             ranks=self.ranks.world, threads=torch.get_num_threads(),
-            precision=str(self.precision).removeprefix("torch."), seed=self.config.backbone.seed,
+            precision=str(self.precision).removeprefix("torch."), seed=self.settings.seed,
             dataset=self.facts, network=self.network,
         )  # fmt: skip
         if overwrite and self.ranks.first:
-            for name in ("last.pt", "best.pt", "metrics.jsonl"):
-                (self.out / name).unlink(missing_ok=True)
+            self.folder.clear()
         self.ranks.barrier()
-        if path.is_file():
-            state = checkpoint.read(path)
-            self._refuse_other(path, state.get("identity", {}))
+        state = self.folder.state()
+        if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step_in_epoch, self.best = state["epoch"], state["step_in_epoch"], state["best"]
-            self.sums = np.array(state["sums"]) if self.ranks.first else np.zeros(3)
+            if self.ranks.first:
+                self.tally.copy_(torch.tensor(state["tally"], dtype=torch.float64))
+                self.loss_sum.fill_(state["loss_sum"])
         self.ranks.barrier()
         if self.ranks.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_durably(self.out / "run.json", json.dumps(self.provenance, indent=1))
-            write_durably(self.out / "metrics.jsonl", "".join(_lines_until(self.out / "metrics.jsonl", self.epoch)))
-
-    def _refuse_other(self, path: Path, theirs: dict[str, Any]) -> None:
-        mine = self._identity()
-        differing = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
-        if differing:
-            shown = "; ".join(f"{k} was {_short(theirs.get(k))}, now {_short(mine.get(k))}" for k in differing)
-            raise ConfigError(
-                f"{path} is of another training: {shown}. Take another --out, or --overwrite to start anew"
-            )
-
-
-def learning_rate(step: int, *, steps: int, settings: Any) -> float:
-    """Linear warm-up, then cosine to 0 (Loshchilov and Hutter, 2017), per step; a pure function of the step."""
-    warm, total = settings.warmup_epochs * steps, settings.epochs * steps
-    if step < warm:
-        return settings.lr * (step + 1) / (warm + 1)
-    return 0.5 * settings.lr * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
-
-
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where a GPU computes in it, float16 on older GPUs, float32 on a CPU. ConfigError for half there."""
-    if device.type == "cpu":
-        if wanted in ("auto", "float32"):
-            return torch.float32
-        raise ConfigError(f"backbone.precision={wanted}: only for GPUs; on a CPU take float32 or auto")
-    if wanted == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return getattr(torch, wanted)
+            self.folder.begin(self.provenance, epoch=self.epoch)
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -368,31 +328,18 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _refuse_empty_shares(batch: int, world: int, parts: int) -> None:
+    """batch: images of the smallest global batch."""
+    if batch >= world * parts:
+        return
+    several = f" in backbone.accumulate={parts} parts each" if parts > 1 else ""
+    raise ConfigError(
+        f"backbone.batch_size: the batches of {batch} images are too small for {world} rank(s){several}; "
+        "take larger batches or fewer ranks"
+    )
+
+
 def _kill_armed_at(step: int) -> None:
     """Dies as by `kill -9` after the step named in PIPELINE_KILL_AFTER_STEP: how tests prove that resuming is exact."""
     if os.environ.get("PIPELINE_KILL_AFTER_STEP") == str(step):
         os.kill(os.getpid(), 9)
-
-
-def _lines_until(path: Path, epoch: int) -> list[str]:
-    """The metric lines of epochs that the checkpoint has; a torn last line is dropped."""
-    if not path.is_file():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if json.loads(line)["epoch"] <= epoch and line.endswith("\n"):
-                kept.append(line)
-        except ValueError:
-            continue
-    return kept
-
-
-def _last_line(path: Path) -> dict[str, Any] | None:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else None
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "…"

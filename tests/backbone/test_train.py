@@ -13,7 +13,8 @@ import yaml
 
 from pipeline.backbone import checkpoint
 from pipeline.backbone.events import Begin, Epoch, Step
-from pipeline.backbone.train import learning_rate, train_backbone
+from pipeline.backbone.schedule import learning_rate
+from pipeline.backbone.train import train_backbone
 from pipeline.config import BackboneConfig, make_config
 from pipeline.errors import ConfigError, DataError
 from tests.conftest import digits_tree

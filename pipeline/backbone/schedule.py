@@ -1,0 +1,27 @@
+"""What a step is computed with: learning rate, precision."""
+
+import math
+from typing import Any
+
+import torch
+
+from pipeline.errors import ConfigError
+
+
+def learning_rate(step: int, *, steps: int, settings: Any) -> float:
+    """Linear warm-up, then cosine to 0 (Loshchilov and Hutter, 2017), per step; a pure function of the step."""
+    warm, total = settings.warmup_epochs * steps, settings.epochs * steps
+    if step < warm:
+        return settings.lr * (step + 1) / (warm + 1)
+    return 0.5 * settings.lr * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where a GPU computes in it, float16 on older GPUs, float32 on a CPU. ConfigError for half there."""
+    if device.type == "cpu":
+        if wanted in ("auto", "float32"):
+            return torch.float32
+        raise ConfigError(f"backbone.precision={wanted}: only for GPUs; on a CPU take float32 or auto")
+    if wanted == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return getattr(torch, wanted)
