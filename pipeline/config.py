@@ -51,6 +51,20 @@ class DataConfig(Section):
         return self
 
 
+class WeakenConfig(Section):
+    """Major feature weakening of stage 1, a reconstruction from the abstract of Procrustean training (docs/weakening.md).
+
+    strength 0 is off; group: rows of the batch that are mixed among themselves; at: `features`, or the module at whose
+    input they are mixed.
+    """
+
+    strength: float = Field(0.0, ge=0, le=1)
+    gamma: float = Field(1.0, gt=0)
+    group: int = Field(32, ge=1)
+    at: str = "features"
+    detach_partner: bool = False
+
+
 class BackboneConfig(Section):
     """Stage 1: the network and its training with cross-entropy."""
 
@@ -68,7 +82,10 @@ class BackboneConfig(Section):
     accumulate: int = Field(1, ge=1)
     sync_batch_norm: bool = False
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    weaken: WeakenConfig = WeakenConfig()
     validate_every: int = Field(1, ge=1)
+    diagnose_every: int = Field(0, ge=0)
+    diagnose_per_class: int = Field(20, ge=1)
     save_every_minutes: float = Field(10.0, gt=0)
 
 

@@ -1,6 +1,7 @@
 """The folder of a training: checkpoints, history, and whether what lies there is of the same training."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from pipeline.backbone.events import Epoch
 from pipeline.config import BackboneConfig
 from pipeline.errors import ConfigError
 
-FREE = {"save_every_minutes", "validate_every", "pretrained", "compile"}  # what may differ when a training goes on
+# what may differ when a training goes on
+FREE = {"save_every_minutes", "validate_every", "pretrained", "compile", "diagnose_every", "diagnose_per_class"}
 
 
 class TrainingFolder:
@@ -78,7 +80,16 @@ def identity_of(settings: BackboneConfig, *, dataset: str, transform: dict[str, 
 
 
 def _settings(settings: BackboneConfig) -> dict[str, Any]:
-    return {f"backbone.{key}": value for key, value in settings.model_dump(mode="json", exclude=FREE).items()}
+    return dict(_flat("backbone", settings.model_dump(mode="json", exclude=FREE)))
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting of a section and of the sections in it."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _flat(f"{name}.{key}", inner)
 
 
 def _defaults() -> dict[str, Any]:

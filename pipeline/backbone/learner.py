@@ -8,19 +8,40 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.backbone.model import classifier, encode
+from pipeline.backbone.weakening import FEATURES, mix
+from pipeline.config import WeakenConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
 
 
 class Learner(nn.Module):
-    """What is trained: images (B, 3, H, W) → logits (B, C)."""
+    """What is trained: images (B, 3, H, W) → logits (B, C), features mixed on the way where a mixture is given."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, weaken: WeakenConfig | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.weaken = model, weaken or WeakenConfig()
+        self._mixture: tuple[Tensor, Tensor] | None = None
+        if self.weaken.at != FEATURES:
+            model.get_submodule(self.weaken.at).register_forward_pre_hook(self._mix_input)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.score(encode(self.model, images))
+    def forward(self, images: Tensor, keep: Tensor | None = None, partner: Tensor | None = None) -> Tensor:
+        """keep (B,), partner (B,): what `weakening.mix` takes, in training."""
+        if keep is None or partner is None:
+            return self.score(encode(self.model, images))
+        detach = self.weaken.detach_partner
+        if self.weaken.at == FEATURES:
+            return self.score(mix(encode(self.model, images), keep, partner, detach_partner=detach))
+        self._mixture = (keep, partner)
+        features = encode(self.model, images)
+        if self._mixture is not None:
+            raise RuntimeError(f"{self.weaken.at} was not applied, so nothing was mixed at its input")
+        return self.score(features)
+
+    def _mix_input(self, module: nn.Module, inputs: tuple) -> tuple | None:
+        if self._mixture is None:
+            return None
+        (keep, partner), self._mixture = self._mixture, None
+        return (mix(inputs[0], keep, partner, detach_partner=self.weaken.detach_partner), *inputs[1:])
 
     def score(self, features: Tensor) -> Tensor:
         """Logits (B, C) of features (B, D)."""

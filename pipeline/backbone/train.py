@@ -24,6 +24,7 @@ from pipeline.backbone.model import build_model, check_input, class_accuracy, in
 from pipeline.backbone.objective import UNREADABLE, Objective
 from pipeline.backbone.order import epoch_order, shares, steps_of
 from pipeline.backbone.schedule import choose_precision, learning_rate
+from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Loader
@@ -76,7 +77,12 @@ class Trainer:
         self.config, self.dataset, self.ranks, self.signals = config, dataset, ranks, signals
         self.settings = settings = config.backbone
         self.steps = steps_of(len(dataset.train), settings.batch_size)
-        _refuse_empty_shares(len(dataset.train) // self.steps, ranks.world, settings.accumulate)
+        self.weakening = Weakening(
+            settings.weaken, dataset.train.labels, dataset.counts, seed=settings.seed, device=ranks.device
+        )
+        _refuse_empty_shares(
+            len(dataset.train) // self.steps, ranks.world, settings.accumulate, group=self.weakening.group
+        )
         self.transform = input_transform(config.data, settings, dataset.train)
         self.facts = dataset.summary()
         device = ranks.device
@@ -90,6 +96,7 @@ class Trainer:
         self.model = build_model(settings, num_classes=len(dataset.class_names)).to(device)
         self.model.to(memory_format=self.memory_format)
         check_input(self.model, self.transform, device)
+        check_place(self.model, settings.weaken.at, size=self.transform.size, device=device)
         self.network = network_facts(settings, self.model)
         self.objective = Objective(settings, dataset.counts, device=device)
         self.optimiser = torch.optim.SGD(
@@ -103,7 +110,7 @@ class Trainer:
             out, identity_of(settings, dataset=dataset.fingerprint, transform=self.transform.to_dict())
         )
         self._resume(overwrite)
-        self.learner = Learner(self.model)
+        self.learner = Learner(self.model, settings.weaken)
         self.parallel = Parallel(self.learner, ranks, sync_batch_norm=settings.sync_batch_norm, mode=settings.compile)
         self.train_loader = Loader(dataset.train, self.transform, device=device, workers=config.data.workers)
         self.val_loader = (
@@ -134,10 +141,11 @@ class Trainer:
         self.epoch_started, self.first_step = time.perf_counter(), self.step_in_epoch
         order = epoch_order(labels, seed=settings.seed, epoch=self.epoch)
         batches = np.array_split(order, self.steps)[self.step_in_epoch :]
-        mine = [shares(batch, world=ranks.world, parts=settings.accumulate)[ranks.rank] for batch in batches]
+        cut = {"world": ranks.world, "parts": settings.accumulate, "group": self.weakening.group}
+        mine = [shares(batch, **cut)[ranks.rank] for batch in batches]
         parts = self._read([part for of_batch in mine for part in of_batch])
         self.parallel.train()
-        for batch in batches:
+        for batch, own in zip(batches, mine, strict=True):
             step = self.epoch * self.steps + self.step_in_epoch
             torch.manual_seed(derive(settings.seed, "step", step, ranks.rank))
             for group in self.optimiser.param_groups:
@@ -145,11 +153,12 @@ class Trainer:
             # DDP averages over ranks
             scale = ranks.world / self.objective.denominator(labels[batch], epoch=self.epoch)
             self.optimiser.zero_grad(set_to_none=True)
-            for part in range(settings.accumulate):
+            for part, rows in enumerate(own):
                 pixels, wanted = next(parts)
+                mixture = self.weakening.inputs(rows, wanted, epoch=self.epoch, step=self.step_in_epoch)
                 with self.parallel.summing(last=part == settings.accumulate - 1):
                     with self._autocast():
-                        logits = self.parallel(pixels)
+                        logits = self.parallel(pixels, *mixture)
                     terms = self.objective.terms(logits.float(), wanted, epoch=self.epoch)
                     self.scaler.scale(terms.sum() * scale).backward()
                 self._count(logits.detach(), wanted, terms.detach())
@@ -328,14 +337,15 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _refuse_empty_shares(batch: int, world: int, parts: int) -> None:
+def _refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> None:
     """batch: images of the smallest global batch."""
-    if batch >= world * parts:
+    if math.ceil(batch / group) >= world * parts:
         return
     several = f" in backbone.accumulate={parts} parts each" if parts > 1 else ""
+    together = f" of whole groups of backbone.weaken.group={group} images" if group > 1 else ""
     raise ConfigError(
-        f"backbone.batch_size: the batches of {batch} images are too small for {world} rank(s){several}; "
-        "take larger batches or fewer ranks"
+        f"backbone.batch_size: the batches of {batch} images are too small for {world} rank(s){several}{together}; "
+        f"take larger batches{', smaller groups' if group > 1 else ''} or fewer ranks"
     )
 
 
