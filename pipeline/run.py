@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache import write_durably
+from cache import CacheError, is_url, locate, write_durably
 from pipeline import distributed
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.backbone.train import train_backbone
@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.console import Talk, TrainingReporter, clock
 from pipeline.distributed import Ranks
 from pipeline.dump import dump_features
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.provenance import provenance
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.backbones import combine
@@ -112,6 +112,7 @@ def run_pipeline(
     places = {out / f"seed-{s}": _with_seed(config, s) for s in seeds} if seeds else {out: config}
     with distributed.ranks(device) as ranks:
         ranks.together(lambda: _refuse_other_kind(out, seeds))
+        ranks.together(lambda: _reach(store))
         ledger = Ledger(out / "run.json")
         documents = [
             _one_backbone(
@@ -139,6 +140,18 @@ def _refuse_other_kind(out: Path, seeds: Sequence[int] | None) -> None:
         raise ConfigError(f"{out} holds a run of one backbone; take another --out for --seeds, or leave --seeds away")
     if not seeds and any(out.glob("seed-*/backbone/last.pt")):
         raise ConfigError(f"{out} holds a run of several backbones; give its --seeds again, or take another --out")
+
+
+def _reach(store: Path | str | None) -> None:
+    """Looks at a store elsewhere, so that a wrong name or missing credentials are told before hours of training."""
+    if store is None or not is_url(store):
+        return
+    try:
+        locate(store).exists()
+    except CacheError as error:
+        ending = DataError(str(error))
+        ending.exit_code = error.exit_code
+        raise ending from error
 
 
 def _store_of(out: Path, store: Path | str | None, *, named: bool) -> Path | str:

@@ -218,6 +218,18 @@ def test_an_endpoint_where_nobody_listens(checkpoint, monkeypatch, capsys):
             assert time.monotonic() - started < 10
 
 
+def test_a_run_looks_for_its_bucket_before_it_trains(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(objects._RETRIES, "retry_timeout", timedelta(seconds=1))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        run = ["run", "digits-lt", "--out", str(tmp_path / "run"), "--store", "s3://features/f.zarr"]
+        assert "s3://features/f.zarr: no answer from http://127.0.0.1" in fails(run, capsys)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_an_endpoint_that_takes_calls_and_never_answers(monkeypatch, capsys):
     """Bounded by the time for an answer, 30 s: here less, so that nobody waits for it."""
