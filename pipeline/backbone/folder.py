@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import write_durably
-from pipeline.backbone import checkpoint
+from pipeline.backbone import checkpoint, diagnosis
 from pipeline.backbone.events import Epoch
 from pipeline.config import BackboneConfig
 from pipeline.errors import ConfigError
@@ -17,7 +17,7 @@ FREE = {"save_every_minutes", "validate_every", "pretrained", "compile", "diagno
 
 
 class TrainingFolder:
-    """last.pt, best.pt, metrics.jsonl and run.json of one training; identity: what decides its result."""
+    """last.pt, best.pt, metrics.jsonl, diagnostics.csv and run.json of one training; identity: what decides its result."""
 
     def __init__(self, path: Path, identity: dict[str, Any]):
         self.path, self.identity = path, identity
@@ -28,7 +28,7 @@ class TrainingFolder:
 
     def clear(self) -> None:
         """Takes away what an earlier training left."""
-        for name in ("last.pt", "best.pt", "metrics.jsonl"):
+        for name in ("last.pt", "best.pt", "metrics.jsonl", "diagnostics.csv"):
             (self.path / name).unlink(missing_ok=True)
 
     def state(self) -> dict[str, Any] | None:
@@ -44,11 +44,17 @@ class TrainingFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_durably(self.path / "run.json", json.dumps(provenance, indent=1))
         write_durably(self.path / "metrics.jsonl", "".join(_lines_until(self.path / "metrics.jsonl", epoch)))
+        diagnosed = self.path / "diagnostics.csv"
+        if diagnosed.is_file():
+            write_durably(diagnosed, diagnosis.HEADER + "".join(_rows_until(diagnosed, epoch)))
 
-    def append(self, epoch: Epoch) -> None:
-        """One line more in metrics.jsonl."""
+    def append(self, epoch: Epoch, diagnosed: str | None = None) -> None:
+        """One line more in metrics.jsonl, and those of an epoch in diagnostics.csv where it was diagnosed."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(epoch)) + "\n")
+        if diagnosed is not None:
+            with open(self.path / "diagnostics.csv", "a", encoding="utf-8") as file:
+                file.write(diagnosed if file.tell() else diagnosis.HEADER + diagnosed)
 
     def save(self, state: dict[str, Any], *, resume: dict[str, Any], best: bool) -> None:
         """Replaces last.pt, which also holds what resuming needs, and best.pt where this is the best."""
@@ -108,6 +114,12 @@ def _lines_until(path: Path, epoch: int) -> list[str]:
         except ValueError:
             continue
     return kept
+
+
+def _rows_until(path: Path, epoch: int) -> list[str]:
+    """The lines of diagnostics.csv of epochs that the checkpoint has."""
+    rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+    return [r for r in rows if r.endswith("\n") and r.partition(",")[0].isdigit() and int(r.partition(",")[0]) <= epoch]
 
 
 def _short(value: Any) -> str:

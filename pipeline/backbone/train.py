@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline import distributed
+from pipeline.backbone import diagnosis
 from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
 from pipeline.backbone.folder import TrainingFolder, identity_of
 from pipeline.backbone.learner import Learner, Parallel
@@ -116,6 +117,10 @@ class Trainer:
         self.val_loader = (
             Loader(dataset.val, self.transform, device=device, workers=config.data.workers) if dataset.val else None
         )
+        train = dataset.train
+        self.diagnosed = diagnosis.fixed_rows(
+            train.labels, train.ids, per_class=settings.diagnose_per_class, seed=config.data.subset_seed
+        )
 
     @property
     def _may_skip(self) -> bool:
@@ -173,10 +178,10 @@ class Trainer:
                 if wish == STOP:
                     raise self._stopped()
 
-    def _read(self, rows: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(pixels, labels) of each array of training positions, augmented for this epoch."""
+    def _read(self, rows: list[np.ndarray], *, augmented: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """(pixels, labels) of each array of training positions, augmented for this epoch or clean."""
         bad: list[int] = []
-        key = derive(self.settings.seed, "augment", self.epoch)
+        key = derive(self.settings.seed, "augment", self.epoch) if augmented else None
         labels = self.dataset.train.labels
         images = self.train_loader.batches(rows, key=key, unreadable=bad.append if self._may_skip else None)
         for positions, pixels in zip(rows, images, strict=True):
@@ -230,8 +235,10 @@ class Trainer:
         self.loss_sum.zero_()
         better = result.val_accuracy is not None and (self.best is None or result.val_accuracy > self.best)
         self.best = result.val_accuracy if better else self.best
+        due = settings.diagnose_every and (last or self.epoch % settings.diagnose_every == 0)
+        diagnosed = diagnosis.lines(self.epoch, self._diagnose(), self.dataset.counts) if due else None
         if self.ranks.first:  # before the checkpoint: a kill between the two repeats the epoch, resuming drops its line
-            self.folder.append(result)
+            self.folder.append(result, diagnosed)
         self._save(complete=last, best=better)
         return result
 
@@ -256,6 +263,20 @@ class Trainer:
             np.add.at(counts[1], labels[positions], 1)
         correct, seen = self.ranks.total(counts)
         return class_accuracy(correct, seen)
+
+    def _diagnose(self) -> np.ndarray:
+        """(3, C) what `diagnosis.class_sums` says of the fixed training images; each rank looks at its own share."""
+        share = np.array_split(self.diagnosed, self.ranks.world)[self.ranks.rank]
+        rows = np.array_split(share, max(1, math.ceil(len(share) / 256))) if len(share) else []
+        self.ranks.take_from_first(self.model.buffers())
+        self.learner.eval()
+        sums = diagnosis.class_sums(
+            self.learner,
+            self._read(rows, augmented=False),
+            classes=len(self.dataset.class_names),
+            autocast=self._autocast,
+        )
+        return self.ranks.total(sums)
 
     def _autocast(self) -> AbstractContextManager:
         if self.precision == torch.float32:
