@@ -38,6 +38,10 @@ class DataConfig(Section):
     subset_seed: int = Field(0, ge=0)
     image_size: int | None = Field(None, ge=1)
     augment: Literal["crop-flip", "crop", "resized-crop-flip", "none"] | None = None
+    policy: Literal["none", "autoaugment-cifar10", "autoaugment-imagenet", "randaugment"] = "none"
+    rand_n: int = Field(2, ge=1)
+    rand_m: int = Field(9, ge=0, le=30)
+    cutout: int = Field(0, ge=0)
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     workers: int = Field(default_factory=lambda: min(8, os.cpu_count() or 1), ge=0)

@@ -101,9 +101,16 @@ def input_transform(data: DataConfig, backbone: BackboneConfig, train: Split) ->
         facts["interpolation"] = "bicubic"
     if train.images is not None and not backbone.pretrained:
         mean, std = channel_statistics(train.images)
+    if data.cutout >= min(size):
+        raise ConfigError(
+            f"data.cutout={data.cutout}: would hide whole images of {size[0]} × {size[1]}; take half of it"
+        )
+    if data.policy == "randaugment":
+        facts |= {"rand_n": data.rand_n, "rand_m": data.rand_m}
     return Transform(
-        size=size, mean=tuple(data.mean or mean), std=tuple(data.std or std), augment=augmentation, **facts
-    )
+        size=size, mean=tuple(data.mean or mean), std=tuple(data.std or std), augment=augmentation,
+        policy=data.policy, cutout=data.cutout, **facts,
+    )  # fmt: skip
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,26 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 
+from pipeline.data.copies import on_device
 from pipeline.data.dataset import Split
 from pipeline.data.images import read_image
+from pipeline.data.operations import cutout
+from pipeline.data.policies import apply, drawn
 from pipeline.errors import DataError, PipelineError
 from pipeline.seeds import derive, uniform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BLOCK = 4 << 20  # bytes of images that are augmented at once: many batches of small ones
+UNUSED = {"policy": "none", "rand_n": 2, "rand_m": 9, "cutout": 0}
 
 
 @dataclass(frozen=True)
 class Transform:
-    """height, width of the input; mean, std per channel in 0…1; which augmentation; how files are resized."""
+    """height, width of the input; mean, std per channel in 0…1; which augmentation; how files are resized.
+
+    augment moves and mirrors, then policy (none, autoaugment-cifar10, autoaugment-imagenet, or randaugment with rand_n
+    operations of strength rand_m) changes, then a square of cutout pixels is taken away.
+    """
 
     size: tuple[int, int]
     mean: tuple[float, float, float]
@@ -29,6 +39,10 @@ class Transform:
     augment: str
     crop_pct: float = 0.875
     interpolation: str = "bilinear"
+    policy: str = "none"
+    rand_n: int = 2
+    rand_m: int = 9
+    cutout: int = 0
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> "Transform":
@@ -36,7 +50,9 @@ class Transform:
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """JSON-ready, without what is not used of what came later: the identity of what was made before stays."""
+        facts = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in facts.items() if UNUSED.get(k) != v}
 
     @property
     def padding(self) -> int:
@@ -45,8 +61,15 @@ class Transform:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) → float32, channels at mean 0 and standard deviation 1."""
-        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (self.mean, self.std))
+        mean, std = _moments(self.mean, self.std, images.device)
         return images.float().sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _moments(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(1, 3, 1, 1) each, in 0…255; kept on the device, where a copy a batch would make a GPU wait."""
+    first, second = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (mean, std))
+    return first, second
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -60,21 +83,30 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 def augment(images: Tensor, *, padding: int, flip: bool, ids: np.ndarray, key: int) -> Tensor:
-    """Random crop after zero padding, and horizontal flip, of images (B, H, W, 3) uint8: one gather for the batch.
+    """(B, 3, H, W): random crops after zero padding, some mirrored, of images (B, H, W, 3) uint8, by one gather.
 
     Sample i is moved by a function of (key, ids[i]) alone, so neither batch nor rank nor worker changes it.
     """
     batch, height, width, _ = images.shape
     draws = uniform(key, ids, 3)
-    shift = torch.from_numpy((draws[:, :2] * (2 * padding + 1)).astype(np.int64)).to(images.device)
-    rows = torch.arange(height, device=images.device) + shift[:, :1]
-    columns = torch.arange(width, device=images.device).expand(batch, width)
-    if flip:
-        mirrored = torch.from_numpy(draws[:, 2] < 0.5).to(images.device)
-        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    columns = columns + shift[:, 1:]
-    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
-    return padded[torch.arange(batch, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    top, left = on_device((draws[:, :2] * (2 * padding + 1)).astype(np.int64).T, images.device)
+    windows = F.pad(images, (0, 0, padding, padding, padding, padding)).unfold(1, height, 1).unfold(2, width, 1)
+    crops = windows[torch.arange(batch, device=images.device), top, left]
+    if not flip:
+        return crops
+    mirrored = on_device(draws[:, 2] < 0.5, images.device)
+    return torch.where(mirrored[:, None, None, None], crops.flip(3), crops)
+
+
+def cut_out(images: Tensor, transform: Transform, *, ids: np.ndarray, key: int) -> Tensor:
+    """Images (B, 3, H, W) uint8 with transform.cutout pixels square of the mean colour, each around any of its pixels."""
+    if not transform.cutout:
+        return images
+    places = uniform(derive(key, "cutout"), ids, 2) * images.shape[-2:]
+    fill = torch.tensor([round(255 * m) for m in transform.mean], dtype=torch.uint8)
+    return cutout(
+        images, on_device(places.astype(np.int64), images.device), size=transform.cutout, fill=fill.to(images.device)
+    )
 
 
 class Loader:
@@ -109,8 +141,10 @@ class Loader:
         image that cannot be read before its batch comes, where it is black; without it DataError names the file.
         """
         if self.split.images is not None:
-            for positions in rows:
-                yield self.transform.normalise(self._take(positions, key).permute(0, 3, 1, 2))
+            for block in _blocks(rows, limit=max(1, BLOCK // self.split.images[0].nbytes)):
+                images = self._take(np.concatenate(block), key)
+                for batch in images.split([len(positions) for positions in block]):
+                    yield self.transform.normalise(batch)
             return
         self._plan.batches = [[(int(i), key) for i in positions] for positions in rows]
         for positions, (images, reasons) in zip(rows, self._from_workers(), strict=True):
@@ -135,13 +169,33 @@ class Loader:
             ) from error
 
     def _take(self, positions: np.ndarray, key: int | None) -> Tensor:
-        images = self._images[torch.from_numpy(np.asarray(positions)).to(self.device)]
-        kind = self.transform.augment
-        if key is None or kind == "none":
+        """uint8 (B, 3, H, W)."""
+        how, ids, stored = self.transform, self.split.ids[positions], self._images[on_device(positions, self.device)]
+        if key is None or how.augment == "none":
+            images = stored.permute(0, 3, 1, 2).contiguous()
+        else:
+            images = augment(stored, padding=how.padding, flip="flip" in how.augment, ids=ids, key=key)
+        if key is None:
             return images
-        return augment(
-            images, padding=self.transform.padding, flip="flip" in kind, ids=self.split.ids[positions], key=key
-        )
+        if how.policy != "none":
+            height, width = how.size
+            plan = drawn(
+                how.policy, ids, derive(key, "policy"), height=height, width=width, rand_n=how.rand_n, rand_m=how.rand_m
+            )
+            images = apply(plan, images)
+        return cut_out(images, how, ids=ids, key=key)
+
+
+def _blocks(rows: Sequence[np.ndarray], *, limit: int) -> Iterator[list[np.ndarray]]:
+    """The arrays in order, in lists of at most `limit` rows together, or of a single array."""
+    block: list[np.ndarray] = []
+    for positions in rows:
+        if block and sum(map(len, block)) + len(positions) > limit:
+            yield block
+            block = []
+        block.append(positions)
+    if block:
+        yield block
 
 
 class _Plan:
@@ -163,7 +217,7 @@ class ImageFiles(torch.utils.data.Dataset):
     """Map-style data set over image files; (position, key) → uint8 (3, H, W) or an error text, collated per batch."""
 
     def __init__(self, split: Split, transform: Transform):
-        self.split, self.size = split, transform.size
+        self.split, self.size, self.transform = split, transform.size, transform
         height, width = transform.size
         interpolation = InterpolationMode(transform.interpolation)
         shorter = round(min(height, width) / transform.crop_pct)
@@ -182,7 +236,13 @@ class ImageFiles(torch.utils.data.Dataset):
             v2.RandomCrop(transform.size, padding=transform.padding),
         ]
         moves |= {"crop": crop, "crop-flip": [*crop, v2.RandomHorizontalFlip()]}
-        self.train = v2.Compose([*moves[transform.augment], v2.PILToTensor()])
+        policies: dict[str, list] = {
+            "none": [],
+            "autoaugment-cifar10": [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)],
+            "autoaugment-imagenet": [v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)],
+            "randaugment": [v2.RandAugment(transform.rand_n, transform.rand_m)],
+        }
+        self.train = v2.Compose([*moves[transform.augment], *policies[transform.policy], v2.PILToTensor()])
 
     def __len__(self) -> int:
         return len(self.split)
@@ -197,9 +257,11 @@ class ImageFiles(torch.utils.data.Dataset):
             return torch.zeros(3, *self.size, dtype=torch.uint8), str(error)
         if key is None:
             return self.evaluate(image), None
+        ids = self.split.ids[position : position + 1]
         with torch.random.fork_rng(devices=[]):  # v2 draws from torch's generator: seed it for this sample only
-            torch.manual_seed(derive(key, "augment", int(self.split.ids[position])))
-            return self.train(image), None
+            torch.manual_seed(derive(key, "augment", int(ids[0])))
+            pixels = self.train(image)
+        return cut_out(pixels[None], self.transform, ids=ids, key=key)[0], None
 
 
 def collate(samples: list[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:

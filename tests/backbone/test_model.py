@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pipeline.backbone.model import build_model, classifier, encode
-from pipeline.config import BackboneConfig
+from pipeline.backbone.model import build_model, classifier, encode, input_transform
+from pipeline.config import BackboneConfig, DataConfig
+from pipeline.data.dataset import Split
 from pipeline.errors import ConfigError
 
 
@@ -67,3 +69,15 @@ def test_initial_weights_are_a_function_of_the_seed_and_leave_others_alone():
 def test_a_model_that_will_not_do_is_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         build_model(BackboneConfig(**settings), num_classes=5)
+
+
+def test_the_input_says_which_policy_and_nothing_of_those_that_are_not_used():
+    images = Split(np.zeros(2, np.int64), np.arange(2), images=np.zeros((2, 8, 8, 3), np.uint8))
+
+    def of(**data):
+        return input_transform(DataConfig(source="digits", **data), BackboneConfig(), images).to_dict()
+
+    assert of(rand_n=5, rand_m=1) == of()
+    assert of(policy="randaugment", rand_n=5, cutout=4) == of() | {"policy": "randaugment", "rand_n": 5, "cutout": 4}
+    with pytest.raises(ConfigError, match=r"data\.cutout=8: would hide whole images of 8 × 8"):
+        of(cutout=8)

@@ -46,7 +46,9 @@ def test_channel_statistics_match_numpy():
 
 def test_augment_is_a_crop_and_a_flip_of_the_padded_image():
     split = arrays()
-    done = augment(torch.from_numpy(split.images), padding=2, flip=True, ids=split.ids, key=9).numpy()
+    done = (
+        augment(torch.from_numpy(split.images), padding=2, flip=True, ids=split.ids, key=9).permute(0, 2, 3, 1).numpy()
+    )
     draws = uniform(9, split.ids, 3)
     for image, result, (dy, dx, flip) in zip(split.images, done, draws, strict=True):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
