@@ -70,7 +70,7 @@ class WeakenConfig(Section):
 
 
 class BackboneConfig(Section):
-    """Stage 1: the network and its training with cross-entropy."""
+    """Stage 1: the network and its training (docs/training.md)."""
 
     model: str = "cifar_resnet32"
     width: float = Field(1.0, gt=0)
@@ -87,10 +87,33 @@ class BackboneConfig(Section):
     sync_batch_norm: bool = False
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     weaken: WeakenConfig = WeakenConfig()
+    loss: Literal["ce", "focal", "cb", "grw", "ldam-drw", "balanced-softmax"] = "ce"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    focal_gamma: float = Field(2.0, ge=0)
+    cb_beta: float = Field(0.9999, ge=0, lt=1)
+    grw_rho: float = Field(1.2, ge=0)
+    ldam_margin: float = Field(0.5, ge=0)
+    drw_start: float = Field(0.8, ge=0, le=1)
+    sampler: Literal["instance", "class-balanced", "square-root"] = "instance"
+    force_double_balancing: bool = False
+    ema: float = Field(0.0, ge=0, lt=1)
     validate_every: int = Field(1, ge=1)
     diagnose_every: int = Field(0, ge=0)
     diagnose_per_class: int = Field(20, ge=1)
     save_every_minutes: float = Field(10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _balances_once(self):
+        if self.loss == "focal" and self.label_smoothing:
+            raise ValueError("label_smoothing is not defined for loss focal; leave one away")
+        how = {"balanced-softmax": "a loss with the class prior in it", "cb": "class weights", "grw": "class weights"}
+        how["ldam-drw"] = "a loss with class margins and class weights"
+        if self.loss in how and self.sampler != "instance" and not self.force_double_balancing:
+            raise ValueError(
+                f"loss {self.loss}: {how[self.loss]} and {self.sampler} sampling together make up for the class sizes twice; "
+                "leave one away, or insist with backbone.force_double_balancing=true"
+            )
+        return self
 
 
 class DumpConfig(Section):

@@ -180,7 +180,7 @@ def _read(
     """(position of the first, pixels (B, 3, H, W) uint8, why each could not be read or None) of each batch of files."""
     split = Split(labels=np.zeros(len(paths), int), ids=np.arange(len(paths)), paths=[str(p) for p in paths])
     starts = range(0, len(paths), batch_size)
-    batches = [[(i, None) for i in range(a, min(a + batch_size, len(paths)))] for a in starts]
+    batches = [[(i, None, i) for i in range(a, min(a + batch_size, len(paths)))] for a in starts]
     workers = min(8, os.cpu_count() or 1) if len(paths) >= WORKERS_FROM else 0
     files: Any = ImageFiles(split, transform)
     loader: DataLoader = DataLoader(

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.backbone.model import classifier, encode
@@ -13,16 +14,27 @@ from pipeline.config import WeakenConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
 
+LENGTH_MOMENTUM = 0.1
+
 
 class Learner(nn.Module):
     """What is trained: images (B, 3, H, W) → logits (B, C), features mixed on the way where a mixture is given."""
 
-    def __init__(self, model: nn.Module, weaken: WeakenConfig | None = None):
+    length: Tensor
+
+    def __init__(self, model: nn.Module, weaken: WeakenConfig | None = None, *, scale: float | None = None):
+        """scale: s of a cosine classifier, whose logits are s·cos(W_c, x); None for a linear one, W·x + b."""
         super().__init__()
-        self.model, self.weaken = model, weaken or WeakenConfig()
+        self.model, self.weaken, self.scale = model, weaken or WeakenConfig(), scale
         self._mixture: tuple[Tensor, Tensor] | None = None
         if self.weaken.at != FEATURES:
             model.get_submodule(self.weaken.at).register_forward_pre_hook(self._mix_input)
+        if scale is not None:
+            head = classifier(model)
+            # running mean of |x|, kept as batch normalisation keeps its own
+            self.register_buffer("length", head.weight.new_ones(()))
+            head.bias.data.zero_()
+            head.bias.requires_grad_(False)  # takes no part
 
     def forward(self, images: Tensor, keep: Tensor | None = None, partner: Tensor | None = None) -> Tensor:
         """keep (B,), partner (B,): what `weakening.mix` takes, in training."""
@@ -44,8 +56,31 @@ class Learner(nn.Module):
         return (mix(inputs[0], keep, partner, detach_partner=self.weaken.detach_partner), *inputs[1:])
 
     def score(self, features: Tensor) -> Tensor:
-        """Logits (B, C) of features (B, D)."""
-        return classifier(self.model)(features)
+        """Logits (B, C) of features (B, D); cosines are computed in float32 or better."""
+        head = classifier(self.model)
+        if self.scale is None:
+            return head(features)
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(head.weight.dtype)
+            lengths = features.norm(dim=1, keepdim=True)
+            if self.training:
+                with torch.no_grad():
+                    self.length.lerp_(lengths.mean(), LENGTH_MOMENTUM)
+            unit = features / lengths.clamp_min(torch.finfo(features.dtype).tiny)
+            return self.scale * F.linear(unit, F.normalize(head.weight))
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The model's state with a classifier W·x + b that decides as `score` does.
+
+        Of a cosine classifier: unit class vectors times s / mean |x|, no bias; its probabilities are those of a feature of
+        mean length.
+        """
+        state = self.model.state_dict()
+        if self.scale is not None:
+            weight = classifier(self.model).weight
+            name = next(name for name, value in self.model.named_parameters() if value is weight)
+            state[name] = F.normalize(weight.detach()) * (self.scale / self.length)
+        return state
 
 
 class Parallel:

@@ -65,11 +65,17 @@ def network_facts(config: BackboneConfig, model: nn.Module) -> dict[str, Any]:
     """What every number must stand beside: network, parameters, feature width."""
     width = "" if config.width == 1 else f" ×{config.width:g}"
     parameters = sum(p.numel() for p in model.parameters())
-    return {
+    facts = {
         "network": f"{config.model}{width}",
         "parameters": parameters,
         "feature_width": classifier(model).in_features,
     }
+    if config.loss == "ldam-drw":
+        facts["classifier"] = (
+            "cosine in training, kept as unit class vectors times s / mean |x|: it decides alike, its probabilities are "
+            "those of a feature of mean length"
+        )
+    return facts
 
 
 def input_transform(data: DataConfig, backbone: BackboneConfig, train: Split) -> Transform:

@@ -4,17 +4,53 @@ import math
 
 import numpy as np
 
-from pipeline.seeds import derive
+from pipeline.seeds import derive, uniform
+
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples fill the unit interval most evenly
 
 
 def steps_of(rows: int, batch_size: int) -> int:
-    """Optimiser steps an epoch: every image once, in batches of equal size (±1), none dropped."""
+    """Optimiser steps an epoch: as many images as there are, in batches of equal size (±1), none dropped."""
     return max(1, math.ceil(rows / batch_size))
 
 
-def epoch_order(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """(N,) positions of the training images in the order in which an epoch sees them."""
-    return np.random.default_rng(derive(seed, "order", epoch)).permutation(len(labels))
+def epoch_order(labels: np.ndarray, *, seed: int, epoch: int, sampler: str = "instance") -> np.ndarray:
+    """(N,) positions of the training images in the order in which an epoch sees them.
+
+    instance: every image once. class-balanced: each class as often as any other; square-root: in proportion to √N_c.
+    [samplers: Kang et al., ICLR 2020, Eq. 1 with q = 1, 0, 1/2] These two give each class its `quotas`, and its images in
+    rounds that go on from epoch to epoch: all of the class once, in random order, before any of them again.
+    """
+    shuffled = np.random.default_rng(derive(seed, "order", epoch)).permutation(len(labels))
+    if sampler == "instance":
+        return shuffled
+    each = quotas(np.bincount(labels), sampler=sampler, seed=seed, epochs=epoch + 1)
+    return _from_rounds(labels, first=each[:-1].sum(0), many=each[-1], seed=seed)[shuffled]
+
+
+def quotas(counts: np.ndarray, *, sampler: str, seed: int, epochs: int) -> np.ndarray:
+    """(epochs, C) how often each class is drawn in the first epochs, N times in each, from counts (C,) of images.
+
+    A class whose share of N is no whole number gets the next one below or above (systematic sampling), in turns: its
+    total stays within two of its share.
+    """
+    sizes = {"instance": counts, "class-balanced": counts > 0, "square-root": np.sqrt(counts)}[sampler].astype(float)
+    total = counts.sum()
+    edges = np.cumsum(sizes) * (total / sizes.sum())
+    edges[-1] = total
+    start = uniform(derive(seed, "quotas"), [0], 1)[0, 0]
+    turns = (start + GOLDEN * np.arange(epochs)) % 1
+    return np.diff(np.floor(edges + turns[:, None]).astype(np.int64), prepend=0)
+
+
+def nth_draw(order: np.ndarray) -> np.ndarray:
+    """(N,) how often each position of an order was there before: 0 everywhere if none is drawn twice."""
+    by = np.argsort(order, kind="stable")
+    place = np.arange(len(order))
+    new = np.r_[True, order[by][1:] != order[by][:-1]] if len(order) else np.zeros(0, bool)
+    found = np.empty(len(order), np.int64)
+    found[by] = place - np.maximum.accumulate(np.where(new, place, 0))
+    return found
 
 
 def shares(batch: np.ndarray, *, world: int, parts: int = 1, group: int = 1) -> list[list[np.ndarray]]:
@@ -25,3 +61,19 @@ def shares(batch: np.ndarray, *, world: int, parts: int = 1, group: int = 1) -> 
     groups = np.array_split(np.arange(math.ceil(len(batch) / group)), world * parts)
     pieces = [batch[g[0] * group : (g[-1] + 1) * group] if len(g) else batch[:0] for g in groups]
     return [pieces[rank * parts : (rank + 1) * parts] for rank in range(world)]
+
+
+def _from_rounds(labels: np.ndarray, *, first: np.ndarray, many: np.ndarray, seed: int) -> np.ndarray:
+    """Positions first … first + many − 1 (C,) of each class's endless sequence of rounds, class by class."""
+    counts = np.maximum(np.bincount(labels), 1)
+    start = first // counts
+    rounds = np.where(many > 0, (first + many - 1) // counts - start + 1, 0)
+    repeats = rounds[labels]
+    position = np.repeat(np.arange(len(labels)), repeats)
+    of_round = np.arange(len(position)) - np.repeat(np.cumsum(repeats) - repeats, repeats) + start[labels][position]
+    key = uniform(derive(seed, "rounds"), position + len(labels) * of_round, 1)[:, 0]
+    by = np.lexsort((key, of_round, labels[position]))
+    of_class = labels[position[by]]
+    begins = np.cumsum(rounds * counts) - rounds * counts
+    place = np.arange(len(by)) - begins[of_class] + (start * counts)[of_class]
+    return position[by][(place >= first[of_class]) & (place < (first + many)[of_class])]

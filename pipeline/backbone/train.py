@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.backbone import diagnosis
+from pipeline.backbone.ema import WeightAverage
 from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
 from pipeline.backbone.folder import TrainingFolder, identity_of
 from pipeline.backbone.learner import Learner, Parallel
 from pipeline.backbone.model import build_model, check_input, class_accuracy, input_transform, network_facts
 from pipeline.backbone.objective import UNREADABLE, Objective
-from pipeline.backbone.order import epoch_order, shares, steps_of
+from pipeline.backbone.order import epoch_order, nth_draw, shares, steps_of
 from pipeline.backbone.schedule import choose_precision, learning_rate
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
@@ -110,8 +112,9 @@ class Trainer:
         self.folder = TrainingFolder(
             out, identity_of(settings, dataset=dataset.fingerprint, transform=self.transform.to_dict())
         )
+        self.learner = Learner(self.model, settings.weaken, scale=self.objective.scale)
+        self.average = WeightAverage(self.learner, decay=settings.ema) if settings.ema else None
         self._resume(overwrite)
-        self.learner = Learner(self.model, settings.weaken)
         self.parallel = Parallel(self.learner, ranks, sync_batch_norm=settings.sync_batch_norm, mode=settings.compile)
         self.train_loader = Loader(dataset.train, self.transform, device=device, workers=config.data.workers)
         self.val_loader = (
@@ -121,6 +124,11 @@ class Trainer:
         self.diagnosed = diagnosis.fixed_rows(
             train.labels, train.ids, per_class=settings.diagnose_per_class, seed=config.data.subset_seed
         )
+
+    @property
+    def shown(self) -> Learner:
+        """What is validated and kept for use: the averaged weights where there are such."""
+        return self.average.learner if self.average else self.learner
 
     @property
     def _may_skip(self) -> bool:
@@ -144,11 +152,11 @@ class Trainer:
     def _train_epoch(self) -> Iterator[Step]:
         settings, ranks, labels = self.settings, self.ranks, self.dataset.train.labels
         self.epoch_started, self.first_step = time.perf_counter(), self.step_in_epoch
-        order = epoch_order(labels, seed=settings.seed, epoch=self.epoch)
-        batches = np.array_split(order, self.steps)[self.step_in_epoch :]
+        order = epoch_order(labels, seed=settings.seed, epoch=self.epoch, sampler=settings.sampler)
+        batches, draws = (np.array_split(of, self.steps)[self.step_in_epoch :] for of in (order, nth_draw(order)))
         cut = {"world": ranks.world, "parts": settings.accumulate, "group": self.weakening.group}
-        mine = [shares(batch, **cut)[ranks.rank] for batch in batches]
-        parts = self._read([part for of_batch in mine for part in of_batch])
+        mine, nth = ([shares(batch, **cut)[ranks.rank] for batch in of] for of in (batches, draws))
+        parts = self._read(list(chain(*mine)), draws=list(chain(*nth)))
         self.parallel.train()
         for batch, own in zip(batches, mine, strict=True):
             step = self.epoch * self.steps + self.step_in_epoch
@@ -169,6 +177,8 @@ class Trainer:
                 self._count(logits.detach(), wanted, terms.detach())
             self.scaler.step(self.optimiser)
             self.scaler.update()
+            if self.average:
+                self.average.update(self.learner, step=step)
             self.step_in_epoch += 1
             _kill_armed_at(step)
             yield Step(self.epoch, self.step_in_epoch, self.steps)
@@ -178,12 +188,18 @@ class Trainer:
                 if wish == STOP:
                     raise self._stopped()
 
-    def _read(self, rows: list[np.ndarray], *, augmented: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        """(pixels, labels) of each array of training positions, augmented for this epoch or clean."""
+    def _read(
+        self, rows: list[np.ndarray], *, draws: list[np.ndarray] | None = None, augmented: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(pixels, labels) of each array of training positions, augmented for this epoch, another way at each draw, or
+        clean.
+        """
         bad: list[int] = []
         key = derive(self.settings.seed, "augment", self.epoch) if augmented else None
         labels = self.dataset.train.labels
-        images = self.train_loader.batches(rows, key=key, unreadable=bad.append if self._may_skip else None)
+        images = self.train_loader.batches(
+            rows, key=key, draws=draws, unreadable=bad.append if self._may_skip else None
+        )
         for positions, pixels in zip(rows, images, strict=True):
             known = np.where(np.isin(positions, bad), UNREADABLE, labels[positions]) if bad else labels[positions]
             bad.clear()
@@ -219,7 +235,7 @@ class Trainer:
             epoch=self.epoch + 1,
             epochs=settings.epochs,
             lr=learning_rate((self.epoch + 1) * self.steps - 1, steps=self.steps, settings=settings),
-            loss=loss / seen.sum(),
+            loss=loss / self.objective.denominator(np.repeat(np.arange(len(seen)), seen.astype(int)), epoch=self.epoch),
             train_accuracy=100 * right.sum() / seen.sum(),
             val_accuracy=val["all"],
             val_many=val["many"],
@@ -250,13 +266,13 @@ class Trainer:
         share = np.array_split(np.arange(len(labels)), self.ranks.world)[self.ranks.rank]
         rows = np.array_split(share, max(1, math.ceil(len(share) / 256))) if len(share) else []
         counts = np.zeros((2, len(self.dataset.class_names)))
-        self.ranks.take_from_first(self.model.buffers())
-        self.learner.eval()
+        self.ranks.take_from_first(self.shown.buffers())
+        self.shown.eval()
         bad: list[int] = []
         batches = self.val_loader.batches(rows, unreadable=bad.append if self._may_skip else None)
         for asked, pixels in zip(rows, batches, strict=True):
             with self._autocast():
-                guess = self.learner(pixels.contiguous(memory_format=self.memory_format)).argmax(1).cpu().numpy()
+                guess = self.shown(pixels.contiguous(memory_format=self.memory_format)).argmax(1).cpu().numpy()
             read = ~np.isin(asked, bad)
             positions, guess = asked[read], guess[read]
             np.add.at(counts[0], labels[positions], guess == labels[positions])
@@ -303,7 +319,7 @@ class Trainer:
         tally, loss_sum = (self.ranks.total(t.cpu().numpy()) for t in (self.tally, self.loss_sum))
         if self.ranks.first:
             state = {
-                "model": self.model.state_dict(),
+                "model": self.shown.model_state(),
                 "config": self.config.model_dump(mode="json"),
                 "identity": self.folder.identity,
                 "transform": self.transform.to_dict(),
@@ -323,6 +339,10 @@ class Trainer:
                 "tally": tally.tolist(),
                 "loss_sum": float(loss_sum),
             }
+            if self.average or self.learner.scale is not None:  # what is kept for use is not what training goes on with
+                resume["learner"] = self.learner.state_dict()
+            if self.average:
+                resume["average"] = self.average.learner.state_dict()
             self.folder.save(state, resume=resume, best=best)
         self.saved_at = time.monotonic()
 
@@ -339,7 +359,12 @@ class Trainer:
         self.ranks.barrier()
         state = self.folder.state()
         if state is not None:
-            self.model.load_state_dict(state["model"])
+            if "learner" in state:
+                self.learner.load_state_dict(state["learner"])
+            else:
+                self.model.load_state_dict(state["model"])
+            if self.average:
+                self.average.learner.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step_in_epoch, self.best = state["epoch"], state["step_in_epoch"], state["best"]

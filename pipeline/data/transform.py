@@ -82,6 +82,11 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple(float(m) for m in mean.round(4)), tuple(float(s) for s in std.round(4).clip(1e-4))
 
 
+def drawn_ids(ids: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """What augmentation knows images by: their ids (below 2⁴⁰) when first drawn in an epoch, others when drawn again."""
+    return ids + (draws << 40)
+
+
 def augment(images: Tensor, *, padding: int, flip: bool, ids: np.ndarray, key: int) -> Tensor:
     """(B, 3, H, W): random crops after zero padding, some mirrored, of images (B, H, W, 3) uint8, by one gather.
 
@@ -133,20 +138,29 @@ class Loader:
         rows: Sequence[np.ndarray],
         key: int | None = None,
         *,
+        draws: Sequence[np.ndarray] | None = None,
         unreadable: Callable[[int], object] | None = None,
     ) -> Iterator[Tensor]:
         """Normalised images (len(rows[k]), 3, H, W) for each array of positions; key None = evaluation transform.
 
-        With a key, sample i is augmented as a function of (key, id of i). unreadable: called with the position of each
-        image that cannot be read before its batch comes, where it is black; without it DataError names the file.
+        With a key, sample i is augmented as a function of (key, id of i, draw), draw 0 where draws, shaped like rows, are
+        not given. unreadable: called with the position of each image that cannot be read before its batch comes, where it
+        is black; without it DataError names the file.
         """
+        ids = [self.split.ids[positions] for positions in rows]
+        if draws is not None:
+            ids = [drawn_ids(of, nth) for of, nth in zip(ids, draws, strict=True)]
         if self.split.images is not None:
+            each = iter(ids)
             for block in _blocks(rows, limit=max(1, BLOCK // self.split.images[0].nbytes)):
-                images = self._take(np.concatenate(block), key)
+                images = self._take(np.concatenate(block), np.concatenate([next(each) for _ in block]), key)
                 for batch in images.split([len(positions) for positions in block]):
                     yield self.transform.normalise(batch)
             return
-        self._plan.batches = [[(int(i), key) for i in positions] for positions in rows]
+        self._plan.batches = [
+            [(int(i), key, int(name)) for i, name in zip(positions, of, strict=True)]
+            for positions, of in zip(rows, ids, strict=True)
+        ]
         for positions, (images, reasons) in zip(rows, self._from_workers(), strict=True):
             bad = [(int(i), reason) for i, reason in zip(positions, reasons, strict=True) if reason]
             for position, reason in bad:
@@ -168,9 +182,9 @@ class Loader:
                 "--set data.workers=0 reads without such processes, in a container more --shm-size helps"
             ) from error
 
-    def _take(self, positions: np.ndarray, key: int | None) -> Tensor:
+    def _take(self, positions: np.ndarray, ids: np.ndarray, key: int | None) -> Tensor:
         """uint8 (B, 3, H, W)."""
-        how, ids, stored = self.transform, self.split.ids[positions], self._images[on_device(positions, self.device)]
+        how, stored = self.transform, self._images[on_device(positions, self.device)]
         if key is None or how.augment == "none":
             images = stored.permute(0, 3, 1, 2).contiguous()
         else:
@@ -201,7 +215,7 @@ def _blocks(rows: Sequence[np.ndarray], *, limit: int) -> Iterator[list[np.ndarr
 class _Plan:
     """What the next pass reads; kept apart so that worker processes outlive an epoch."""
 
-    batches: list[list[tuple[int, int | None]]]
+    batches: list[list[tuple[int, int | None, int]]]
 
     def __init__(self):
         self.batches = []
@@ -214,7 +228,7 @@ class _Plan:
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Map-style data set over image files; (position, key) → uint8 (3, H, W) or an error text, collated per batch."""
+    """Map-style data set over image files; (position, key, drawn id) → uint8 (3, H, W) or an error text, collated per batch."""
 
     def __init__(self, split: Split, transform: Transform):
         self.split, self.size, self.transform = split, transform.size, transform
@@ -247,21 +261,20 @@ class ImageFiles(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, wanted: list[tuple[int, int | None]]):
-        return [self._one(position, key) for position, key in wanted]
+    def __getitems__(self, wanted: list[tuple[int, int | None, int]]):
+        return [self._one(*one) for one in wanted]
 
-    def _one(self, position: int, key: int | None):
+    def _one(self, position: int, key: int | None, drawn_id: int):
         try:
             image = read_image(self.split.name_of(position))
         except DataError as error:
             return torch.zeros(3, *self.size, dtype=torch.uint8), str(error)
         if key is None:
             return self.evaluate(image), None
-        ids = self.split.ids[position : position + 1]
         with torch.random.fork_rng(devices=[]):  # v2 draws from torch's generator: seed it for this sample only
-            torch.manual_seed(derive(key, "augment", int(ids[0])))
+            torch.manual_seed(derive(key, "augment", drawn_id))
             pixels = self.train(image)
-        return cut_out(pixels[None], self.transform, ids=ids, key=key)[0], None
+        return cut_out(pixels[None], self.transform, ids=np.array([drawn_id]), key=key)[0], None
 
 
 def collate(samples: list[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:

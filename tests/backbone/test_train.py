@@ -16,6 +16,7 @@ from pipeline.backbone.events import Begin, Epoch, Step
 from pipeline.backbone.schedule import learning_rate
 from pipeline.backbone.train import train_backbone
 from pipeline.config import BackboneConfig, make_config
+from pipeline.data import load_dataset
 from pipeline.errors import ConfigError, DataError
 from tests.conftest import digits_tree
 
@@ -52,10 +53,10 @@ def assert_same_state(a, b):
     a, b = checkpoint.read(a), checkpoint.read(b)
     for state in (a, b):
         state.pop("provenance")
-    assert checkpoint.weights_digest(a["model"]) == checkpoint.weights_digest(b["model"])
+    for key in {"model", "learner", "average"} & (a.keys() | b.keys()):
+        assert checkpoint.weights_digest(a.pop(key)) == checkpoint.weights_digest(b.pop(key)), key
     moments = [[s["momentum_buffer"] for s in state.pop("optimiser")["state"].values()] for state in (a, b)]
     assert all(torch.equal(x, y) for x, y in zip(*moments, strict=True))
-    a.pop("model"), b.pop("model")
     assert a == b
 
 
@@ -107,6 +108,29 @@ def test_each_epoch_sees_other_crops_in_another_order(tmp_path, monkeypatch):
     assert sorted(rows) == sorted(others) == list(range(363))
 
 
+def test_a_balanced_epoch_shows_an_image_in_as_many_ways_as_it_is_drawn(tmp_path, monkeypatch):
+    from pipeline.data.transform import Loader
+
+    seen = []
+    real = Loader.batches
+
+    def batches(self, rows, key=None, **how):
+        pixels = list(real(self, rows, key, **how))
+        if key is not None:
+            seen.extend(zip(np.concatenate(rows), torch.cat(pixels), strict=True))
+        return iter(pixels)
+
+    monkeypatch.setattr(Loader, "batches", batches)
+    events = []
+    train_backbone(config(epochs=1, sampler="class-balanced"), out=tmp_path, report=events.append)
+    assert len(seen) == 363
+    assert sum(isinstance(e, Step) for e in events) == 6
+    smallest = np.flatnonzero(load_dataset(config().data).train.labels == 9)  # 5 images drawn 36 times
+    ways = [[pixels for position, pixels in seen if position == one] for one in smallest]
+    assert sorted(map(len, ways)) == [7, 7, 7, 7, 8]
+    assert sum(len({w.numpy().tobytes() for w in of_one}) for of_one in ways) > 20  # of 9 shifts
+
+
 def test_a_finished_training_is_not_done_again(tmp_path):
     train_backbone(config(), out=tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
@@ -114,12 +138,23 @@ def test_a_finished_training_is_not_done_again(tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("step", [0, 5, 8])
-def test_a_kill_changes_nothing(tmp_path, step):
-    undisturbed = train_backbone(config(epochs=3), out=tmp_path / "whole").checkpoint
-    code, _, _ = finished(command(tmp_path, epochs=3, env={"PIPELINE_KILL_AFTER_STEP": str(step)}))
+EVERYTHING = {
+    "loss": "ldam-drw",
+    "drw_start": 0.5,
+    "sampler": "class-balanced",
+    "force_double_balancing": True,
+    "ema": 0.8,
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "settings"), [(0, {}), (5, {}), (8, {}), pytest.param(14, EVERYTHING, marks=pytest.mark.slow)]
+)
+def test_a_kill_changes_nothing(tmp_path, step, settings):
+    undisturbed = train_backbone(config(epochs=3, **settings), out=tmp_path / "whole").checkpoint
+    code, _, _ = finished(command(tmp_path, epochs=3, env={"PIPELINE_KILL_AFTER_STEP": str(step)}, **settings))
     assert code == -signal.SIGKILL
-    code, _, err = finished(command(tmp_path, epochs=3))
+    code, _, err = finished(command(tmp_path, epochs=3, **settings))
     assert code == 0, err
     assert_same_state(undisturbed, tmp_path / "out" / "last.pt")
     lines = [json.loads(line)["epoch"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -141,9 +176,10 @@ def test_sigterm_saves_in_mid_epoch_and_exits_143(tmp_path):
     assert 1 <= state["epoch"] < 400
 
 
-def test_resuming_in_mid_epoch_is_exact(tmp_path):
+@pytest.mark.parametrize("settings", [{}, EVERYTHING])
+def test_resuming_in_mid_epoch_is_exact(tmp_path, settings):
     """Stops after every step in turn, as SIGTERM does, and compares with an undisturbed run."""
-    undisturbed = train_backbone(config(), out=tmp_path / "whole").checkpoint
+    undisturbed = train_backbone(config(**settings), out=tmp_path / "whole").checkpoint
     from pipeline.errors import Terminated
 
     stops = 0
@@ -157,7 +193,7 @@ def test_resuming_in_mid_epoch_is_exact(tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
 
         try:
-            train_backbone(config(), out=tmp_path / "pieces", report=stop_after_two)
+            train_backbone(config(**settings), out=tmp_path / "pieces", report=stop_after_two)
             break
         except Terminated as stop:
             stops += stop.exit_code == 143

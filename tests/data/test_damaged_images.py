@@ -67,7 +67,7 @@ def test_unreadable_images_are_told_before_their_batch_and_are_black(workers, tm
 class Deadly(ImageFiles):
     """Image files of which reading any ends the process."""
 
-    def _one(self, position, key):
+    def _one(self, *_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
