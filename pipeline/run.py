@@ -24,6 +24,8 @@ from pipeline.rebalance.differences import read_hits
 from pipeline.report import write_report
 from pipeline.report.table import results_tables
 
+STAGE_1 = ("backbone/metrics.jsonl", "backbone/diagnostics.csv")  # what a report shows of it
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -219,9 +221,7 @@ def _one_backbone(
 
 def _report(out: Path, backbones: Sequence[Path], ledger: Ledger, talk: Talk) -> tuple[Path, tuple[Path, ...]]:
     """report.html and its pictures, drawn again if any backbone's results or training curve has changed."""
-    made_from = [p / "rebalance" / "results.json" for p in backbones] + [
-        p / "backbone/metrics.jsonl" for p in backbones
-    ]
+    made_from = [p / name for name in ("rebalance/results.json", *STAGE_1) for p in backbones]
     inputs, html = [file_digest(p) for p in made_from], out / "report.html"
     if not ledger.redone and ledger.up_to_date("report", inputs):
         talk.say(f"{html}: up to date")

@@ -1,6 +1,7 @@
 """What is made of a run: report, export, predict; and what any artefact is: info, doctor."""
 
 import json
+from pathlib import Path
 
 import click
 
@@ -19,6 +20,21 @@ def report_command(run, out, as_json, debug):
     from pipeline.report import write_report
 
     show(write_report(run_folder(run), out=out), as_json)
+
+
+@click.command("progress", cls=Examples, example="pipeline progress runs/cross-entropy runs/weakened")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=PATH)
+@click.option("--out", type=PATH, default=Path("progress"), show_default=True, help="Where progress.png and .csv go.")
+@shared
+def progress_command(runs, out, as_json, debug):
+    """How evenly the classes of trainings come along: spread of training accuracy and gradient ratio, as a figure.
+
+    RUN is a folder of `pipeline run` or `train-backbone` with backbone.diagnose_every=1; of several, the first is what
+    the others are held against.
+    """
+    from pipeline.report.progress import compare
+
+    show(compare(runs, out=out), as_json)
 
 
 @click.command("export", cls=Examples, example="pipeline export runs/digits-lt --to timm --out model")
@@ -114,4 +130,4 @@ def doctor_command(as_json, debug):
         raise click.exceptions.Exit(FAILED)
 
 
-COMMANDS = (report_command, export_command, predict_command, info_command, doctor_command)
+COMMANDS = (report_command, progress_command, export_command, predict_command, info_command, doctor_command)

@@ -1,5 +1,7 @@
 """The figures of a report. Each function returns a figure, its caption and the table it shows; none touches a file."""
 
+import csv
+import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,17 @@ class Drawing:
     caption: str
     figure: "Figure"
     table: list[Row]
+
+    @property
+    def csv(self) -> str:
+        """The table as text, a column for every key that any row has."""
+        text = io.StringIO()
+        writer = csv.DictWriter(
+            text, list(dict.fromkeys(key for row in self.table for key in row)), lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(self.table)
+        return text.getvalue()
 
 
 def draw_all(study: Study) -> list[Drawing]:

@@ -1,9 +1,7 @@
 """report.html: one file with everything a run has to say, its images inside, nothing fetched from a network."""
 
 import base64
-import csv
 import datetime
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -74,13 +72,15 @@ def write_report(run: Path, *, out: Path | None = None) -> Report:
     """
     from pipeline.report.axes import png
     from pipeline.report.figures import draw_all
+    from pipeline.report.progress import of_run
 
     study, folder = read_study(run), out or run
-    drawn = [(drawing, png(drawing.figure)) for drawing in draw_all(study)]
+    progress = of_run(run)
+    drawn = [(drawing, png(drawing.figure)) for drawing in (*draw_all(study), *([progress] if progress else []))]
     figures = []
     for drawing, image in drawn:
         figures.append(write_durably(folder / "figures" / f"{drawing.name}.png", image))
-        write_durably(folder / "figures" / f"{drawing.name}.csv", _csv(drawing.table))
+        write_durably(folder / "figures" / f"{drawing.name}.csv", drawing.csv)
     lines = summary(study)
     path = write_durably(folder / "report.html", page(study, lines, drawn))
     return Report(path, tuple(figures), tuple(line.to_dict() for line in lines), study.repeated)
@@ -350,11 +350,3 @@ def _clock(seconds: float) -> str:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _csv(table: Sequence[Row]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in table for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return buffer.getvalue()

@@ -1,0 +1,244 @@
+"""How evenly the classes of a training come along: read from diagnostics.csv, summed up by epoch, compared, drawn."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cache import write_durably
+from pipeline.errors import DataError
+from pipeline.report import axes as look
+from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED
+from pipeline.report.figures import Drawing
+from pipeline.report.source import Row, Spread, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FILE = "diagnostics.csv"
+MEASURES = {  # of an epoch, with what they mean
+    "std": "standard deviation of training accuracy over classes [points]",
+    "range": "best less worst class [points]",
+    "gap": "major less minor classes [points]",
+    "ratio": "‖∂L/∂z‖ of minor over major classes",
+}
+STYLES = [(BLACK, "s"), (BLUE, "o"), (RED, "^"), (GREEN, "D"), (ORANGE, "v")]
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """One training: epochs (E,), counts (C,), accuracy (E, C) in % and gradient norm (E, C), nan where unknown."""
+
+    name: str
+    epochs: np.ndarray
+    counts: np.ndarray
+    accuracy: np.ndarray
+    gradient: np.ndarray
+
+    @property
+    def summary(self) -> list[Row]:
+        """A line an epoch: mean, std and range of accuracy over classes; major and minor classes; ratio of gradients."""
+        major, minor = halves(self.counts)
+        table = []
+        for epoch, accuracy, gradient in zip(self.epochs.tolist(), self.accuracy, self.gradient, strict=True):
+            known = accuracy[~np.isnan(accuracy)]
+            by_half = {"major": _mean(accuracy[major]), "minor": _mean(accuracy[minor])}
+            pulls = {"gradient_major": _mean(gradient[major]), "gradient_minor": _mean(gradient[minor])}
+            line: Row = {"epoch": epoch, "mean": _mean(known), "std": float(known.std()), "range": float(np.ptp(known))}
+            gap, ratio = None, None
+            if by_half["major"] is not None and by_half["minor"] is not None:
+                gap = by_half["major"] - by_half["minor"]
+            if pulls["gradient_major"] and pulls["gradient_minor"] is not None:
+                ratio = pulls["gradient_minor"] / pulls["gradient_major"]
+            table.append(line | by_half | {"gap": gap} | pulls | {"ratio": ratio})
+        return table
+
+    def over_epochs(self, measure: str, *, last: bool = False) -> float | None:
+        """A measure's mean over the epochs, or its value at the last one; None where it is nowhere defined."""
+        known = [line[measure] for line in self.summary[-1 if last else 0 :] if line[measure] is not None]
+        return float(np.mean(known)) if known else None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Measures of several runs, each a spread over its trainings, and the figure that shows them."""
+
+    rows: tuple[Row, ...]
+    figure: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"runs": list(self.rows), "figure": str(self.figure)}
+
+    def __str__(self) -> str:
+        lines = []
+        for row in self.rows:
+            lines.append(
+                f"{row['run']} ({row['n']} training{'s' if row['n'] > 1 else ''}), mean over epochs (last epoch):"
+            )
+            for measure, meaning in MEASURES.items():
+                values = row[measure]
+                if values["mean"] is not None:
+                    less = values.get("less_first")
+                    against = f"; less {self.rows[0]['run']}: {_shown(less)}" if less else ""
+                    lines.append(f"  {_shown(values)} ({_shown(row['last'][measure])})  {meaning}{against}")
+        return "\n".join([*lines, f"picture: {self.figure}"])
+
+
+def halves(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Masks (C,) of major and minor classes: above and below the geometric mean of the largest and smallest size.
+
+    Of exponential sizes these are the two halves, of step sizes the two steps; both empty where all are equal.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    middle = np.sqrt(counts.max() * counts.min())
+    unequal = counts.max() > counts.min()
+    return unequal & (counts > middle), unequal & (counts <= middle)
+
+
+def read_progress(path: Path, name: str) -> Progress:
+    """The diagnostics.csv of a training; DataError naming the file if it is missing, damaged or of something else."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = [line for line in csv.DictReader(file) if None not in line.values()]  # a kill tears the last one
+        table = [(int(r["epoch"]), int(r["class"]), int(r["images"]), r["accuracy"], r["gradient"]) for r in lines]
+        values = np.array([[float(a or "nan"), float(g or "nan")] for *_, a, g in table])
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; train with --set backbone.diagnose_every=1") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not written by `pipeline train-backbone` ({error})") from error
+    counts = {c: images for _, c, images, *_ in table}
+    whole = len(counts) and len(table) // len(counts)
+    if not whole or [row[1] for row in table[: whole * len(counts)]] != list(range(len(counts))) * whole:
+        raise DataError(f"{path}: has no whole epoch in it; train with --set backbone.diagnose_every=1")
+    each = values[: whole * len(counts)].reshape(whole, len(counts), 2)
+    epochs = np.array([row[0] for row in table[: whole * len(counts) : len(counts)]])
+    return Progress(name, epochs, np.array([counts[c] for c in range(len(counts))]), each[..., 0], each[..., 1])
+
+
+def trainings(run: Path) -> list[Progress]:
+    """Every diagnosed training of a run (RUN/seed-N/backbone, RUN/backbone) or of a folder of `train-backbone`."""
+    seeds = sorted(run.glob(f"seed-*/backbone/{FILE}"), key=lambda p: (len(p.parts[-3]), p.parts[-3]))
+    found = seeds or [p for p in (run / "backbone" / FILE, run / FILE) if p.is_file()][:1]
+    return [read_progress(path, path.parts[-3] if seeds else run.name) for path in found]
+
+
+def of_run(run: Path) -> Drawing | None:
+    """The figure of one run; None where its trainings were not diagnosed."""
+    found = trainings(run)
+    return draw({run.resolve().name: found}) if found else None
+
+
+def compare(runs: Sequence[Path], *, out: Path) -> Compared:
+    """Compares the trainings of runs, the first being what the others are held against; writes progress.png and .csv.
+
+    Differences are paired by training where a run has those of the first. Raises DataError where a run has none.
+    """
+    named = dict(zip(_labels(runs), map(trainings, runs), strict=True))
+    for run, found in zip(runs, named.values(), strict=True):
+        if not found:
+            raise DataError(f"{run}: no {FILE} in it; train with --set backbone.diagnose_every=1")
+    drawing = draw(named)
+    figure = write_durably(out / f"{drawing.name}.png", look.png(drawing.figure))
+    write_durably(out / f"{drawing.name}.csv", drawing.csv)
+    return Compared(tuple(_compared(named)), figure)
+
+
+def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
+    """Training accuracy and gradients of major and minor classes by epoch, their spread and ratio; a colour a run."""
+    with look.style():
+        figure = look.figure_of(11.5, 7.6)
+        grid: Any = figure.subplots(2, 2, sharex=True)
+        (accuracy, std), (gradient, ratio) = grid
+        for number, (name, of) in enumerate(runs.items()):
+            color, marker = STYLES[number % len(STYLES)]
+            style: Row = {"color": color, "marker": marker, "markersize": 5, "markerfacecolor": "white"}
+            for axes, measure, dashed in (
+                (accuracy, "major", False),
+                (accuracy, "minor", True),
+                (std, "std", False),
+                (gradient, "gradient_major", False),
+                (gradient, "gradient_minor", True),
+                (ratio, "ratio", False),
+            ):
+                _line(axes, of, measure, style | {"linestyle": "--" if dashed else "-"})
+            accuracy.plot([], [], label=name, **style)
+        for kind, line in (("major classes", "-"), ("minor classes", "--")):
+            accuracy.plot([], [], color=GREY, linestyle=line, label=kind)
+        ratio.axhline(1, color=GREY, linewidth=1, linestyle=":")
+        accuracy.set(title="Accuracy on clean training images", ylabel="accuracy [%]", ylim=(0, 102))
+        std.set(title="Spread of that accuracy over classes", ylabel="standard deviation [points]")
+        gradient.set(title="Gradient at the features", ylabel="mean ‖∂L/∂z‖")
+        ratio.set(title="Gradient of minor over major classes", ylabel="ratio")
+        for axes in (std, gradient, ratio):
+            axes.set_ylim(bottom=0)
+        for axes in grid[1]:
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        look.legend(figure, grid)
+    several = max(map(len, runs.values()))
+    bands = f" Lines are means over up to {several} trainings, bands one standard deviation." if several > 1 else ""
+    caption = (
+        "The same training images of every class after each epoch, clean, unmixed, in evaluation mode; z is what enters "
+        "the classifier, L cross-entropy. Major classes are larger than the geometric mean of the largest and the "
+        f"smallest.{bands}"
+    )
+    table = [{"run": name, "training": p.name, **line} for name, of in runs.items() for p in of for line in p.summary]
+    return Drawing("progress", "How evenly the classes come along", caption, figure, table)
+
+
+def _line(axes: "Axes", of: Sequence[Progress], measure: str, style: Row) -> None:
+    """Mean over trainings of a measure by epoch, and a band of one standard deviation where there are several."""
+    values: dict[int, list[float]] = {}
+    for training in of:
+        for line in training.summary:
+            if line[measure] is not None:
+                values.setdefault(line["epoch"], []).append(line[measure])
+    if not values:
+        return
+    x = np.array(sorted(values))
+    y = np.array([np.mean(values[e]) for e in x])
+    axes.plot(x, y, linewidth=1.8, markevery=max(1, len(x) // 8), **style)
+    if len(of) > 1:
+        error = np.array([np.std(values[e], ddof=1) if len(values[e]) > 1 else 0.0 for e in x])
+        axes.fill_between(x, y - error, y + error, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _compared(named: Mapping[str, Sequence[Progress]]) -> list[Row]:
+    first = {p.name: p for p in next(iter(named.values()))}
+    rows: list[Row] = []
+    for label, of in named.items():
+        row: Row = {"run": label, "n": len(of), "last": {}}
+        for measure in MEASURES:
+            row[measure] = _numbers(spread([p.over_epochs(measure) for p in of]))
+            row["last"][measure] = _numbers(spread([p.over_epochs(measure, last=True) for p in of]))
+            if rows and len(of) == len(first) and (len(of) == 1 or {p.name for p in of} == first.keys()):
+                pairs = [(p, first[p.name] if len(of) > 1 else next(iter(first.values()))) for p in of]
+                both = [(p.over_epochs(measure), q.over_epochs(measure)) for p, q in pairs]
+                less = [a - b if a is not None and b is not None else None for a, b in both]
+                row[measure]["less_first"] = _numbers(spread(less))
+        rows.append(row)
+    return rows
+
+
+def _labels(runs: Sequence[Path]) -> list[str]:
+    """What tells the runs apart: their folders' names, else their whole paths."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def _numbers(value: Spread) -> Row:
+    return {"mean": value.mean, "std": value.std}
+
+
+def _shown(value: Row) -> str:
+    if value["mean"] is None:
+        return "–"
+    return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
