@@ -161,9 +161,9 @@ class Encoder:
         self._dataset, self._transform, self._workers = dataset, backbone.transform, config.data.workers
 
     def name_of(self, split: str) -> Callable[[int], str] | None:
-        """Row → file of an image; None where images have no files."""
+        """Row → file of an image; None where images lie in memory."""
         images = self._dataset.splits[split]
-        return None if images.paths is None else images.name_of
+        return None if images.stored is None else images.name_of
 
     def chunks(self, wanted: Sequence[Chunk], stop: Signals) -> Iterator[tuple[Chunk, np.ndarray, list[int]]]:
         """Each wanted chunk, its features (rows, D) float32 and its unreadable rows; ends between batches when asked to.

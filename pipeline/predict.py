@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 from pipeline.backbone.model import build_model, classifier, encode
 from pipeline.config import BackboneConfig
 from pipeline.data.dataset import Split
+from pipeline.data.files import FileNames
 from pipeline.data.images import EXTENSIONS
-from pipeline.data.transform import ImageFiles, Transform
+from pipeline.data.processes import decoding_processes
+from pipeline.data.transform import ImageFiles, Transform, wanted
 from pipeline.distributed import choose_device
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.export import STAGE1, input_facts, matching_checkpoint
@@ -178,9 +180,10 @@ def _read(
     paths: Sequence[Path], transform: Transform, batch_size: int
 ) -> Iterator[tuple[int, Tensor, list[str | None]]]:
     """(position of the first, pixels (B, 3, H, W) uint8, why each could not be read or None) of each batch of files."""
-    split = Split(labels=np.zeros(len(paths), int), ids=np.arange(len(paths)), paths=[str(p) for p in paths])
+    rows = np.arange(len(paths))
+    split = Split(labels=np.zeros_like(rows), ids=rows, stored=FileNames(map(str, paths)).below(Path()))
     starts = range(0, len(paths), batch_size)
-    batches = [[(i, None, i) for i in range(a, min(a + batch_size, len(paths)))] for a in starts]
+    batches = [wanted(split, batch, batch, key=None) for batch in np.split(rows, starts[1:])]
     workers = min(8, os.cpu_count() or 1) if len(paths) >= WORKERS_FROM else 0
     files: Any = ImageFiles(split, transform)
     loader: DataLoader = DataLoader(
@@ -188,7 +191,7 @@ def _read(
         batch_sampler=batches,
         collate_fn=_collate,
         num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=decoding_processes() if workers else None,
     )
     for start, (pixels, reasons) in zip(starts, loader, strict=True):
         yield start, pixels, reasons

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from cache import CacheError, open_writer
 from pipeline.data import Dataset
-from pipeline.data.images import read_image
 from pipeline.errors import DataError
 
 Rows = Mapping[str, Sequence[int]]  # split → rows
@@ -28,7 +27,7 @@ def readable_now(skipped: Rows, dataset: Dataset, *, store: Path | str, may_skip
     for name, rows in skipped.items():
         for row in rows:
             try:
-                read_image(dataset.splits[name].name_of(row))
+                dataset.splits[name].read(row)
                 readable.setdefault(name, []).append(row)
             except DataError as error:
                 refused.append(str(error))

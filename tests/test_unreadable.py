@@ -101,7 +101,7 @@ def dump(checkpoint, config, out):
 
 def skipped_rows(store: Path, root: Path) -> dict[str, list[str]]:
     cache, dataset = open_cache(store), load_dataset(settings(root).data)
-    found = {s: [split.paths[r] for r in cache.skipped(s)] for s, split in dataset.splits.items()}
+    found = {s: [split.stored.relative(r) for r in cache.skipped(s)] for s, split in dataset.splits.items()}
     return {split: names for split, names in found.items() if names}
 
 

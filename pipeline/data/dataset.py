@@ -1,29 +1,39 @@
-"""A data set in memory or as file names: labels, ids, class names, counts, fingerprint."""
+"""A data set in memory or where it is stored: labels, ids, class names, counts, fingerprint."""
 
-import contextlib
 import hashlib
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
+from PIL import Image
 
 from pipeline.errors import DataError
 
 CONTENT_LIMIT = 1 << 30  # bytes of image files up to which the fingerprint reads their contents
 
 
+class Stored(Protocol):
+    """Images that are read when they are needed: `reader(stored[i])` is image i, in whichever process."""
+
+    @property
+    def reader(self) -> Callable[[Any], Image.Image]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> Any: ...
+    def name_of(self, i: int) -> str: ...
+    def take(self, rows: np.ndarray) -> Self: ...
+    def feed(self, sha: Any, without: Collection[int], limit: int) -> str: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Samples of one split: labels (n,) int64, ids (n,) int64, and either images (n, H, W, 3) uint8 or n file names."""
+    """Samples of one split: labels (n,) int64, ids (n,) int64, and either images (n, H, W, 3) uint8 or stored ones."""
 
     labels: np.ndarray
     ids: np.ndarray
     images: np.ndarray | None = None
-    paths: Sequence[str] | None = None
-    root: Path = Path()
+    stored: Stored | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,42 +45,33 @@ class Split:
             labels=self.labels[rows],
             ids=self.ids[rows],
             images=None if self.images is None else self.images[rows],
-            paths=None if self.paths is None else [self.paths[i] for i in rows],
+            stored=None if self.stored is None else self.stored.take(rows),
         )
 
     def name_of(self, row: int) -> str:
         """What a person calls sample `row`: its file, else its number in the source."""
-        return f"image {self.ids[row]}" if self.paths is None else str(self.root / self.paths[row])
+        return f"image {self.ids[row]}" if self.stored is None else self.stored.name_of(row)
+
+    def read(self, row: int) -> Image.Image:
+        """Stored image `row` as RGB; DataError names one that cannot be read."""
+        assert self.stored is not None
+        return self.stored.reader(self.stored[row])
 
     def digest(self, without: Collection[int] = ()) -> tuple[str, str]:
         """(sha256 over labels, ids and images in order; what of the images went into it).
 
-        without: rows whose files may hold anything. A file that cannot be opened counts as one without content.
+        without: rows whose stored images may be anything. One that cannot be opened counts as one without content.
         """
         sha = hashlib.sha256()
         for array in (self.labels, self.ids):
             sha.update(np.ascontiguousarray(array, dtype="<i8").data)
-        if self.paths is None:
-            assert self.images is not None
-            sha.update(repr(self.images.shape).encode())
-            sha.update(np.ascontiguousarray(self.images).data)
-            return sha.hexdigest(), "pixels"
-        left_out = set(without)
-        sizes = [0 if i in left_out else _size(self.root / p) for i, p in enumerate(self.paths)]
-        contents = sum(sizes) <= CONTENT_LIMIT
-        for path, size in zip(self.paths, sizes, strict=True):
-            sha.update(f"{path}\0{size}\0".encode())
-            if contents and size:
-                with contextlib.suppress(OSError):  # who reads the image says so
-                    sha.update((self.root / path).read_bytes())
-        return sha.hexdigest(), "file contents" if contents else "file names and sizes"
-
-
-def _size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
+        if self.stored is not None:
+            covers = self.stored.feed(sha, without, CONTENT_LIMIT)
+            return sha.hexdigest(), covers
+        assert self.images is not None
+        sha.update(repr(self.images.shape).encode())
+        sha.update(np.ascontiguousarray(self.images).data)
+        return sha.hexdigest(), "pixels"
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.dataset import Split, check_labels
+from pipeline.data.files import FileNames
 from pipeline.data.images import EXTENSIONS
 from pipeline.errors import DataError
 
@@ -131,7 +133,7 @@ def folder(config: DataConfig) -> Source:
         places = {"train": root, "val": None, "test": None}
     train_root = places["train"]
     assert train_root is not None
-    names = tuple(sorted(p.name for p in train_root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    names = tuple(_folders(train_root))
     if not names:
         raise DataError(f"{train_root}: no class folders in it; expected {train_root}/CLASS/*.jpg")
     notes: list[str] = []
@@ -143,7 +145,9 @@ def folder(config: DataConfig) -> Source:
 def image_list(config: DataConfig) -> Source:
     """Lines `relative/path label` (ImageNet-LT, iNaturalist2018, Places-LT), paths relative to data.path or the list's folder."""
     lists = {"train": config.train_list, "val": config.val_list, "test": config.test_list}
-    found = {s: _read_list(path, config.path or path.parent) for s, path in lists.items() if path is not None}
+    found = {
+        s: _read_list(path, (config.path or path.parent).expanduser()) for s, path in lists.items() if path is not None
+    }
     classes = int(found["train"].labels.max()) + 1
     names = tuple(str(c) for c in range(classes))
     if config.class_names is not None:
@@ -179,60 +183,66 @@ def _required(path: Path | None) -> Path:
     return path.expanduser()
 
 
+def _folders(place: Path) -> list[str]:
+    with os.scandir(place) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[str]) -> Split:
-    strangers = sorted(
-        p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in names
-    )
+    known = set(names)
+    strangers = [name for name in _folders(place) if name not in known]
     if strangers:
         raise DataError(
             f"{place}: class folder {strangers[0]} is not among the training classes; rename it or add it to train"
         )
-    paths: list[str] = []
-    labels: list[int] = []
+    found, labels = FileNames(), array("q")
     ignored: list[str] = []
     for label, name in enumerate(names):
         for folder, below, files in os.walk(place / name, followlinks=True):
             below.sort()
+            here = os.path.relpath(folder, root)
             for file in sorted(files):
                 if file.startswith("."):
                     continue
-                path = os.path.join(os.path.relpath(folder, root), file)
                 if os.path.splitext(file)[1].lower() in EXTENSIONS:
-                    paths.append(path)
+                    found.append(os.path.join(here, file))
                     labels.append(label)
                 else:
-                    ignored.append(path)
+                    ignored.append(os.path.join(here, file))
     if ignored:
         notes.append(
             f"{len(ignored)} file(s) under {place} are no images by their ending and were left out: {', '.join(ignored[:3])}"
         )
-    if not paths:
+    if not labels:
         raise DataError(f"{place}: no images in its class folders (known endings: {' '.join(sorted(EXTENSIONS))})")
-    return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(paths)), paths=paths, root=root)
+    return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(labels)), stored=found.below(root))
 
 
 def _read_list(path: Path, root: Path) -> Split:
+    names, labels = FileNames(), array("q")
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        with open(path.expanduser(), encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                name, _, label = line.strip().rpartition(" ")
+                if not name or not label.lstrip("-").isdigit():
+                    raise DataError(
+                        f"{path}, line {number}: expected `relative/path label`, got {line.rstrip()[:80]!r}"
+                    )
+                names.append(name.strip())
+                labels.append(int(label))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); set data.train_list and the like"
         ) from error
-    paths, labels = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.lstrip("-").isdigit():
-            raise DataError(f"{path}, line {number}: expected `relative/path label`, got {line[:80]!r}")
-        paths.append(name.strip())
-        labels.append(int(label))
-    if not paths:
+    if not labels:
         raise DataError(f"{path}: no lines in it; expected `relative/path label`")
-    missing = [p for p in paths if not os.path.isfile(root / p)]
-    if missing:
+    files = names.below(root).sized()
+    missing = files.missing
+    if len(missing):
         raise DataError(
-            f"{path}: {len(missing)} of {len(paths)} files are missing under {root}, the first is {missing[0]}; "
-            "set data.path to the folder that the paths are relative to"
+            f"{path}: {len(missing)} of {len(files)} files are missing under {root}, the first is "
+            f"{files.relative(missing[0])}; set data.path to the folder that the paths are relative to"
         )
-    return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(paths)), paths=paths, root=root)
+    return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(labels)), stored=files)

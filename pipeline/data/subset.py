@@ -27,8 +27,7 @@ def long_tail(labels: np.ndarray, sizes: np.ndarray, *, val_per_class: int, seed
     """
     random = np.random.RandomState(seed)
     kept, left = [], []
-    for c, size in enumerate(sizes):
-        order = np.flatnonzero(labels == c)
+    for size, order in zip(sizes, of_each_class(labels, len(sizes)), strict=True):
         random.shuffle(order)
         kept.append(order[:size])
         left.append(order[size : size + val_per_class])
@@ -39,9 +38,14 @@ def hold_out(labels: np.ndarray, *, per_class: int, seed: int, classes: int) -> 
     """(positions that stay, positions held out): min(per_class, N_c // 5) of each class, none of classes under 5."""
     random = np.random.RandomState(seed)
     held = []
-    for c in range(classes):
-        order = np.flatnonzero(labels == c)
+    for order in of_each_class(labels, classes):
         random.shuffle(order)
         held.append(order[: min(per_class, len(order) // 5)])
     taken = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), taken), taken
+
+
+def of_each_class(labels: np.ndarray, classes: int) -> list[np.ndarray]:
+    """The positions of each class's samples, ascending: one sort for all, however many classes."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.searchsorted(labels[order], np.arange(1, classes)))

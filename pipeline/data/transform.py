@@ -1,6 +1,6 @@
 """From stored pixels to network input, the same in training, dumping and prediction; augmentation keyed per sample."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,12 +14,13 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pipeline.data.copies import on_device
 from pipeline.data.dataset import Split
-from pipeline.data.images import read_image
 from pipeline.data.operations import cutout
 from pipeline.data.policies import apply, drawn
+from pipeline.data.processes import decoding_processes
 from pipeline.errors import DataError, PipelineError
 from pipeline.seeds import derive, uniform
 
+Wanted = tuple[Any, int, int | None]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BLOCK = 4 << 20  # bytes of images that are augmented at once: many batches of small ones
 UNUSED = {"policy": "none", "rand_n": 2, "rand_m": 9, "cutout": 0}
@@ -130,7 +131,7 @@ class Loader:
                 num_workers=workers,
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
-                multiprocessing_context="forkserver" if workers else None,
+                multiprocessing_context=decoding_processes() if workers else None,
             )
 
     def batches(
@@ -157,10 +158,7 @@ class Loader:
                 for batch in images.split([len(positions) for positions in block]):
                     yield self.transform.normalise(batch)
             return
-        self._plan.batches = [
-            [(int(i), key, int(name)) for i, name in zip(positions, of, strict=True)]
-            for positions, of in zip(rows, ids, strict=True)
-        ]
+        self._plan.batches = (wanted(self.split, *batch, key=key) for batch in zip(rows, ids, strict=True))
         for positions, (images, reasons) in zip(rows, self._from_workers(), strict=True):
             bad = [(int(i), reason) for i, reason in zip(positions, reasons, strict=True) if reason]
             for position, reason in bad:
@@ -215,7 +213,7 @@ def _blocks(rows: Sequence[np.ndarray], *, limit: int) -> Iterator[list[np.ndarr
 class _Plan:
     """What the next pass reads; kept apart so that worker processes outlive an epoch."""
 
-    batches: list[list[tuple[int, int | None, int]]]
+    batches: Iterable[list[Wanted]]
 
     def __init__(self):
         self.batches = []
@@ -223,15 +221,22 @@ class _Plan:
     def __iter__(self):
         return iter(self.batches)
 
-    def __len__(self):
-        return len(self.batches)
+
+def wanted(split: Split, positions: np.ndarray, ids: np.ndarray, *, key: int | None) -> list[Wanted]:
+    """(where the image lies, the id that its augmentation is drawn from, key): all that a worker needs to know of a split."""
+    assert split.stored is not None
+    return [(split.stored[i], int(name), key) for i, name in zip(positions, ids, strict=True)]
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Map-style data set over image files; (position, key, drawn id) → uint8 (3, H, W) or an error text, collated per batch."""
+    """Map-style data set over stored images; (where, id, key) → uint8 (3, H, W) or an error text, collated per batch.
+
+    It holds none of the split: of half a million names, workers get those of their batches.
+    """
 
     def __init__(self, split: Split, transform: Transform):
-        self.split, self.size, self.transform = split, transform.size, transform
+        assert split.stored is not None
+        self.read, self.size, self.transform = split.stored.reader, transform.size, transform
         height, width = transform.size
         interpolation = InterpolationMode(transform.interpolation)
         shorter = round(min(height, width) / transform.crop_pct)
@@ -258,23 +263,20 @@ class ImageFiles(torch.utils.data.Dataset):
         }
         self.train = v2.Compose([*moves[transform.augment], *policies[transform.policy], v2.PILToTensor()])
 
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitems__(self, wanted: list[tuple[int, int | None, int]]):
+    def __getitems__(self, wanted: list[Wanted]):
         return [self._one(*one) for one in wanted]
 
-    def _one(self, position: int, key: int | None, drawn_id: int):
+    def _one(self, where: Any, ident: int, key: int | None):
         try:
-            image = read_image(self.split.name_of(position))
+            image = self.read(where)
         except DataError as error:
             return torch.zeros(3, *self.size, dtype=torch.uint8), str(error)
         if key is None:
             return self.evaluate(image), None
         with torch.random.fork_rng(devices=[]):  # v2 draws from torch's generator: seed it for this sample only
-            torch.manual_seed(derive(key, "augment", drawn_id))
+            torch.manual_seed(derive(key, "augment", ident))
             pixels = self.train(image)
-        return cut_out(pixels[None], self.transform, ids=np.array([drawn_id]), key=key)[0], None
+        return cut_out(pixels[None], self.transform, ids=np.array([ident]), key=key)[0], None
 
 
 def collate(samples: list[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:

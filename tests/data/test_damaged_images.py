@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.data.dataset import Split
+from pipeline.data.files import FileNames
 from pipeline.data.images import read_image
 from pipeline.data.transform import ImageFiles, Loader, Transform
 from pipeline.errors import DataError, PipelineError
@@ -45,7 +46,7 @@ def files(tmp_path, count: int) -> Split:
     for n in range(count):
         Image.new("RGB", (9, 9), (n, 0, 0)).save(tmp_path / f"{n}.png")
     rows = np.arange(count)
-    return Split(labels=rows, ids=rows, paths=[f"{n}.png" for n in range(count)], root=tmp_path)
+    return Split(labels=rows, ids=rows, stored=FileNames(f"{n}.png" for n in range(count)).below(tmp_path))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 
 from pipeline.data.dataset import Split
+from pipeline.data.files import FileNames
 from pipeline.data.operations import BATCHED, numbers_of
 from pipeline.data.policies import IDENTITY, RANDAUGMENT, Plan, apply, autoaugment, drawn, magnitude
 from pipeline.data.transform import BLOCK, Loader, Transform
@@ -117,7 +118,9 @@ def test_image_files_take_the_same_policies(policy, tmp_path):
     for i in range(8):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    files = Split(labels=np.zeros(8, np.int64), ids=np.arange(8), paths=[f"{i}.png" for i in range(8)], root=tmp_path)
+    files = Split(
+        labels=np.zeros(8, np.int64), ids=np.arange(8), stored=FileNames(f"{i}.png" for i in range(8)).below(tmp_path)
+    )
     plain, changed = (
         Loader(files, transform(policy=p, rand_n=3, cutout=c), device=CPU) for p, c in (("none", 0), (policy, 5))
     )

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from pipeline.data.dataset import Split
+from pipeline.data.files import FileNames
 from pipeline.data.transform import Loader, Transform, augment, channel_statistics
 from pipeline.errors import DataError
 from pipeline.seeds import uniform
@@ -28,7 +29,7 @@ def files(tmp_path):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
             tmp_path / names[-1]
         )
-    return Split(labels=np.arange(12) % 3, ids=np.arange(12), paths=names, root=tmp_path)
+    return Split(labels=np.arange(12) % 3, ids=np.arange(12), stored=FileNames(names).below(tmp_path))
 
 
 def test_normalise_by_hand():
@@ -88,6 +89,6 @@ def test_a_loader_can_be_used_again(files):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_file_is_named(files, workers):
-    (files.root / "7.png").write_bytes(b"torn")
+    (files.stored.root / "7.png").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"7\.png: unreadable image"):
         list(Loader(files, transform("none"), device=CPU, workers=workers).batches([np.arange(12)]))
