@@ -35,8 +35,8 @@ def create_store(
     splits: Mapping[str, Split],
     width: int,
     dtype: str,
-    weight: ArrayLike,
-    bias: ArrayLike,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
     class_names: list[str] | tuple[str, ...],
     counts: ArrayLike,
     fingerprint: Mapping[str, Any],
@@ -47,8 +47,9 @@ def create_store(
 ) -> Writer:
     """The writer of a new open store, or of the one that is there if its fingerprint is the same.
 
-    splits: by name, "train" among them; dtype: float16, float32 or bfloat16; weight (C, D); bias (C,); counts (C,) of
-    the training labels; fingerprint: flat, JSON; provenance: JSON. A sealed store with damaged files is opened again
+    splits: by name, "train" among them; dtype: float16, float32 or bfloat16; weight (C, D); bias (C,), both None
+    for a classifier that follows from the features: `Writer.set_classifier` then has to come before the seal, and the
+    fingerprint has to say how it is made; counts (C,) of the training labels; fingerprint: flat, JSON; provenance: JSON. A sealed store with damaged files is opened again
     for those alone, a whole one comes back sealed. retry: split → rows that were skipped and can be had now; a sealed
     store is opened again for the chunks that hold them. The writer holds the store's lock until it is closed.
     Raises CacheError for another fingerprint (naming the fields), a second writer, or a path that is no feature store.
@@ -81,13 +82,19 @@ def create_store(
     return Writer(place, root, place.lock().take())
 
 
-def _contents(layout: Layout, splits: Mapping[str, Split], weight: ArrayLike, bias: ArrayLike) -> dict[str, NDArray]:
+def _contents(
+    layout: Layout, splits: Mapping[str, Split], weight: ArrayLike | None, bias: ArrayLike | None
+) -> dict[str, NDArray]:
     """Array name → values of everything that is known before the first image is encoded."""
-    given = {"classifier/weight": weight, "classifier/bias": bias}
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias: give both, or None for both")
+    given: dict[str, ArrayLike] = {}
+    if weight is not None and bias is not None:
+        given |= {"classifier/weight": weight, "classifier/bias": bias}
     for name, split in splits.items():
         given |= {f"{name}/labels": split.labels, f"{name}/ids": split.ids}
     contents = {}
-    for array in layout.small():
+    for array in (a for a in layout.small() if a.name in given):
         contents[array.name] = np.ascontiguousarray(given[array.name], array.stored)
         if contents[array.name].shape != array.shape:
             raise ValueError(f"{array.name} has shape {contents[array.name].shape}, expected {array.shape}")
@@ -139,7 +146,7 @@ def _restore_metadata(place: Place, root: Root) -> None:
 
 def _restore_small(place: Place, root: Root, contents: Mapping[str, NDArray]) -> None:
     """Writes the small arrays that are absent or not what they must be."""
-    for array in root.layout.small():
+    for array in (a for a in root.layout.small() if a.name in contents):
         for key in array.keys:
             values = contents[array.name]
             try:
@@ -158,7 +165,7 @@ def _continue(
     if isinstance(place, Objects) and there.state == REMOVING:
         return _make_of_objects(place, wanted, contents, overwrite=False)
     _refuse_other(place, there, wanted, contents)
-    if there.sealed and not _to_open(place, there, retry):
+    if there.sealed and not _to_open(place, there, contents, retry):
         return Writer(place, there, None)
     lock = place.lock().take()
     try:
@@ -166,7 +173,7 @@ def _continue(
             place.sweep()
             there = read_root(place)  # its last owner may have sealed it just now
             if there.sealed:
-                lost = _to_open(place, there, retry)
+                lost = _to_open(place, there, contents, retry)
                 for array, key in lost:  # else a whole chunk in the wrong place would pass for finished
                     place.delete(f"{array}/{key}")
                 there = store.write_root(place, reopened(there, lost)) if lost else there
@@ -179,13 +186,20 @@ def _continue(
     return Writer(place, there, lock)
 
 
-def _to_open(place: Place, root: Root, retry: Mapping[str, Collection[int]]) -> list[tuple[str, str]]:
-    """(array, key) of the chunks of a sealed store that are damaged or hold a row to be tried again."""
+def _to_open(
+    place: Place, root: Root, contents: Mapping[str, NDArray], retry: Mapping[str, Collection[int]]
+) -> list[tuple[str, str]]:
+    """(array, key) of the chunks of a sealed store that are damaged or hold a row to be tried again.
+
+    What follows from the training features, a classifier that is not in contents, goes with their rows.
+    """
     again = [
         (chunk.array, chunk.key)
         for chunk in root.layout.chunks()
         if any(chunk.start <= row < chunk.stop for row in retry.get(chunk.split, ()))
     ]
+    if retry.get("train"):
+        again += [(a.name, key) for a in root.layout.small() if a.name not in contents for key in a.keys]
     return list(dict.fromkeys([(damage.array, damage.chunk) for damage in damages(place, root)] + again))
 
 

@@ -104,19 +104,22 @@ class Layout:
         per_chunk = max(1, min(rows, self.rows_per_chunk))
         return Array(f"{split}/features", (views, rows, self.width), (1, per_chunk, self.width), self.dtype)
 
-    def small(self) -> list[Array]:
-        """Labels and ids of each split and the stage-1 classifier: one chunk each, known when the store is made."""
+    def classifier(self) -> list[Array]:
+        """Weight and bias of the classifier that stage 2 starts from."""
         c, d = self.classes, self.width
-        head = [
+        return [
             Array("classifier/weight", (c, d), (c, d), "float32"),
             Array("classifier/bias", (c,), (c,), "float32"),
         ]
+
+    def small(self) -> list[Array]:
+        """Labels and ids of each split and the classifier: one chunk each, mostly known when the store is made."""
         per_row = [
             Array(f"{split}/{name}", (rows,), (max(1, rows),), "int64")
             for split, _, rows in self.splits
             for name in ("labels", "ids")
         ]
-        return per_row + head
+        return per_row + self.classifier()
 
     @property
     def arrays(self) -> list[Array]:

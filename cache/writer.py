@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cache import store
+from cache.chunks import Torn
 from cache.layout import LARGEST, CacheError, Chunk, Layout, canonical, owned_chunks
 from cache.lease import Lease
 from cache.lock import Lock
-from cache.numbers import encode
+from cache.numbers import decode, encode
 from cache.place import Place, locate
 from cache.root import Root, read_root
 from cache.verify import checked_read, inspect, metadata_checksums, survey
@@ -113,6 +114,41 @@ class Writer:
         where = slice(chunk.view, chunk.view + 1), slice(chunk.start, chunk.stop)
         with self.place.refusals():
             store.write_chunk(self.place, array, chunk.key, encode(rows, array.dtype)[None], where)
+
+    def read(self, chunk: Chunk) -> NDArray:
+        """Features (chunk.rows, D) that were written, as `Cache.read_chunk` gives them; NaN in rows that have none.
+
+        Raises CacheError where the chunk is missing or damaged.
+        """
+        array = self.layout.features(chunk.split)
+        into = np.empty(array.chunk, array.stored)
+        try:
+            checked_read(self.place, self._root.manifest, array.name, chunk.key, into)
+        except Torn as torn:
+            again = "run the same pipeline dump-features command again"
+            raise CacheError(f"{self.place}: {array.name}/{chunk.key} ({chunk.where}) {torn}; {again}") from None
+        return decode(into[0, : chunk.rows], array.dtype)
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the classifier is final: of a sealed store, and of one opened again for other chunks."""
+        manifest = self._root.manifest
+        return all(key in manifest.get(array.name, {}) for array in self.layout.classifier() for key in array.keys)
+
+    def set_classifier(self, weight: ArrayLike, bias: ArrayLike) -> None:
+        """Stores the classifier (C, D), (C,) of a store that was made without one; until the seal it may be set again.
+
+        Raises CacheError where the store is sealed or not ours, ValueError for other shapes or numbers that are not finite.
+        """
+        if not self._lock or self.has_classifier:
+            raise CacheError(f"{self.place}: its classifier is set once, by the process that seals the store")
+        for array, given in zip(self.layout.classifier(), (weight, bias), strict=True):
+            values = np.ascontiguousarray(given, array.stored)
+            if values.shape != array.shape or not np.isfinite(values).all():
+                raise ValueError(f"{array.name}: expected finite numbers of shape {array.shape}, got {values.shape}")
+            self._confirm()
+            with self.place.refusals():
+                store.write_chunk(self.place, array, array.keys[0], values)
 
     def _confirm(self) -> None:
         """CacheError where the store is no longer ours to write, as for a rank that has outlived the one with the lock."""
