@@ -47,11 +47,12 @@ def create_store(
 ) -> Writer:
     """The writer of a new open store, or of the one that is there if its fingerprint is the same.
 
-    splits: by name, "train" among them; dtype: float16, float32 or bfloat16; weight (C, D); bias (C,), both None
-    for a classifier that follows from the features: `Writer.set_classifier` then has to come before the seal, and the
-    fingerprint has to say how it is made; counts (C,) of the training labels; fingerprint: flat, JSON; provenance: JSON. A sealed store with damaged files is opened again
-    for those alone, a whole one comes back sealed. retry: split → rows that were skipped and can be had now; a sealed
-    store is opened again for the chunks that hold them. The writer holds the store's lock until it is closed.
+    splits: by name, "train" among them; dtype: float16, float32 or bfloat16; weight (C, D); bias (C,), both None for a
+    classifier that follows from the features: `Writer.set_classifier` then has to come before the seal, and the
+    fingerprint has to say how it is made; counts (C,) of the training labels; fingerprint: flat, JSON; provenance: JSON.
+    A sealed store with damaged files is opened again for those alone, a whole one comes back sealed. retry: split → rows
+    that were skipped and can be had now; a sealed store is opened again for the chunks that hold them. The writer holds
+    the store's lock until it is closed.
     Raises CacheError for another fingerprint (naming the fields), a second writer, or a path that is no feature store.
     """
     place = locate(path)

@@ -14,6 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.errors import ConfigError
 
 DEFAULT = "digits-lt"
+OTHERS_SAY = {
+    *(
+        "num_classes",
+        "in_chans",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "checkpoint_path",
+        "cache_dir",
+    ),
+    *("pretrained_strict", "scriptable", "exportable", "no_jit", "features_only", "width"),
+}
 
 
 class Section(BaseModel):
@@ -70,9 +82,13 @@ class WeakenConfig(Section):
 
 
 class BackboneConfig(Section):
-    """Stage 1: the network and its training (docs/training.md)."""
+    """Stage 1: the network and its training (docs/training.md).
+
+    model_args: what timm.create_model is given beside the name, such as img_size of a vision transformer.
+    """
 
     model: str = "cifar_resnet32"
+    model_args: dict[str, Any] | None = None
     width: float = Field(1.0, gt=0)
     pretrained: bool = False
     epochs: int = Field(200, ge=1)
@@ -101,6 +117,14 @@ class BackboneConfig(Section):
     diagnose_every: int = Field(0, ge=0)
     diagnose_per_class: int = Field(20, ge=1)
     save_every_minutes: float = Field(10.0, gt=0)
+
+    @field_validator("model_args")
+    @classmethod
+    def _model_args_build_a_network(cls, value: Any) -> Any:
+        """None of those by which timm would fetch or load weights, or that are said elsewhere."""
+        if other := sorted(OTHERS_SAY & set(value or {})):
+            raise ValueError(f"{', '.join(other)}: not an argument of the network's shape")
+        return value or None
 
     @model_validator(mode="after")
     def _balances_once(self):
@@ -349,7 +373,9 @@ def lay_over(tree: dict, setting: str) -> None:
             value = float(value)  # YAML 1.1 takes 1e-3 for text
     *parents, last = key.strip().split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {setting}: {parent} is not a section")
     tree[last] = value

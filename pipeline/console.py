@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,10 @@ class Talk:
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
+
+    def notes(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.say(f"note: {text}")
 
     def error(self, text: str) -> None:
         rank = os.environ.get("RANK")

@@ -4,6 +4,7 @@ Which chunk is computed where changes nothing in it: batches are cut at chunk bo
 (seed, view, sample), so any number of ranks and of kills gives the same store.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -21,8 +22,9 @@ import torch
 
 import cache
 from cache import CacheError, Chunk, Writer, owned_chunks
-from pipeline import distributed
+from pipeline import distributed, probe
 from pipeline.backbone.checkpoint import Checkpoint
+from pipeline.backbone.foreign import keep
 from pipeline.backbone.model import classifier, encode
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
@@ -34,6 +36,7 @@ from pipeline.provenance import provenance
 from pipeline.seeds import derive
 from pipeline.unreadable import Rows, readable_now, skipped_before, told
 
+OWN_HEAD = "of the backbone"
 WAITING = 2  # encoded chunks that may wait for the disk; with the one being encoded they bound the memory
 
 
@@ -42,6 +45,7 @@ class DumpResult:
     """A sealed store. samples: split → N; written: chunks that this call computed, of `chunks` in all.
 
     skipped: split → images that could not be read; their rows are kept, NaN, and left out wherever features are used.
+    head: what stage 2 starts from, the backbone's own classifier or a linear probe.
     """
 
     store: Path | str
@@ -55,6 +59,7 @@ class DumpResult:
     seconds: float
     network: dict[str, Any]
     skipped: dict[str, list[str]]
+    head: str = OWN_HEAD
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"store": str(self.store)}
@@ -65,6 +70,7 @@ class DumpResult:
         return (
             f"{self.store}: {sizes}; {self.views} training view(s), {self.width} features each, {self.dtype}\n"
             f"{done}, all checksums hold; {self.seconds:.1f} s; digest {self.digest[:16]}"
+            + (f"\nhead: {probe.SETTINGS}" if self.head == probe.NAME else "")
             + (f"\n{told(self.skipped)}" if self.skipped else "")
         )
 
@@ -77,24 +83,31 @@ def dump_features(
     device: str = "auto",
     overwrite: bool = False,
     report: Callable[[int, int, str], object] = lambda done, total, note: None,
+    images: Dataset | None = None,
+    keep_in: Path | None = None,
 ) -> DumpResult:
     """The sealed store of the backbone's features of every split; finishes, verifies or repairs what is there.
 
     View 0 is the evaluation transform, views 1…V−1 the training augmentation; val and test have view 0 alone. Under
-    torchrun the ranks share the work. report is called on rank 0 with (images done, images to do, note).
+    torchrun the ranks share the work. A backbone without a head for these classes gets a linear probe (probe.py), fitted on
+    the clean training features before the seal. images: the configuration's data set, if it is loaded. keep_in: a
+    folder for the backbone itself, once it is settled that the store is its own. report is called on rank 0 with (images
+    done, images to do, note).
     Raises DataError (images, or a store made otherwise without overwrite), Terminated (SIGTERM or Ctrl-C: finished
     chunks are kept and the same call goes on).
     """
     started = time.perf_counter()
     with distributed.ranks(device) as ranks, Signals() as signals:
-        dataset = ranks.together(lambda: _fitting(load_dataset(config.data), backbone))
+        dataset = ranks.together(lambda: _fitting(images or load_dataset(config.data), backbone))
         writer = _writer(backbone, config, dataset, out=out, ranks=ranks, overwrite=overwrite)
         with writer:
+            ranks.together(lambda: keep(backbone, keep_in) if keep_in and ranks.first else None)
             missing = missing_chunks(writer, ranks, skipping=config.dump.on_error == "skip")
             mine = [missing[i] for i in owned_chunks(chunks=len(missing), rank=ranks.rank, world=ranks.world)]
             encoder = Encoder(backbone, config, dataset, device=ranks.device)
             ranks.together(lambda: write_chunks(writer, encoder, mine, ranks=ranks, stop=signals, report=report))
             ranks.together(lambda: _obey(signals, out))
+            ranks.together(lambda: _set_head(writer, backbone, config, dataset, ranks=ranks, stop=signals))
             digest = ranks.together(lambda: _seal(writer, backbone, config, dataset) if ranks.first else "")
     return DumpResult(
         store=out,
@@ -108,6 +121,7 @@ def dump_features(
         seconds=round(time.perf_counter() - started, 2),
         network=backbone.network,
         skipped={s: [dataset.splits[s].name_of(r) for r in rows] for s, rows in writer.skipped.items()},
+        head=probe.NAME if backbone.probe else OWN_HEAD,
     )
 
 
@@ -125,6 +139,7 @@ def fingerprint(backbone: Checkpoint, config: Config, dataset: Dataset, *, skipp
         "views": config.dump.views,
         "seed": config.dump.seed,
         "dtype": config.dump.dtype,
+        **({"probe": probe.SETTINGS} if backbone.probe else {}),
     }
 
 
@@ -276,7 +291,8 @@ def _fitting(dataset: Dataset, backbone: Checkpoint) -> Dataset:
         detail = ", the first that differs: {!r} against {!r}".format(*differing[0]) if differing else ""
         raise DataError(
             f"{backbone.path}: trained on {len(backbone.class_names)} classes, the data has "
-            f"{len(dataset.class_names)}{detail}; give the configuration it was trained with, or train again"
+            f"{len(dataset.class_names)}{detail}; give the configuration it was trained with, train again, or take its encoder "
+            "alone: --checkpoint FILE --probe"
         )
     for name, split in dataset.splits.items():
         if split.images is not None and split.images.shape[1:3] != backbone.transform.size:
@@ -290,8 +306,7 @@ def _writer(
 ) -> Writer:
     """Rank 0 makes or takes up the store, then the others join."""
     head = classifier(backbone.model)
-    weight = head.weight.detach().cpu().numpy()
-    bias = np.zeros(len(weight), np.float32) if head.bias is None else head.bias.detach().cpu().numpy()
+    weight, bias = (None, None) if backbone.probe else _arrays(head)
 
     def create() -> Writer | None:
         if not ranks.first:
@@ -326,6 +341,7 @@ def _writer(
                         "checkpoint": str(backbone.path),
                         "weights": backbone.weights_digest,
                         "epoch": backbone.epoch,
+                        **(backbone.brought or {}),
                     },
                 ),
                 overwrite=overwrite,
@@ -338,6 +354,41 @@ def _writer(
 
     made = ranks.together(create)
     return ranks.together(lambda: made or join())
+
+
+def _arrays(head: torch.nn.Linear) -> tuple[np.ndarray, np.ndarray]:
+    weight = head.weight.detach().cpu().numpy()
+    return weight, np.zeros(len(weight), np.float32) if head.bias is None else head.bias.detach().cpu().numpy()
+
+
+def _set_head(
+    writer: Writer, backbone: Checkpoint, config: Config, dataset: Dataset, *, ranks: Ranks, stop: Signals
+) -> None:
+    """Fits the head of a backbone that has none for these classes, from the features in the store; on rank 0 alone.
+
+    They are read again for every evaluation where stage 2 could not hold them in memory either.
+    """
+    if not (backbone.probe and ranks.first) or writer.has_classifier:
+        return
+    layout, labels = writer.layout, torch.from_numpy(dataset.train.labels)
+    chunks = list(layout.chunks_of("train", 0))
+    fits = (
+        layout.rows("train") * layout.width * (2 if layout.dtype == "float16" else 4) <= config.rebalance.memory_bytes
+    )
+    read = functools.cache(writer.read) if fits else writer.read
+
+    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for chunk in chunks:
+            features, truth = torch.from_numpy(read(chunk)), labels[chunk.start : chunk.stop]
+            there = ~features[:, 0].isnan()
+            if there.any():
+                yield features[there].to(ranks.device).float(), truth[there].to(ranks.device)
+
+    with _as_data_error():
+        found = probe.fit_probe(
+            blocks, classes=layout.classes, width=layout.width, stop=lambda: _obey(stop, writer.place.where)
+        )
+        writer.set_classifier(*found)
 
 
 def _seal(writer: Writer, backbone: Checkpoint, config: Config, dataset: Dataset) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from cache import CacheError, is_url, locate, write_durably
 from pipeline import distributed
 from pipeline.backbone.checkpoint import load_checkpoint
+from pipeline.backbone.foreign import bring
 from pipeline.backbone.train import train_backbone
 from pipeline.config import Config
 from pipeline.console import Talk, TrainingReporter, clock
@@ -58,6 +59,16 @@ class RunResult:
         yield from (f"picture: {picture}" for picture in self.pictures)
 
 
+@dataclass(frozen=True)
+class Brought:
+    """A checkpoint from elsewhere that takes the place of stage 1; the fields are load_foreign's."""
+
+    path: Path
+    model: str | None = None
+    key_map: Path | None = None
+    probe: bool = False
+
+
 @dataclass
 class Ledger:
     """What each stage was made from, and how long it took: `run.json` of a run."""
@@ -100,6 +111,7 @@ def run_pipeline(
     out: Path,
     store: Path | str | None = None,
     seeds: Sequence[int] | None = None,
+    brought: Brought | None = None,
     device: str = "auto",
     overwrite: bool = False,
     talk: Talk | None = None,
@@ -108,9 +120,14 @@ def run_pipeline(
 
     store: where the features go, under it seed-N for each of several backbones; features.zarr in the run if None.
     seeds: one backbone each under out/seed-N on the same subset, combined by choosing λ on their mean validation accuracy.
+    brought: the checkpoint to take instead of training one.
     Raises what the stages raise; everything finished stays.
     """
     talk = talk or Talk(quiet=True)
+    if brought and seeds:
+        raise ConfigError(
+            "--seeds trains one backbone a seed, --checkpoint is one that is there: leave one of them away"
+        )
     places = {out / f"seed-{s}": _with_seed(config, s) for s in seeds} if seeds else {out: config}
     with distributed.ranks(device) as ranks:
         ranks.together(lambda: _refuse_other_kind(out, seeds))
@@ -118,7 +135,16 @@ def run_pipeline(
         ledger = Ledger(out / "run.json")
         documents = [
             _one_backbone(
-                c, p, _store_of(p, store, named=bool(seeds)), ledger, ranks, device, overwrite, talk, named=bool(seeds)
+                c,
+                p,
+                _store_of(p, store, named=bool(seeds)),
+                ledger,
+                ranks,
+                device,
+                overwrite,
+                talk,
+                named=bool(seeds),
+                brought=brought,
             )
             for p, c in places.items()
         ]
@@ -176,6 +202,7 @@ def _one_backbone(
     talk: Talk,
     *,
     named: bool,
+    brought: Brought | None,
 ) -> dict[str, Any]:
     """Stages 1, dump and 2 of one backbone; the results document."""
     name = f"{out.name}/" if named else ""
@@ -189,18 +216,38 @@ def _one_backbone(
             ledger.did(name + stage, time.perf_counter() - started, **record)
         return result
 
-    with talk.progress("training") as bar:
-        reporter = TrainingReporter(talk, bar)
-        trained = timed(
-            "train-backbone",
-            lambda: train_backbone(config, out=out / "backbone", device=device, overwrite=overwrite, report=reporter),
-            lambda r: r.trained_epochs > 0,
-        )
-    backbone = load_checkpoint(trained.checkpoint)
+    if brought:
+        backbone, images = bring(
+            brought.path, config, out / "backbone", model=brought.model, key_map=brought.key_map, probe=brought.probe,
+            overwrite=overwrite, ranks=ranks,
+        )  # fmt: skip
+        config = backbone.config
+        talk.say(f"checkpoint: {brought.path}, kept in {out / 'backbone' / 'last.pt'}")
+        talk.notes((backbone.brought or {}).get("notes", ()))
+    else:
+        with talk.progress("training") as bar:
+            reporter = TrainingReporter(talk, bar)
+            trained = timed(
+                "train-backbone",
+                lambda: train_backbone(
+                    config, out=out / "backbone", device=device, overwrite=overwrite, report=reporter
+                ),
+                lambda r: r.trained_epochs > 0,
+            )
+        backbone, images = load_checkpoint(trained.checkpoint), None
     with talk.progress("dumping") as bar:
         dumped = timed(
             "dump-features",
-            lambda: dump_features(backbone, config, out=store, device=device, overwrite=overwrite, report=bar.move),
+            lambda: dump_features(
+                backbone,
+                config,
+                out=store,
+                device=device,
+                overwrite=overwrite,
+                report=bar.move,
+                images=images,
+                keep_in=out / "backbone" if brought else None,
+            ),
             lambda r: r.written > 0,
         )
     whole = f"{store}: complete, all checksums hold"

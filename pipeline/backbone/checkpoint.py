@@ -21,7 +21,11 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A trained backbone: model in evaluation mode on the CPU, and what it was made from."""
+    """A trained backbone: model in evaluation mode on the CPU, and what it was made from.
+
+    probe: whether its head is still to be fitted on the features, for want of one for these classes; brought: file and
+    notes of a backbone that was not trained by this program.
+    """
 
     path: Path
     model: nn.Module
@@ -35,6 +39,8 @@ class Checkpoint:
     complete: bool
     weights_digest: str
     provenance: dict[str, Any]
+    probe: bool = False
+    brought: dict[str, Any] | None = None
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -87,6 +93,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         complete=state["complete"],
         weights_digest=weights_digest(state["model"]),
         provenance=state["provenance"],
+        probe=state.get("probe", False),
+        brought=state.get("brought"),
     )
 
 

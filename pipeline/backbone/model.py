@@ -1,5 +1,6 @@
 """Any timm model with one linear classifier, or a CIFAR network, as encoder + classifier."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def build_model(config: BackboneConfig, *, num_classes: int, size: tuple[int, in
     name = config.model
     if not timm.is_model(name.split(".")[0]):
         raise ConfigError(f"backbone.model={name}: unknown to timm{nearest(name, timm.list_models())}")
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = dict(config.model_args or {})
     if cifar.takes_width(name):
         extra["width"] = config.width
     elif config.width != 1:
@@ -49,11 +50,19 @@ def classifier(model: nn.Module) -> nn.Linear:
     head = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     if not isinstance(head, nn.Linear):
         kind = type(head).__name__ if head is not None else "none"
+        if isinstance(head, tuple | list):
+            kind = f"a pair of {' and '.join(type(h).__name__ for h in head)} (a distilled network)"
         raise ConfigError(
             f"{type(model).__name__}: its classifier is {kind}, not one nn.Linear; "
             "choose another backbone.model, such as resnet50"
         )
     return head
+
+
+def classifier_name(model: nn.Module) -> str:
+    """What the model's classifier is called in its state dict, such as `fc` or `head.fc`."""
+    head = classifier(model)
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def encode(model: nn.Module, images: Tensor) -> Tensor:
@@ -64,6 +73,7 @@ def encode(model: nn.Module, images: Tensor) -> Tensor:
 def network_facts(config: BackboneConfig, model: nn.Module) -> dict[str, Any]:
     """What every number must stand beside: network, parameters, feature width."""
     width = "" if config.width == 1 else f" ×{config.width:g}"
+    width += "".join(f", {key} {value}" for key, value in sorted((config.model_args or {}).items()))
     parameters = sum(p.numel() for p in model.parameters())
     facts = {
         "network": f"{config.model}{width}",
@@ -78,8 +88,22 @@ def network_facts(config: BackboneConfig, model: nn.Module) -> dict[str, Any]:
     return facts
 
 
-def input_transform(data: DataConfig, backbone: BackboneConfig, train: Split) -> Transform:
-    """How pixels become input: the pretrained model's own statistics, else the training images', else ImageNet's."""
+def usual_input(name: str) -> dict[str, Any]:
+    """What timm says of the input of a network of this name (its pretrained_cfg); empty where it says nothing."""
+    import timm
+
+    found = None if cifar.is_cifar(name) else timm.get_pretrained_cfg(name)
+    return found.to_dict() if found else {}
+
+
+def input_transform(
+    data: DataConfig, backbone: BackboneConfig, train: Split, *, known: Mapping[str, Any] | None = None
+) -> Transform:
+    """How pixels become input: the pretrained model's own statistics, else the training images', else ImageNet's.
+
+    known: what is known of weights that come from elsewhere, as timm's pretrained_cfg says it; data.mean, data.std and
+    data.image_size go before it, and images in memory keep their size.
+    """
     if train.images is not None:
         height, width = train.images.shape[1:3]
         size, augmentation = (int(height), int(width)), data.augment or "crop-flip"
@@ -92,20 +116,18 @@ def input_transform(data: DataConfig, backbone: BackboneConfig, train: Split) ->
     facts: dict[str, Any] = {"crop_pct": 0.875, "interpolation": "bilinear"}
     mean: Any = IMAGENET_MEAN
     std: Any = IMAGENET_STD
-    if not cifar.is_cifar(backbone.model):
-        import timm
+    usual = usual_input(backbone.model) if known is None else known
+    if usual:
         from timm.data import resolve_data_config
 
-        known = timm.get_pretrained_cfg(backbone.model)
-        wanted = resolve_data_config({}, pretrained_cfg=known.to_dict()) if known else {}
-        if wanted:
-            facts = {"crop_pct": wanted["crop_pct"], "interpolation": wanted["interpolation"]}
-            mean, std = wanted["mean"], wanted["std"]
-            if train.images is None and data.image_size is None:
-                size = tuple(wanted["input_size"][1:])
+        wanted = resolve_data_config({}, pretrained_cfg=dict(usual))
+        facts = {"crop_pct": wanted["crop_pct"], "interpolation": wanted["interpolation"]}
+        mean, std = wanted["mean"], wanted["std"]
+        if train.images is None and data.image_size is None:
+            size = tuple(wanted["input_size"][1:])
     if facts["interpolation"] not in ("nearest", "bilinear", "bicubic"):
         facts["interpolation"] = "bicubic"
-    if train.images is not None and not backbone.pretrained:
+    if train.images is not None and not backbone.pretrained and not known:
         mean, std = channel_statistics(train.images)
     if data.cutout >= min(size):
         raise ConfigError(
@@ -127,8 +149,9 @@ def check_input(model: nn.Module, transform: Transform, device: torch.device) ->
         model.eval()(torch.zeros(1, 3, *transform.size, device=device))
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
+        built = " or, to build it for them, backbone.model_args.img_size" if hasattr(model, "patch_embed") else ""
         raise DataError(
-            f"the model cannot take {transform.size[0]}×{transform.size[1]} images ({reason}); set data.image_size"
+            f"the model cannot take {transform.size[0]}×{transform.size[1]} images ({reason}); set data.image_size{built}"
         ) from error
     finally:
         model.train(was_training)

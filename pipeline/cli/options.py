@@ -93,6 +93,28 @@ def workers(command: Any) -> Any:
     )(command)
 
 
+def key_map(command: Any) -> Any:
+    """--key-map, of the commands that take anybody's checkpoint."""
+    return click.option(
+        "--key-map",
+        type=PATH,
+        help="YAML or JSON lines `pattern: replacement` that turn the checkpoint's names of tensors into timm's.",
+    )(command)
+
+
+def probe(command: Any) -> Any:
+    """--probe, of the same."""
+    return click.option(
+        "--probe", is_flag=True, help="Leave the checkpoint's head out and fit a linear probe on the features."
+    )(command)
+
+
+def typed(sets: Any, key: str) -> str | None:
+    """What the last --set of a key says, None where there is none."""
+    values = [value.strip() for name, _, value in (text.partition("=") for text in sets) if name.strip() == key]
+    return values[-1] if values else None
+
+
 def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     """The different numbers, each 0 or more, of a text such as 0,1,2; ConfigError naming the option."""
     if text is None:

@@ -4,9 +4,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.options import PATH, STORE, Examples, on_error, settings, shared, whole_numbers, workers
+from pipeline.cli.options import (
+    PATH,
+    STORE,
+    Examples,
+    key_map,
+    on_error,
+    probe,
+    settings,
+    shared,
+    typed,
+    whole_numbers,
+    workers,
+)
 from pipeline.cli.outcome import relaunched, show
 from pipeline.cli.places import take_config
+from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -22,26 +35,34 @@ if TYPE_CHECKING:
     help="Where the features go, such as s3://bucket/path [default: features.zarr in the run].",
 )
 @click.option("--seeds", metavar="0,1,2", help="Train one backbone per seed and aggregate over them.")
+@click.option("--checkpoint", type=PATH, help="Weights of any timm network to take instead of training one.")
+@key_map
+@probe
 @click.option("--overwrite", is_flag=True, help="Start the run anew.")
 @on_error
 @workers
 @settings
 @shared
-def run_command(config, out, store, seeds, overwrite, on_error, nproc, device, sets, as_json, debug):
+def run_command(
+    config, out, store, seeds, checkpoint, key_map, probe, overwrite, on_error, nproc, device, sets, as_json, debug
+):
     """Stage 1, feature dump, rebalancing and report in one go; resumes where it stopped.
 
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
     """
     talk, chosen = take_config(config, (*sets, *_said(on_error=on_error)))
+    if checkpoint is None and (key_map or probe):
+        raise ConfigError("--key-map and --probe are for a checkpoint from elsewhere: name it with --checkpoint FILE")
     if relaunched(nproc):
         return
-    from pipeline.run import run_pipeline
+    from pipeline.run import Brought, run_pipeline
 
     result = run_pipeline(
         chosen,
         out=out or chosen.run_dir,
         store=store,
         seeds=whole_numbers("--seeds", seeds),
+        brought=Brought(checkpoint, typed(sets, "backbone.model"), key_map, probe) if checkpoint else None,
         device=device,
         overwrite=overwrite,
         talk=talk,
@@ -76,7 +97,14 @@ def train_command(config, out, overwrite, on_error, nproc, device, sets, as_json
 
 @click.command("dump-features", cls=Examples, example="pipeline dump-features digits-lt --views 4")
 @click.argument("config", required=False)
-@click.option("--checkpoint", type=PATH, help="The backbone [default: runs/CONFIG-NAME/backbone/last.pt].")
+@click.option(
+    "--checkpoint",
+    type=PATH,
+    help="The backbone: of a run, or any timm network's weights (safetensors, .pth), or a folder with its config.json "
+    "[default: runs/CONFIG-NAME/backbone/last.pt].",
+)
+@key_map
+@probe
 @click.option(
     "--out",
     type=STORE,
@@ -98,35 +126,63 @@ def train_command(config, out, overwrite, on_error, nproc, device, sets, as_json
 @workers
 @settings
 @shared
-def dump_command(config, checkpoint, out, views, dtype, overwrite, on_error, nproc, device, sets, as_json, debug):
+def dump_command(
+    config, checkpoint, key_map, probe, out, views, dtype, overwrite, on_error, nproc, device, sets, as_json, debug
+):
     """Run the frozen encoder once over every sample into a zarr store; called again it finishes, verifies or repairs it.
 
-    Images are those the checkpoint was trained with, unless both CONFIG and --checkpoint are given.
+    Images are those the checkpoint was trained with, unless both CONFIG and --checkpoint are given. Of a checkpoint that
+    was not trained by this program they are CONFIG's, and it is kept in backbone/last.pt beside the store.
     """
     extra = _said(views=views, dtype=dtype, on_error=on_error)
     talk, named = take_config(config, sets, told=config is not None or checkpoint is None)
     path = checkpoint or named.run_dir / "backbone" / "last.pt"
-    if not path.is_file():
-        from pipeline.errors import DataError
-
+    if not path.exists():
         raise DataError(
             f"{path}: no such checkpoint; make one with `pipeline train-backbone{f' {config}' if config else ''}`"
         )
+    if checkpoint is None and (key_map or probe):
+        raise ConfigError("--key-map and --probe are for a checkpoint from elsewhere: name it with --checkpoint FILE")
     if relaunched(nproc):
         return
     from cache import open_cache
     from pipeline.backbone.checkpoint import load_checkpoint
+    from pipeline.backbone.foreign import bring, is_own
     from pipeline.console import describe_dataset
+    from pipeline.distributed import ranks
     from pipeline.dump import dump_features
 
-    backbone = load_checkpoint(path)
-    chosen = _dump_config(
-        named if config else None, backbone.config, both=bool(config and checkpoint), sets=(*sets, *extra)
-    )
-    out = out or (path.parent.parent if path.parent.name == "backbone" else path.parent) / "features.zarr"
-    talk.say(f"checkpoint: {path}; store: {out}")
-    with talk.progress("dumping") as bar:
-        result = dump_features(backbone, chosen, out=out, device=device, overwrite=overwrite, report=bar.move)
+    with ranks(device) as of_job:
+        if checkpoint is None or (not (key_map or probe) and is_own(path)):
+            backbone, images, folder = load_checkpoint(path), None, None
+            both = bool(config and checkpoint)
+            chosen = _dump_config(named if config else None, backbone.config, both=both, sets=(*sets, *extra))
+            out = out or (path.parent.parent if path.parent.name == "backbone" else path.parent) / "features.zarr"
+            talk.say(f"checkpoint: {path}; store: {out}")
+        else:
+            if config is None:
+                talk.say(f"configuration: {named.name} (its images; name another as CONFIG)")
+            out = out or named.run_dir / "features.zarr"
+            chosen = _dump_config(named, named, both=True, sets=(*sets, *extra))
+            folder = (named.run_dir if isinstance(out, str) else out.parent) / "backbone"
+            model = typed(sets, "backbone.model")
+            backbone, images = bring(
+                path, chosen, folder, model=model, key_map=key_map, probe=probe, overwrite=overwrite, ranks=of_job
+            )
+            chosen = backbone.config
+            talk.say(f"checkpoint: {path}, kept in {folder / 'last.pt'}; store: {out}")
+            talk.notes((backbone.brought or {}).get("notes", ()))
+        with talk.progress("dumping") as bar:
+            result = dump_features(
+                backbone,
+                chosen,
+                out=out,
+                device=device,
+                overwrite=overwrite,
+                report=bar.move,
+                images=images,
+                keep_in=folder,
+            )
     talk.say(describe_dataset(open_cache(out).provenance["dataset"]))
     show(result, as_json)
 

@@ -24,7 +24,7 @@ def test_a_classifier_set_before_the_seal_gives_the_store_that_one_known_from_th
     small.path = tmp_path / "later.zarr"
     with small.create(**LATER) as writer:
         small.fill(writer, writer.missing()[:6])
-        with pytest.raises(CacheError, match="train/features/c/1/0/0 .* is missing"):
+        with pytest.raises(CacheError, match=r"train/features/c/1/0/0 .* is missing"):
             writer.read(writer.missing()[0])
     with small.create(**LATER) as writer:  # resumed
         assert not writer.has_classifier

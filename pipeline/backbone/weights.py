@@ -1,0 +1,195 @@
+"""The tensors in anybody's checkpoint file, found without executing anything, under the names a network wants."""
+
+import argparse
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from pipeline.errors import ConfigError, DataError
+
+# in this order: of what a file holds twice the average is taken, and a teacher before its student
+CONTAINERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder", "state_dict"),
+    *("model_state_dict", "model_state", "model", "module", "net", "network", "encoder", "backbone", "weights"),
+    "checkpoint",
+)
+INSIDE = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")  # of a folder, the first there is
+DEEPEST = 3
+Rename = tuple[re.Pattern[str], str | None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Named tensors of a file; where: the keys that lead to them, () where they are the file; others: what was not taken."""
+
+    tensors: dict[str, Tensor]
+    where: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+def weights_file(path: Path, named: str | None = None) -> Path:
+    """The file that holds the weights: the path, or of a folder the named or usual one. DataError where there is none."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise DataError(f"{path}: no such checkpoint")
+        return path
+    names = (named,) if named else INSIDE
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise DataError(f"{path}: a folder without {' or '.join(names)}; give the file that holds the weights")
+    return found
+
+
+def read_file(path: Path) -> Any:
+    """What a safetensors file or a pickle of tensors and plain values holds; nothing in it is executed.
+
+    argparse.Namespace and numpy's numbers, which training scripts like to save, count as plain. DataError says why a file
+    cannot be read, and how to take its tensors out where it holds other objects.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    try:
+        if start[8:9] == b"{":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals(_plain()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises a dozen types for a damaged file
+        raise DataError(f"{path}: {_why_not(path, start, error)}") from error
+
+
+def find_tensors(content: Any, path: Path) -> Found:
+    """The state dict in what a file holds: itself, or under the usual keys. DataError where there is none."""
+    found = _descend(content, (), path)
+    if found is not None:
+        return found
+    if not isinstance(content, Mapping):
+        raise DataError(f"{path}: holds {type(content).__name__}, not named tensors; save the model's state_dict()")
+    optimiser = "state" in content and "param_groups" in content
+    optimiser = optimiser or any(str(key).startswith("optim") for key in content)
+    listed = ", ".join(map(str, list(content)[:8])) + (" …" if len(content) > 8 else "") if content else "nothing"
+    kind = "the state of an optimiser but no weights of a network" if optimiser else "no state dict"
+    raise DataError(
+        f"{path}: holds {kind}: {listed}; give a file that has the model's state_dict(), directly or under a key such as "
+        "state_dict or model"
+    )
+
+
+def read_key_map(path: Path) -> list[Rename]:
+    """The renames of a key map, in their order: a YAML or JSON file of `pattern: replacement`.
+
+    Patterns are Python regular expressions, searched in every name as re.sub does; null for a replacement leaves out the
+    tensors that have it. ConfigError names the line that is wrong.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{path}: expected lines such as `'^encoder_q\\.': ''`, got {type(tree).__name__}")
+    renames = []
+    for pattern, replacement in tree.items():
+        if not isinstance(pattern, str) or not isinstance(replacement, str | None):
+            raise ConfigError(f"{path}: {pattern!r}: {replacement!r}: both have to be text; null leaves tensors out")
+        try:
+            compiled = re.compile(pattern)
+            compiled.sub(replacement or "", "")
+        except (re.error, IndexError) as error:
+            raise ConfigError(f"{path}: {pattern!r}: {replacement!r}: no regular expression: {error}") from error
+        renames.append((compiled, replacement))
+    return renames
+
+
+def renamed(tensors: Mapping[str, Tensor], renames: Sequence[Rename], path: Path) -> dict[str, Tensor]:
+    """The tensors under their new names; ConfigError where two get the same, or a rename meets no name at all."""
+    made: dict[str, str] = {}
+    used: set[str] = set()
+    for old in tensors:
+        name: str | None = old
+        for pattern, replacement in renames:
+            if name is not None and pattern.search(name):
+                used.add(pattern.pattern)
+                name = None if replacement is None else pattern.sub(replacement, name)
+        if name in made:
+            raise ConfigError(f"{path}: {made[name]} and {old} both become {name}")
+        if name is not None:
+            made[name] = old
+    idle = [pattern.pattern for pattern, _ in renames if pattern.pattern not in used]
+    if idle:
+        names = list(tensors)
+        raise ConfigError(f"{path}: {idle[0]!r} is in no name; the file's are {', '.join(names[:3])} … {names[-1]}")
+    return {name: tensors[old] for name, old in made.items()}
+
+
+def prefix_of(names: Collection[str], wanted: Collection[str]) -> tuple[str, list[str]]:
+    """What stands before the names that a network wants, such as `module.`; and other prefixes with which as many fit.
+
+    The prefix is empty where no name fits behind any.
+    """
+    wanted = set(wanted)
+    hits: Counter[str] = Counter()
+    for name in names:
+        starts = [0, *(m.end() for m in re.finditer(r"\.", name))]
+        hits.update(name[:start] for start in starts if name[start:] in wanted)
+    if not hits:
+        return "", []
+    most = max(hits.values())
+    best = sorted((prefix for prefix, count in hits.items() if count == most), key=lambda p: (len(p), p))
+    return best[0], best[1:]
+
+
+def _descend(content: Any, where: tuple[str, ...], path: Path) -> Found | None:
+    if not isinstance(content, Mapping):
+        return None
+    named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if named and 2 * len(named) >= len(content):
+        return Found(named, where)
+    if len(where) < DEEPEST:
+        for key in (key for key in CONTAINERS if key in content):
+            if found := _descend(content[key], (*where, key), path):
+                others = tuple(k for k in CONTAINERS if k != key and isinstance(content.get(k), Mapping))
+                return Found(found.tensors, found.where, (*others, *found.others))
+    return None
+
+
+def _plain() -> list[Any]:
+    """What may be built beside tensors: a bag of attributes, and single numbers."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}
+    return [argparse.Namespace, np.dtype, *dtypes, scalar, (scalar, "numpy.core.multiarray.scalar")]
+
+
+def _why_not(path: Path, start: bytes, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if start.startswith(b"version "):
+        return "a pointer of Git LFS, not the file it stands for; fetch that with `git lfs pull`"
+    if start.lstrip()[:1] == b"<":
+        return "a web page, not a checkpoint; download it again"
+    foreign = re.search(r"(?:GLOBAL|global:?|class:?) ([A-Za-z_]\w*(?:\.\w+)+)", text)
+    if foreign and "is blocked" in text:
+        return (
+            f"wants to run {foreign[1]} when it is loaded: no checkpoint needs that. It was not loaded; do not trust it"
+        )
+    if foreign and "eights only" in text:
+        take = "s = torch.load(FILE, weights_only=False); torch.save(s['state_dict'], 'weights.pt')"
+        return (
+            f"holds Python objects beside its tensors ({foreign[1]}), which could run anything and are not loaded here. "
+            f'If you trust where it comes from, take its tensors out and give those: python -c "import torch; {take}" '
+            "(of a whole pickled model: s.state_dict())"
+        )
+    kind = "safetensors file" if start[8:9] == b"{" or path.suffix == ".safetensors" else "checkpoint"
+    return (
+        f"not a readable {kind} ({text[:160] or type(error).__name__}); it may be cut short: copy or download it again"
+    )
