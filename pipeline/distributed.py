@@ -1,12 +1,9 @@
-"""Ranks, devices and torchrun: the only user of torch.distributed besides DDP itself."""
+"""Ranks and devices: with pipeline.launch the only user of torch.distributed besides DDP itself."""
 
 import datetime
-import logging
 import os
 import signal
-import sys
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import FAILED, INTERRUPTED, OK, TERMINATED, ConfigError, Elsewhere, PipelineError
+from pipeline.errors import INTERRUPTED, TERMINATED, ConfigError, Elsewhere, Lost, PipelineError
 
 GO_ON, SAVE, STOP = 0, 1, 2
 WAIT = datetime.timedelta(days=1)  # ranks wait for the slowest one; torchrun ends those whose fellow died
@@ -86,13 +83,7 @@ class Ranks:
         if self.world == 1:
             return np.asarray(values, dtype=np.float64)
         tensor = torch.tensor(np.asarray(values, dtype=np.float64))
-        try:
-            dist.all_reduce(tensor, operation)
-        except RuntimeError as error:
-            raise PipelineError(
-                "another process of this job ended without a word (killed, or out of memory); "
-                "what is finished is kept and the same command goes on"
-            ) from error
+        dist.all_reduce(tensor, operation)
         return tensor.numpy()
 
 
@@ -132,11 +123,19 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=WAIT)
     try:
+        dist.init_process_group(backend, timeout=WAIT)
         yield Ranks(dist.get_rank(), world, chosen)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise Lost(
+            "another process of this job ended without a word (killed, or out of memory); "
+            "what is finished is kept and the same command goes on"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Signals:
@@ -158,31 +157,3 @@ class Signals:
     @property
     def exit_code(self) -> int:
         return INTERRUPTED if self.received == signal.SIGINT else TERMINATED
-
-
-def launch(nproc: int, arguments: Sequence[str]) -> int:
-    """Runs `python -m pipeline ARGUMENTS` in nproc torchrun workers on this host; returns the first failure's exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the worker that failed has said why
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",  # a container may not know its own name
-        local_addr="127.0.0.1",
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "pipeline", *arguments)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else FAILED
-    except SignalException as error:
-        return INTERRUPTED if error.sigval == signal.SIGINT else TERMINATED
-    return OK

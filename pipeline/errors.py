@@ -27,6 +27,10 @@ class Terminated(PipelineError):
     exit_code = TERMINATED
 
 
+class Lost(PipelineError):
+    """A fellow process is gone without a word; this one cannot go on without it."""
+
+
 class Elsewhere(PipelineError):
     """Another rank failed and has said why; this one ends with the same exit code and says nothing."""
 

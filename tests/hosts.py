@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,13 +35,16 @@ def loopback() -> list[Host]:
 
 
 @contextmanager
-def two_hosts() -> Iterator[list[Host]]:
-    """Two network namespaces joined by a cable, which know each other by name; `loopback` where they are not permitted."""
+def two_hosts(*, as_debian: bool = False) -> Iterator[list[Host]]:
+    """Two network namespaces joined by a cable, which know each other by name; `loopback` where they are not permitted.
+
+    as_debian: a host's own name is 127.0.1.1 to itself, as Debian's installer writes it.
+    """
     names = [f"iwb{os.getpid()}{end}" for end in "ab"]
     folders = [Path("/etc/netns", name) for name in names]
     try:
         try:
-            _make(names, folders)
+            _make(names, folders, as_debian=as_debian)
         except (subprocess.CalledProcessError, OSError) as error:
             print(
                 f"no network namespaces here ({getattr(error, 'stderr', None) or error}): two loopback addresses instead"
@@ -56,18 +60,29 @@ def _enter(namespace: str, name: str) -> tuple[str, ...]:
     return ("ip", "netns", "exec", namespace, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name)
 
 
-def _make(names: list[str], folders: list[Path]) -> None:
-    cables = [f"{name}0"[-15:] for name in names]
-    known = "127.0.0.1 localhost\n" + "".join(f"192.0.2.{n} host{n}\n" for n in (1, 2))
-    for name, folder in zip(names, folders, strict=True):
+def _make(names: list[str], folders: list[Path], *, as_debian: bool) -> None:
+    cables = [_cable(name) for name in names]
+    for number, (name, folder) in enumerate(zip(names, folders, strict=True), 1):
+        known = {f"host{n}": f"192.0.2.{n}" for n in (1, 2)} | ({f"host{number}": "127.0.1.1"} if as_debian else {})
         folder.mkdir(parents=True)
-        (folder / "hosts").write_text(known)
+        (folder / "hosts").write_text("".join(f"{a} {n}\n" for n, a in {"localhost": "127.0.0.1", **known}.items()))
         _ip("netns", "add", name)
     _ip("link", "add", cables[0], "netns", names[0], "type", "veth", "peer", "name", cables[1], "netns", names[1])
     for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
         _ip("-n", name, "address", "add", f"192.0.2.{number}/24", "dev", cable)
         for device in ("lo", cable):
             _ip("-n", name, "link", "set", device, "up")
+        _ip("-n", name, "route", "add", "default", "dev", cable)
+
+
+def _cable(name: str) -> str:
+    return f"{name}0"[-15:]
+
+
+def unplug(host: Host) -> None:
+    """Takes the network from a namespace: nobody there or elsewhere is told."""
+    name = host.enter[3]
+    _ip("-n", name, "link", "set", _cable(name), "down")
 
 
 def _remove(names: list[str], folders: list[Path]) -> None:
@@ -90,6 +105,21 @@ def torchrun(hosts: list[Host], port: int, *command: str, **environment: str) ->
         run += ["--local-addr", host.address] * (host.name == host.address)
         started.append(host.start(*run, *command, **environment))
     return started
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def ended(run: subprocess.Popen, seconds: float = 90) -> str:
+    """What a process said that has to end by itself."""
+    try:
+        return run.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        power_off(run)
+        raise
 
 
 def family(pid: int) -> list[int]:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 from cache import CacheError, locate, open_cache, verify
 from pipeline.backbone.train import train_backbone
 from pipeline.config import find_config, load_config
-from tests.hosts import Host, family, loopback, power_off, torchrun, two_hosts
+from tests.hosts import Host, ended, family, free_port, loopback, power_off, torchrun, two_hosts
 
 SETTINGS = ["backbone.epochs=1", "dump.views=60", "dump.batch_size=16", "data.workers=0"]
 CHUNKS = 62  # one of each training view, of validation and of test
@@ -55,21 +53,6 @@ def content(where) -> dict[str, bytes]:
 def there(where) -> set[str]:
     """The chunks of features that are there, whole."""
     return {name for name in locate(where).names() if "/features/c/" in name and not name.endswith(".partial")}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def ended(run: subprocess.Popen, seconds: float = 90) -> str:
-    """What a process said that has to end by itself."""
-    try:
-        return run.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        power_off(run)
-        raise
 
 
 def test_two_hosts_write_what_one_writes(checkpoint, whole, tmp_path):

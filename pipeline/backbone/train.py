@@ -396,6 +396,10 @@ def _refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> N
 
 
 def _kill_armed_at(step: int) -> None:
-    """Dies as by `kill -9` after the step named in PIPELINE_KILL_AFTER_STEP: how tests prove that resuming is exact."""
-    if os.environ.get("PIPELINE_KILL_AFTER_STEP") == str(step):
+    """Dies as by `kill -9` after the step named in PIPELINE_KILL_AFTER_STEP: how tests prove that resuming is exact.
+
+    A process that torchrun has started again does not die a second time.
+    """
+    armed = os.environ.get("PIPELINE_KILL_AFTER_STEP") == str(step)
+    if armed and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         os.kill(os.getpid(), 9)

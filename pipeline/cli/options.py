@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from pipeline.cli.job import GROUP, HostOption, job_options
 from pipeline.errors import ConfigError
 
 
@@ -45,6 +46,16 @@ class Examples(click.Command):
         kwargs["epilog"] = "\n\n".join(parts + ([f"\b\nExample:\n  {example}"] if example else [])) or None
         super().__init__(*args, **kwargs)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Options": [], GROUP: []}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
+                groups[GROUP if isinstance(parameter, HostOption) else "Options"].append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
 
 def _listing(title: str, lines: dict[str, str]) -> str:
     width = max(map(len, lines))
@@ -80,7 +91,8 @@ def on_error(command: Any) -> Any:
 
 
 def workers(command: Any) -> Any:
-    """--device and --nproc, of the commands that see images."""
+    """--device, --nproc and the options of several hosts, of the commands that compute on them."""
+    command = job_options(command)
     command = click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute."
     )(command)

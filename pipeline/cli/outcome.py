@@ -1,5 +1,6 @@
 """How a command ends: its result on stdout, or an error that says what to type next, with its exit code."""
 
+import contextlib
 import errno
 import json
 import os
@@ -9,7 +10,9 @@ from typing import Any
 
 import click
 
-from pipeline.errors import DATA, FAILED, INTERRUPTED, USAGE, Elsewhere, PipelineError
+from pipeline.cli.job import job_of, without_job
+from pipeline.errors import DATA, FAILED, INTERRUPTED, TERMINATED, USAGE, Elsewhere, Lost, PipelineError
+from pipeline.hosts import TOLD, in_worker
 
 
 def show(result: Any, as_json: bool) -> None:
@@ -28,14 +31,16 @@ def show(result: Any, as_json: bool) -> None:
 
 
 def relaunched(nproc: int) -> bool:
-    """True if the command ran in nproc torchrun workers instead; exits with their code if they failed."""
-    if nproc == 1 or "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    """True if the command ran in torchrun workers, here and on other hosts, instead; exits with their code if they failed."""
+    context = click.get_current_context()
+    job = job_of(context, nproc=nproc)
+    if in_worker() or (job.nproc == 1 and not job.several):
         return False
-    from pipeline.distributed import launch
+    if not job.several and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a rank that somebody else has started
+        return False
+    from pipeline.launch import launch
 
-    words = click.get_current_context().obj
-    kept = [w for i, w in enumerate(words) if not w.startswith("--nproc") and (i == 0 or words[i - 1] != "--nproc")]
-    code = launch(nproc, kept)
+    code = launch(job, without_job(context.obj))
     if code:
         raise click.exceptions.Exit(code)
     return True
@@ -56,7 +61,11 @@ def exit_code(command: click.Command, words: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _failed(words, "interrupted; the same command goes on where it stopped", INTERRUPTED)
     except Elsewhere as error:
-        return error.exit_code
+        return _told(error.exit_code)
+    except Lost as error:
+        return (
+            error.exit_code if TOLD in os.environ or not _first_here() else _failed(words, str(error), error.exit_code)
+        )
     except Exception as error:
         if "--debug" in words:
             import traceback
@@ -94,4 +103,25 @@ def _failed(words: list[str], message: str, code: int, *, told: bool = False) ->
         Talk().error(message)
     if "--json" in words and not int(os.environ.get("RANK", 0)):
         click.echo(json.dumps({"error": message, "exit_code": code}))
+    return _told(code)
+
+
+def _told(code: int) -> int:
+    """The exit code, noted for the launcher of this process: what has been told would be told again after a restart."""
+    if TOLD in os.environ and in_worker() and code not in (TERMINATED, INTERRUPTED):
+        with contextlib.suppress(OSError):
+            Path(os.environ[TOLD]).write_text(str(code))
     return code
+
+
+def _first_here() -> bool:
+    """Whether this is the first process under the user's own torchrun, on this host, that misses a fellow."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # …/attempt_N/RANK/error.json
+    try:
+        if file:
+            (Path(file).parents[1] / "lost").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -1,0 +1,187 @@
+"""Workers on this host and others: torchrun inside, and what went wrong said in this program's words.
+
+Workers of which one was killed are started again, all of them, and go on from what is finished; an error that a worker has
+told ends the job. A host that goes away without a word is noticed by its missing heartbeat.
+"""
+
+import hashlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousTimeoutError,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, create_handler
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from pipeline.console import Talk
+from pipeline.errors import INTERRUPTED, OK, TERMINATED, PipelineError
+from pipeline.hosts import TOLD, Job, Seat, meet
+
+SAME_AGAIN = "what is finished is kept and the same command goes on"
+
+
+def launch(job: Job, arguments: Sequence[str]) -> int:
+    """Runs `python -m pipeline ARGUMENTS` in a job's workers on this host; the exit code, of what a worker has told.
+
+    Raises PipelineError for what no worker could tell: it was killed, or another host is gone, closed the job, or never came.
+    """
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the worker that failed has said why
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.nproc)))
+    talk = Talk()
+    seat = meet(job.endpoint, patience=job.patience, say=talk.say) if job.endpoint else Seat("127.0.0.1", True)
+    host, port = job.endpoint or ("127.0.0.1", 0)  # a container may not know its own name
+    if job.several:
+        if seat.interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", seat.interface)  # else it takes what the host's own name means
+        # a store that outlives a round keeps the addresses of workers that are no more
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    rendezvous_handler_registry.register(Watched.name, Watched)
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "exit_code"
+        os.environ[TOLD] = str(told)
+        config = LaunchConfig(
+            min_nodes=job.nodes[0],
+            max_nodes=job.nodes[1],
+            nproc_per_node=job.nproc,
+            run_id=job.name or _name(job, arguments),
+            rdzv_backend=Watched.name,
+            rdzv_endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            rdzv_configs={"is_host": seat.here, "told": told, "talk": talk, **job.conf},
+            local_addr=seat.address,
+            max_restarts=job.restarts,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "pipeline", *arguments)
+        except Told as end:
+            return end.exit_code
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            if told.exists():
+                return int(told.read_text())
+            if TERMINATED in codes.values() or INTERRUPTED in codes.values():
+                return max(codes.values())
+            raise PipelineError(f"{_died(codes)}; {SAME_AGAIN}") from error
+        except SignalException as error:
+            return INTERRUPTED if error.sigval == signal.SIGINT else TERMINATED
+        except RendezvousClosedError as error:
+            raise PipelineError(f"another host has ended this job and says why; {SAME_AGAIN}") from error
+        except RendezvousTimeoutError as error:
+            raise PipelineError(_too_few(job)) from error
+        except RendezvousConnectionError as error:
+            raise PipelineError(
+                f"{host}:{port}, where the hosts meet, does not answer: that host is gone, or another program has its port; "
+                f"{SAME_AGAIN} (with the --rdzv-endpoint of a host that is there)"
+            ) from error
+    return OK
+
+
+class Told(Exception):
+    """A worker has told an error; starting it again would tell the same."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+class Watched(RendezvousHandler):
+    """torch's c10d rendezvous, by which a host whose heartbeat is missing changes the membership as one that comes does.
+
+    Without it workers wait in a collective for a host that lost its power or network until TCP gives up, or for a day.
+    """
+
+    name = "c10d-watched"
+
+    def __init__(self, parameters: RendezvousParameters):
+        self._told: Path = parameters.config.pop("told")
+        self._talk: Talk = parameters.config.pop("talk")
+        self._handler = _c10d(parameters)
+        self._hosts, self._reason = 0, ""
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        if self._told.exists():
+            raise Told(int(self._told.read_text()))
+        if self._hosts:
+            self._talk.say(f"{self._reason or 'a process was lost'}: all start again and go on from what is finished")
+        info = self._handler.next_rendezvous()
+        self._hosts, self._reason = info.world_size, ""
+        return info
+
+    def num_nodes_waiting(self) -> int:
+        waiting = self._handler.num_nodes_waiting()
+        state = self._handler._state_holder.state
+        gone = 0 if state.closed else self._hosts - len(state.participants)
+        if gone > 0:
+            self._reason = f"{gone} of {self._hosts} hosts no longer answer"
+        elif waiting:
+            self._reason = "another host is there"
+        return max(waiting, gone)
+
+    def get_backend(self) -> str:
+        return self.name
+
+    @property
+    def use_agent_store(self) -> bool:
+        return self._handler.use_agent_store
+
+    def is_closed(self) -> bool:
+        return self._handler.is_closed()
+
+    def set_closed(self) -> None:
+        self._handler.set_closed()
+
+    def get_run_id(self) -> str:
+        return self._handler.get_run_id()
+
+    def shutdown(self) -> bool:
+        return self._handler.shutdown()
+
+
+def _c10d(parameters: RendezvousParameters) -> DynamicRendezvousHandler:
+    try:
+        backend, store = create_backend(parameters)
+    except RendezvousConnectionError:
+        if not parameters.config["is_host"]:
+            raise
+        parameters.config["is_host"] = False  # another process of this host was quicker
+        backend, store = create_backend(parameters)
+    return create_handler(store, backend, parameters)
+
+
+def _name(job: Job, arguments: Sequence[str]) -> str:
+    """A name that is the same on every host where the same command is typed."""
+    return hashlib.sha256("\0".join([str(job.nodes), *arguments]).encode()).hexdigest()[:16]
+
+
+def _died(codes: dict[int, int]) -> str:
+    """What became of the workers of this host, by rank; the cause before those that it took along."""
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    for rank, number in killed.items():
+        by = signal.Signals(number).name if number in signal.Signals._value2member_map_ else f"signal {number}"
+        memory = ", often the system short of memory" if number == signal.SIGKILL else ""
+        return f"rank {rank} of this job was killed ({by}{memory})"
+    return "a process of this job ended without a word, or its host is gone"
+
+
+def _too_few(job: Job) -> str:
+    fewest, most = job.nodes
+    hosts = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return (
+        f"fewer than {hosts} hosts came together within {timedelta(seconds=job.patience)}; type the very same command on each "
+        "(or name the job: --rdzv-id NAME), or go on with fewer: --nnodes"
+    )
