@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
+    RendezvousGracefulExitError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -41,16 +42,15 @@ def launch(job: Job, arguments: Sequence[str]) -> int:
 
     Raises PipelineError for what no worker could tell: it was killed, or another host is gone, closed the job, or never came.
     """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the worker that failed has said why
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.nproc)))
+    logging.disable(logging.ERROR)  # torchrun's own words; the worker that failed has said why
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // job.nproc)))
     talk = Talk()
     seat = meet(job.endpoint, patience=job.patience, say=talk.say) if job.endpoint else Seat("127.0.0.1", True)
     host, port = job.endpoint or ("127.0.0.1", 0)  # a container may not know its own name
-    if job.several:
-        if seat.interface:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", seat.interface)  # else it takes what the host's own name means
-        # a store that outlives a round keeps the addresses of workers that are no more
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if job.several and seat.interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", seat.interface)  # else it takes what the host's own name means
+    # workers that start again must not meet in the store of those before, which has their addresses
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     rendezvous_handler_registry.register(Watched.name, Watched)
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "exit_code"
@@ -118,7 +118,10 @@ class Watched(RendezvousHandler):
             raise Told(int(self._told.read_text()))
         if self._hosts:
             self._talk.say(f"{self._reason or 'a process was lost'}: all start again and go on from what is finished")
-        info = self._handler.next_rendezvous()
+        try:
+            info = self._handler.next_rendezvous()
+        except RendezvousGracefulExitError as error:  # a host more than the job takes
+            raise Told(OK) from error
         self._hosts, self._reason = info.world_size, ""
         return info
 
@@ -127,7 +130,7 @@ class Watched(RendezvousHandler):
         state = self._handler._state_holder.state
         gone = 0 if state.closed else self._hosts - len(state.participants)
         if gone > 0:
-            self._reason = f"{gone} of {self._hosts} hosts no longer answer"
+            self._reason = f"{gone} of {self._hosts} hosts left, or lost a process"
         elif waiting:
             self._reason = "another host is there"
         return max(waiting, gone)
@@ -161,6 +164,11 @@ def _c10d(parameters: RendezvousParameters) -> DynamicRendezvousHandler:
         parameters.config["is_host"] = False  # another process of this host was quicker
         backend, store = create_backend(parameters)
     return create_handler(store, backend, parameters)
+
+
+def _cores() -> int:
+    """Cores that this process may use; a cluster's scheduler lends a part of the host."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _name(job: Job, arguments: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +33,12 @@ from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Loader
 from pipeline.distributed import GO_ON, SAVE, STOP, Ranks, Signals
-from pipeline.errors import ConfigError, DataError, PipelineError, Terminated
+from pipeline.errors import ConfigError, DataError, Elsewhere, PipelineError, Terminated
 from pipeline.metrics import group_means
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
 
+SEEN_WITHIN = 60.0  # seconds until every host sees what another has written; NFS looks that seldom
 AGREE_EVERY = 20  # steps between two looks at signals and clocks where looking costs a collective
 
 
@@ -307,13 +309,13 @@ class Trainer:
         wish = STOP if self.signals.received else SAVE if late and self.ranks.first else GO_ON
         return wish if self.ranks.world == 1 else self.ranks.largest(wish)
 
-    def _stopped(self) -> Terminated:
+    def _stopped(self) -> PipelineError:
         stop = Terminated(
             f"stopped at epoch {self.epoch + 1}, step {self.step_in_epoch}/{self.steps}; saved in {self.folder.last}: "
             "the same command continues"
         )
         stop.exit_code = self.signals.exit_code
-        return stop
+        return self._once(stop)
 
     def _save(self, *, complete: bool, best: bool = False) -> None:
         tally, loss_sum = (self.ranks.total(t.cpu().numpy()) for t in (self.tally, self.loss_sum))
@@ -357,7 +359,7 @@ class Trainer:
         if overwrite and self.ranks.first:
             self.folder.clear()
         self.ranks.barrier()
-        state = self.folder.state()
+        state = self._agreed_state()
         if state is not None:
             if "learner" in state:
                 self.learner.load_state_dict(state["learner"])
@@ -374,6 +376,28 @@ class Trainer:
         self.ranks.barrier()
         if self.ranks.first:
             self.folder.begin(self.provenance, epoch=self.epoch)
+
+    def _agreed_state(self) -> dict[str, Any] | None:
+        """What the last checkpoint holds, None where there is none; ConfigError where not every rank sees the same."""
+        deadline = time.monotonic() + SEEN_WITHIN
+        while True:
+            state = self.ranks.together(self.folder.state)
+            seen = self.ranks.gathered(state and (state["epoch"], state["step_in_epoch"]))
+            if all(one == seen[0] for one in seen):
+                return state
+            if self.ranks.largest(time.monotonic() > deadline):
+                break
+            time.sleep(1)
+        raise self._once(
+            ConfigError(
+                f"{self.folder.last} is not the same file on all hosts (epoch, step by rank: {seen}); give all of them one "
+                "--out on a file system that they share, or copy the newest there"
+            )
+        )
+
+    def _once(self, error: PipelineError) -> PipelineError:
+        """An error that every rank has at this point, for rank 0 to say."""
+        return error if self.ranks.first else Elsewhere(error.exit_code)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -34,7 +34,7 @@ def relaunched(nproc: int) -> bool:
     """True if the command ran in torchrun workers, here and on other hosts, instead; exits with their code if they failed."""
     context = click.get_current_context()
     job = job_of(context, nproc=nproc)
-    if in_worker() or (job.nproc == 1 and not job.several):
+    if in_worker() or not (job.nproc > 1 or job.several or job.restarts):
         return False
     if not job.several and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a rank that somebody else has started
         return False

@@ -1,10 +1,12 @@
 """Which configuration, store and run a command means: CONFIG and STORE may be left out."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import STORE
 from pipeline.errors import ConfigError
+from pipeline.hosts import TOLD, in_worker
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -18,7 +20,7 @@ def take_config(name: str | None, sets: Any, *, told: bool = True) -> "tuple[Tal
 
     talk, path = Talk(), find_config(name)
     chosen = load_config(path, sets)
-    if told:
+    if told and not (in_worker() and TOLD in os.environ):  # its launcher has said so
         talk.say(f"configuration: {chosen.name} ({path})")
     return talk, chosen
 

@@ -1,0 +1,78 @@
+"""Workers that die, or tell an error, under the launcher of --nproc."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import digits_tree
+from tests.hosts import ROOT, free_port
+
+pytestmark = pytest.mark.slow
+
+
+def train(folder, *words, program=("-m", "pipeline"), **environment):
+    """A finished `pipeline train-backbone` of one epoch with six steps, its checkpoints in folder/out."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(digits_tree(epochs=1)))
+    command = [sys.executable, *program, "train-backbone", "tiny.yaml", "--out", "out", "--device", "cpu", *words]
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, cwd=folder, env=known, capture_output=True, text=True, timeout=120)
+
+
+def test_killed_workers_are_told_once_and_with_restarts_started_again(tmp_path):
+    armed = {"PIPELINE_KILL_AFTER_STEP": "3"}
+    done = train(tmp_path, "--nproc", "2", "--json", **armed)
+    assert done.returncode == 1
+    assert done.stderr.count("Error") == 1
+    assert "was killed (SIGKILL" in done.stderr
+    assert json.loads(done.stdout)["exit_code"] == 1
+    done = train(tmp_path, "--json", "--max-restarts", "1", **armed)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("all start again and go on from what is finished") == 1
+    assert json.loads(done.stdout)["epochs"] == 1
+    assert "Error" not in done.stderr
+
+
+def test_an_error_that_was_told_is_not_tried_again(tmp_path):
+    done = train(tmp_path, "--nproc", "2", "--max-restarts", "3", "--set", "data.max_per_class=5000")
+    assert done.returncode == 2
+    assert done.stderr.count("max_per_class=5000: class 0 would need") == 1
+    assert "start again" not in done.stderr
+
+
+def test_under_your_own_torchrun_a_lost_fellow_is_told_once(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "killer.py")
+    armed = "if os.environ['RANK'] == '1':\n    os.environ['PIPELINE_KILL_AFTER_STEP'] = '3'"
+    (tmp_path / "killer.py").write_text(f"import os\nfrom pipeline.cli import main\n{armed}\nmain()")
+    done = train(tmp_path, program=torchrun)
+    assert done.returncode == 1
+    assert done.stderr.count("another process of this job ended without a word") == 1
+
+
+def test_hosts_that_do_not_share_the_folder_are_refused(tmp_path):
+    assert train(tmp_path).returncode == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "seldom.py").write_text(
+        "from pipeline.backbone import train\nfrom pipeline.cli import main\ntrain.SEEN_WITHIN = 0.5\nmain()"
+    )
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [sys.executable, "seldom.py", "train-backbone", "tiny.yaml", "--device", "cpu", "--out"]
+    runs = [
+        subprocess.Popen(
+            [*words, out],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **meeting, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, out in enumerate(["other", "out"])
+    ]
+    said = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [2, 2], said
+    assert "other/last.pt is not the same file on all hosts (epoch, step by rank: [None, (1, 0)])" in said[0]
+    assert "--out on a file system that they share" in said[0]
+    assert "Error" not in said[1]
+    assert not (tmp_path / "other" / "last.pt").exists()
