@@ -32,6 +32,7 @@ from pipeline.data.transform import Loader
 from pipeline.distributed import Ranks, Signals
 from pipeline.errors import DataError, PipelineError, Terminated
 from pipeline.killpoint import KillPoint
+from pipeline.method_names import PROBE
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
 from pipeline.unreadable import Rows, readable_now, skipped_before, told
@@ -70,7 +71,7 @@ class DumpResult:
         return (
             f"{self.store}: {sizes}; {self.views} training view(s), {self.width} features each, {self.dtype}\n"
             f"{done}, all checksums hold; {self.seconds:.1f} s; digest {self.digest[:16]}"
-            + (f"\nhead: {probe.SETTINGS}" if self.head == probe.NAME else "")
+            + (f"\nhead: {probe.SETTINGS}" if self.head == PROBE else "")
             + (f"\n{told(self.skipped)}" if self.skipped else "")
         )
 
@@ -121,7 +122,7 @@ def dump_features(
         seconds=round(time.perf_counter() - started, 2),
         network=backbone.network,
         skipped={s: [dataset.splits[s].name_of(r) for r in rows] for s, rows in writer.skipped.items()},
-        head=probe.NAME if backbone.probe else OWN_HEAD,
+        head=PROBE if backbone.probe else OWN_HEAD,
     )
 
 

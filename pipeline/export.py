@@ -54,7 +54,7 @@ def export_model(
     lam: float | None = None,
     method: str | None = None,
 ) -> Exported:
-    """Writes model weights, config.json, the stage-1 head (for comparison) and a model card into the folder `out`.
+    """Writes model weights, config.json, the head stage 2 started from (for comparison) and a model card into the folder `out`.
 
     run: as for write_report; of several backbones the first is taken. lam, method: the head of this λ or method instead of
     the selected one. Of several batch orders the first seed's head is taken: the mean of several heads was never measured.
@@ -73,7 +73,8 @@ def export_model(
     index = backbone.head_number(kind)
     heads, weight, bias = backbone.heads
     checkpoint = matching_checkpoint(backbone)
-    model_args = {"width": checkpoint.config.backbone.width} if checkpoint.config.backbone.width != 1 else {}
+    settings = checkpoint.config.backbone
+    model_args = ({"width": settings.width} if settings.width != 1 else {}) | (settings.model_args or {})
     head = {
         **{key: heads[index].get(key) for key in ("method", "loss", "lam", "seed")},
         "backbone": backbone.name if len(study.backbones) > 1 else None,
@@ -236,7 +237,7 @@ Training images per class are in config.json (`counts`); the data set's fingerpr
 - It knows these classes only and always answers with one of them.
 {_weakest(study, head, names)}\
 - Rebalancing trades accuracy on large classes for small ones. Where the images to be classified are as unbalanced as
-  the training set, the stage-1 head may be the better one: `pipeline predict --compare` shows both.
+  the training set, the head before rebalancing may be the better one: `pipeline predict --compare` shows both.
 - Probabilities are softmax outputs, as well calibrated as ECE says.
 """
 

@@ -10,12 +10,15 @@ from cache import Cache, CacheError, Writer, open_cache, open_writer, verify
 from pipeline.config import find_config, load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.heads import read_scorers
+from pipeline.method_names import PROBE, start_name
 from pipeline.report.source import read_results
 
 EXPECTED = (
     "a run's folder, a checkpoint (last.pt), a feature store (features.zarr), results.json, heads.safetensors, run.json, "
     "the folder of `pipeline export`, or a configuration (.yaml)"
 )
+BROUGHT = "backbone brought along"
+STARTS = ("stage 1", PROBE)
 MADE = (
     "created",
     "argv",
@@ -177,17 +180,23 @@ def _checkpoint(path: Path) -> Artefact:
     state = read(path)
     network, data = state["network"], state["dataset"]
     done = "complete" if state["complete"] else f"unfinished, step {state['step_in_epoch']} of the next epoch"
+    brought = state.get("brought")
     best = f"{state['best']:.2f} %" if state["best"] is not None else None
     facts = {
         "network": f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d features",
-        "trained": f"{state['epoch']} of {state['config']['backbone']['epochs']} epochs, {done}",
+        "trained": None if brought else f"{state['epoch']} of {state['config']['backbone']['epochs']} epochs, {done}",
         "best validation accuracy (mean over classes)": best,
+        "head": None
+        if brought is None
+        else f"{PROBE}, fitted when features are dumped"
+        if state["probe"]
+        else "its own",
         **_classes(state["class_names"], state["counts"]),
         "dataset": f"{data['name']}, fingerprint {data['fingerprint']}",
         "input": state["transform"],
         "weights digest": weights_digest(state["model"]),
     }
-    return Artefact(path, "stage-1 checkpoint", facts, state["provenance"])
+    return Artefact(path, BROUGHT if state.get("brought") else "stage-1 checkpoint", facts, state["provenance"])
 
 
 def _results(path: Path) -> Artefact:
@@ -201,7 +210,7 @@ def _results(path: Path) -> Artefact:
     of = f"{chosen['n']} backbones" if "backbones" in found else f"{chosen['n']} batch order(s) of one backbone"
     facts = {
         "store": found["store"],
-        "stage 1": _accuracies(found["baseline"]),
+        start_name(found.get("fingerprint")): _accuracies(found["baseline"]),
         "selected": f"{chosen['method']}{loss}{lam}{own} ({on}); mean over {of}",
         "its test accuracy": _accuracies(chosen),
         "tuned, best on the choosing split": tuned or None,
@@ -269,14 +278,20 @@ def _run(path: Path) -> Artefact:
         name = "" if part == path else f"{part.name}/"
         for file, kind in _PARTS.items():
             if (part / file).exists():
-                facts[f"{name}{file}"] = kind
+                facts[f"{name}{file}"] = BROUGHT if file == "backbone/last.pt" and _was_brought(part) else kind
     results = next((p for p in (path / "results.json", path / "rebalance" / "results.json") if p.is_file()), None)
     if results:
         told = _results(results).facts
-        facts |= {key: told[key] for key in ("stage 1", "selected", "its test accuracy")}
+        wanted = (*STARTS, "selected", "its test accuracy")
+        facts |= {key: told[key] for key in wanted if key in told}
     records = [_try_json(p) for p in (path / "run.json", *sorted(path.glob("**/backbone/run.json")))]
     made: Facts = next(filter(None, records), {})
     return Artefact(path, f"run of {len(seeds)} backbones" if seeds else "run", facts, made)
+
+
+def _was_brought(run: Path) -> bool:
+    """Whether a run's backbone was not trained in it."""
+    return _try_json(run / "backbone" / "run.json").get("command") == "dump-features"
 
 
 def _is_export(path: Path) -> bool:

@@ -1,7 +1,12 @@
-"""Every method of stage 2 with what it does in a line; imports nothing, so that `--help` is quick."""
+"""Every method of stage 2 with what it does in a line; imports nothing heavy, so that `--help` is quick."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PROBE = "linear probe"
 
 METHODS = {
-    "baseline": "the stage-1 head as it is",
+    "baseline": "the head it starts from, as it is: of stage 1, or a linear probe",
     "ce": "retrain with cross-entropy",
     "cb": "retrain with the class-balanced loss",
     "iwb": "inverse weight-balancing",
@@ -23,3 +28,12 @@ METHODS = {
     "logit-adjust": "logits less τ·ln π; no training",
     "iif": "logits times inverse image frequency; no training",
 }
+
+
+def start_name(fingerprint: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> str:
+    """What a person calls the head that stage 2 starts from: `stage 1`, or `linear probe` where a backbone brought none.
+
+    fingerprint: of the store, or of the stores of several backbones.
+    """
+    first = fingerprint if isinstance(fingerprint, Mapping) else next(iter(fingerprint or ()), {})
+    return PROBE if "probe" in first else "stage 1"

@@ -56,7 +56,7 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """An encoder with one or two linear heads: the rebalanced one and, to compare, that of stage 1."""
+    """An encoder with one or two linear heads: the rebalanced one and, to compare, what it was before."""
 
     network: nn.Module
     heads: tuple[tuple[Tensor, Tensor], ...]
@@ -152,7 +152,9 @@ def _exported(path: Path, compare: bool) -> Model:
 
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        settings = BackboneConfig.model_validate({"model": config["architecture"], **config["model_args"]})
+        args = dict(config["model_args"])
+        width = args.pop("width", 1.0)
+        settings = BackboneConfig.model_validate({"model": config["architecture"], "width": width, "model_args": args})
         network = build_model(settings, num_classes=config["num_classes"])
         weights = path / config["weights"]
         safe = weights.suffix == ".safetensors"
@@ -235,7 +237,7 @@ def table(rows: Iterable[Prediction]) -> "Table":
     rows = list(rows)
     drawn = Table("image", "rebalanced" if rows and rows[0].stage1 else "most probable", box=None, pad_edge=False)
     if rows and rows[0].stage1:
-        drawn.add_column("stage 1")
+        drawn.add_column("before rebalancing")
     for row in rows:
         cells = [row.guesses] + ([row.stage1] if row.stage1 else [])
         drawn.add_row(Text(row.path, overflow="fold"), *(Text(_listed(guesses)) for guesses in cells))

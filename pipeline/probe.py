@@ -11,7 +11,6 @@ L2, EVALUATIONS = 1e-3, 100
 SETTINGS = (
     f"multinomial logistic regression on the clean training features, L2 {L2:g}, L-BFGS of {EVALUATIONS} evaluations"
 )
-NAME = "linear probe"
 
 Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 

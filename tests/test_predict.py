@@ -129,7 +129,7 @@ def test_rows_as_csv_json_lines_and_table(model, folder):
     console.print(table(rows))
     console.file.close()
     text = console.export_text()
-    assert "stage 1" in text
+    assert "before rebalancing" in text
     assert str(folder / "01.png") in text
 
 

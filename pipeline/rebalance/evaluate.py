@@ -11,6 +11,7 @@ import torch
 from cache import CacheError, open_cache
 from pipeline.errors import DataError
 from pipeline.heads import read_scorers
+from pipeline.method_names import start_name
 from pipeline.metrics import GROUPS
 from pipeline.rebalance.load import read_split
 from pipeline.rebalance.methods import Setting
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class EvaluateResult:
     """Heads of a file on a split of a store; settings: mean and std of every measure over the seeds of a setting.
 
-    left_out: samples without features, because their images could not be read.
+    left_out: samples without features, because their images could not be read; start: what the baseline is (start_name).
     """
 
     store: str
@@ -34,6 +35,7 @@ class EvaluateResult:
     results: tuple[Row, ...]
     settings: tuple[dict[str, Any], ...]
     left_out: int = 0
+    start: str = "stage 1"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,7 +53,7 @@ class EvaluateResult:
         for column in columns:
             table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right")
         for setting in self.settings:
-            label = name((setting["method"], setting["loss"], setting["lam"]))
+            label = name((setting["method"], setting["loss"], setting["lam"]), self.start)
             table.add_row(label, *(spread([setting], column) for column in columns))
         return table
 
@@ -88,4 +90,5 @@ def evaluate(store: Path | str, heads: Path, *, split: str = "test") -> Evaluate
         {"method": method, "loss": loss, "lam": lam, "n": len(of)} | mean_and_std(of)
         for (method, loss, lam), of in by_setting.items()
     ]
-    return EvaluateResult(str(store), str(heads), split, tuple(rows), tuple(settings), len(cache.skipped(split)))
+    left_out, start = len(cache.skipped(split)), start_name(cache.fingerprint)
+    return EvaluateResult(str(store), str(heads), split, tuple(rows), tuple(settings), left_out, start)

@@ -92,7 +92,7 @@ def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[R
     """Draws one group on one split; the numbers drawn."""
     table = []
     alone = study.first.alone
-    lines = [("stage 1", BASELINE, BEFORE), (f"{alone.loss_name} alone", alone, ALONE)]
+    lines = [(study.start.removeprefix("the "), BASELINE, BEFORE), (f"{alone.loss_name} alone", alone, ALONE)]
     for label, kind, style in [*lines, ("λ = 0: equal target norms", study.at(0.0), ZERO)]:
         value = study.spread(kind, split, column)
         if value is not None and value.mean is not None:
@@ -125,7 +125,7 @@ def weight_norms(study: Study) -> Drawing:
     before = np.linalg.norm(store.classifier[0].astype(np.float64), axis=1)
     aim = target_norms(backbone)
     lines: list[tuple[str, np.ndarray | None, Row]] = [
-        ("stage 1", before, BEFORE | {"marker": "s"}),
+        (study.start.removeprefix("the "), before, BEFORE | {"marker": "s"}),
         (f"{backbone.alone.loss_name} alone", backbone.norms(backbone.alone), ALONE | {"marker": "^"}),
         (str(chosen), backbone.norms(chosen), AFTER),
         ("target of the norm term, shifted to the same mean", aim, TARGET),
@@ -144,7 +144,7 @@ def weight_norms(study: Study) -> Drawing:
         axes.plot(x, y, label=label, linewidth=2, markersize=6, markevery=every, markerfacecolor="white", **style)
     look.class_axis(axes, [store.class_names[c] for c in order], study.counts)
     axes.set_ylabel("length of the class vector ‖W‖")
-    axes.set_title(_length_title(before[order], lines[2][1], order), pad=10)
+    axes.set_title(_length_title(before[order], lines[2][1], order, start=study.start), pad=10)
     look.legend(figure, np.array([axes]))
     which = f", first of {len(study.backbones)} backbones ({backbone.name})" if len(study.backbones) > 1 else ""
     caption = f"Classes from largest to smallest{which}; mean over batch orders. Grey: training images per class."
@@ -153,13 +153,14 @@ def weight_norms(study: Study) -> Drawing:
     return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table)
 
 
-def _length_title(before: np.ndarray, after: np.ndarray | None, order: np.ndarray) -> str:
+def _length_title(before: np.ndarray, after: np.ndarray | None, order: np.ndarray, *, start: str) -> str:
     tenth = max(1, len(order) // 10)
     text = "The smallest class against the largest"
     if tenth > 1:
         text = f"The {tenth} smallest classes against the {tenth} largest"
     whose = "their" if tenth > 1 else "its"
-    text += f": {before[-tenth:].mean() / before[:tenth].mean():.2f} of {whose} length after stage 1"
+    when = f"after {start}" if start == "stage 1" else f"in {start}"
+    text += f": {before[-tenth:].mean() / before[:tenth].mean():.2f} of {whose} length {when}"
     if after is None:
         return text
     return text + f", {after[order[-tenth:]].mean() / after[order[:tenth]].mean():.2f} rebalanced"
@@ -189,7 +190,7 @@ def target_norms(backbone: Backbone) -> np.ndarray | None:
 
 
 def class_change(study: Study) -> Drawing | None:
-    """Test accuracy of every class less what stage 1 gives, largest class first; None where nobody measured it."""
+    """Test accuracy of every class less what stage 2 started from, largest class first; None where nobody measured it."""
     before = [b.class_accuracy(BASELINE, "test") for b in study.backbones]
     after = [b.class_accuracy(b.selected, "test") for b in study.backbones]
     if any(v is None for v in (*before, *after)):
@@ -198,7 +199,7 @@ def class_change(study: Study) -> Drawing | None:
     table = _class_table(study)
     for row in table:
         a, b = first[row["class"]], last[row["class"]]
-        row |= {"stage 1": _round(a), "selected": _round(b), "change": _round(b - a)}
+        row |= {study.start.removeprefix("the "): _round(a), "selected": _round(b), "change": _round(b - a)}
     order = study.by_size
     change = (last - first)[order]
     figure = look.figure_of(11.5, 4.6)
@@ -206,8 +207,14 @@ def class_change(study: Study) -> Drawing | None:
     x, y = look.thinned(change)
     width = 0.85 * (x[1] - x[0] if len(x) > 1 else 1)
     up = np.nan_to_num(y) >= 0
-    worse: Row = {"color": "white", "edgecolor": RED, "hatch": "////", "linewidth": 0.8, "label": "worse than stage 1"}
-    axes.bar(x[up], y[up], width, color=BLUE, label="better than stage 1")
+    worse: Row = {
+        "color": "white",
+        "edgecolor": RED,
+        "hatch": "////",
+        "linewidth": 0.8,
+        "label": f"worse than {study.start}",
+    }
+    axes.bar(x[up], y[up], width, color=BLUE, label=f"better than {study.start}")
     axes.bar(x[~up], y[~up], width, **worse)
     axes.axhline(0, color=BLACK, linewidth=1)
     _mark_groups(axes, study.counts[order], change)
@@ -218,7 +225,7 @@ def class_change(study: Study) -> Drawing | None:
     axes.set_title(f"{gain} classes gain, {loss} lose, {known - gain - loss} stay; mean {mean} points", pad=40)
     look.legend(figure, np.array([axes]))
     name = str(study.first.selected) if len(study.backbones) == 1 else "The selected head of each backbone"
-    caption = f"{name} less stage 1, test split, classes from largest to smallest; mean over {study.repeated}."
+    caption = f"{name} less {study.start}, test split, classes from largest to smallest; mean over {study.repeated}."
     return Drawing("class-change", "What changes for each class", caption, figure, table)
 
 
@@ -304,7 +311,7 @@ def _gain(study: Study) -> str:
             parts.append(f"{name} {before.mean:.1f} → {after.mean:.1f} %")
     lams = sorted({k.lam for k in study.selected if k.lam is not None})
     at = f"λ = {', '.join(f'{lam:g}' for lam in lams)}" if lams else study.first.selected.method
-    return f"Stage 1 → rebalanced ({at}), test: {', '.join(parts)}"
+    return f"{study.start[0].upper()}{study.start[1:]} → rebalanced ({at}), test: {', '.join(parts)}"
 
 
 def _numbers(split: str, column: str, line: str, lam: float | None, value: Spread) -> Row:

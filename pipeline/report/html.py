@@ -90,7 +90,7 @@ def summary(study: Study, also: Kind | None = None) -> list[Line]:
     """The main table: stage 1, the loss alone, λ = 0, the selected head, `also`; on the test split."""
     alone = study.first.alone
     lines: list[tuple[str, Kind | Sequence[Kind]]] = [
-        ("Stage 1 as trained", BASELINE),
+        ("Stage 1 as trained" if study.start == "stage 1" else "Linear probe on the encoder", BASELINE),
         (f"{_sentence(alone.loss_name)} alone", alone),
         ("Norms pulled together (λ = 0)", study.at(0.0)),
         (_selected_name(study), study.selected),
@@ -121,7 +121,7 @@ def page(study: Study, lines: Sequence[Line], drawn: Sequence[tuple["Drawing", b
         "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{title} · iwb-pipeline report</title><style>{CSS}</style>"
     )
-    header = f"<p class=kicker>iwb-pipeline report</p><h1>{title}</h1>{_lead(study)}{_tiles(lines)}"
+    header = f"<p class=kicker>iwb-pipeline report</p><h1>{title}</h1>{_lead(study)}{_tiles(study, lines)}"
     body = "\n".join([f"<header>{header}</header><main>", *main, "</main>"])
     return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n{body}\n</body></html>\n"
 
@@ -139,17 +139,17 @@ def _lead(study: Study) -> str:
     )
 
 
-def _tiles(lines: Sequence[Line]) -> str:
-    """The selected head's numbers, large, with what they were after stage 1."""
+def _tiles(study: Study, lines: Sequence[Line]) -> str:
+    """The selected head's numbers, large, with what they were before stage 2."""
     before, after, tiles = lines[0], lines[-1], []
     for column in COLUMNS:
         a, b = (line.cells[column].mean for line in (before, after))
         if a is not None and b is not None:
             name = TITLES[column] + (f" ({BOUNDS[column]} images)" if column in BOUNDS else "")
             sign, mark = ("up", "▲") if b > a else ("down", "▼")
-            change = f"<em class={sign}>{mark} {abs(b - a):.1f} against stage 1</em>"
+            change = f"<em class={sign}>{mark} {abs(b - a):.1f} against {study.start}</em>"
             if not round(b - a, 1):
-                change = "<em>as after stage 1</em>"
+                change = f"<em>as with {study.start}</em>"
             tiles.append(f"<div class=tile><span>{name}</span><b>{b:.1f}<small> %</small></b>{change}</div>")
     return f"<div class=tiles>{''.join(tiles)}</div>"
 
@@ -175,7 +175,7 @@ def _table(study: Study, lines: Sequence[Line]) -> str:
 def _differences(study: Study) -> str:
     """The selected head less others on the same test samples; nothing where nothing was compared."""
     found = study.document.get("differences") or {"rows": ()}
-    rows = labelled(found["rows"])
+    rows = labelled(found["rows"], study.start.removeprefix("the "))
     shown = [c for c in DIFFERENCES if any(row[c] for _, row in rows)]
     if not rows:
         return ""
@@ -287,7 +287,8 @@ def _made(study: Study) -> str:
     if timing.get("heads"):
         text = f"{timing['heads']} heads fitted in {timing['fit_s']:.1f} s, features loaded in {timing['load_s']:.1f} s"
         lines.append(("Stage 2", text))
-    for name, made in (("Stage 1", stage1), ("Dump", dump), ("Stage 2", stage2)):
+    trained = "Stage 1" if stage1.get("command") == "train-backbone" else "Backbone"
+    for name, made in ((trained, stage1), ("Dump", dump), ("Stage 2", stage2)):
         if made.get("argv"):
             when = (made.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
             lines.append((f"{name} command", " ".join(made["argv"])))

@@ -13,6 +13,7 @@ import numpy as np
 from cache import Cache, CacheError, is_url, open_cache
 from pipeline.errors import DataError
 from pipeline.heads import Linear, read_scorers
+from pipeline.method_names import PROBE, start_name
 from pipeline.metrics import GROUPS
 
 COLUMNS = ("all", *GROUPS)
@@ -211,6 +212,12 @@ class Study:
             return Kind(chosen.method, chosen.loss, lam)
         loss = next((r.get("loss") for r in self.first.rows if r["method"] == "iwb"), None)
         return Kind("iwb", loss, lam)
+
+    @property
+    def start(self) -> str:
+        """What stage 2 started from: `stage 1` or `the linear probe`."""
+        found = start_name(self.first.store.fingerprint)
+        return f"the {found}" if found == PROBE else found
 
     @property
     def chosen_on(self) -> str | None:

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from pipeline.method_names import start_name
+
 COLUMNS = ("many", "medium", "few", "all", "ece")
 DIFFERENCES = ("many", "medium", "few", "all")
 Setting = tuple[str, str | None, float | None]
@@ -24,6 +26,7 @@ def results_table(document: Mapping[str, Any]) -> Table:
             tested.setdefault(_setting(row), []).append(row)
     selected = _setting(document["selected"])
     order = sorted(tested, key=lambda s: (_rank(s, selected), s[2] or 0.0))
+    start = start_name(document.get("fingerprint"))
     chosen = "◀ selected" if document["selected"]["chosen_on"] else "◀ given"
     near = {_setting(facts) for facts in document.get("within_one_se", ())}
     several = any(len(rows) > 1 for rows in tested.values()) or document["selected"]["n"] > 1
@@ -38,7 +41,7 @@ def results_table(document: Mapping[str, Any]) -> Table:
         cells = [spread(tested[setting], column) for column in COLUMNS]
         last_of_block = i + 1 == len(order) or _rank(order[i + 1], selected) // 10 != _rank(setting, selected) // 10
         style = "bold" if setting == selected else None
-        table.add_row(name(setting), *cells, mark, style=style, end_section=last_of_block)
+        table.add_row(name(setting, start), *cells, mark, style=style, end_section=last_of_block)
     return table
 
 
@@ -53,8 +56,9 @@ def differences_table(document: Mapping[str, Any]) -> Table | None:
     found = document.get("differences") or {"rows": ()}
     if not found["rows"]:
         return None
+    start = start_name(document.get("fingerprint"))
     table = Table(
-        title=f"{name(_setting(document['selected']))} less other rows, in points, with 95 % intervals",
+        title=f"{name(_setting(document['selected']), start)} less other rows, in points, with 95 % intervals",
         caption=differences_caption(found),
         caption_justify="left",
         title_justify="left",
@@ -63,7 +67,7 @@ def differences_table(document: Mapping[str, Any]) -> Table | None:
     table.add_column("less", no_wrap=True)
     for column in DIFFERENCES:
         table.add_column(column.capitalize(), justify="right", min_width=6)
-    for label, row in labelled(found["rows"]):
+    for label, row in labelled(found["rows"], start):
         table.add_row(label, *(difference(row[column]) for column in DIFFERENCES))
     return table
 
@@ -76,11 +80,11 @@ def differences_caption(found: Mapping[str, Any]) -> str:
     )
 
 
-def labelled(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+def labelled(rows: Sequence[Mapping[str, Any]], start: str) -> list[tuple[str, Mapping[str, Any]]]:
     """(name, row) of each other setting once, though it may stand in two roles."""
     ran_up = [_setting(row) for row in rows if row["against"] == "runner_up"]
     once = {_setting(row): row for row in rows}
-    return [(name(s) + (" (runner-up)" if s in ran_up else ""), row) for s, row in once.items()]
+    return [(name(s, start) + (" (runner-up)" if s in ran_up else ""), row) for s, row in once.items()]
 
 
 def difference(value: Mapping[str, float] | None) -> str:
@@ -96,13 +100,14 @@ def chosen_table(document: Mapping[str, Any]) -> Table | None:
     if not document.get("chosen"):
         return None
     on = _split_name(document["selected"]["chosen_on"])
+    start = start_name(document.get("fingerprint"))
     table = Table(title=f"Chosen for each method on {on}", title_justify="left", box=box.SIMPLE)
     for column, justify in (("head", "left"), ("trials", "right"), (f"All on {on} in %", "right"), ("chosen", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("at the border of its grid")
     for row in document["chosen"]:
         cells = (str(row["trials"]), f"{row['score']:.1f}", told_parameters(row), ", ".join(row["border"]))
-        table.add_row(name((row["method"], row["loss"], None)), *cells)
+        table.add_row(name((row["method"], row["loss"], None), start), *cells)
     return table
 
 
@@ -145,11 +150,11 @@ def caption(document: Mapping[str, Any]) -> str:
     return f"{', '.join(parts)}; {repeated}; {how}.{notes}"
 
 
-def name(setting: Setting) -> str:
-    """A row's name: `stage 1`, `cb alone`, `iwb + cb λ 0.15`."""
+def name(setting: Setting, start: str = "stage 1") -> str:
+    """A row's name: `stage 1 (baseline)`, `cb alone`, `iwb + cb λ 0.15`; start: as start_name gives it."""
     method, loss, lam = setting
     if method == "baseline":
-        return "stage 1 (baseline)"
+        return f"{start} (baseline)"
     if method == loss:
         return f"{method} alone"
     text = f"{method} + {loss}" if loss else method
