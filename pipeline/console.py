@@ -69,21 +69,22 @@ class Bar:
 
 
 class TrainingReporter:
-    """A callback for train_backbone's events."""
+    """A callback for train_backbone's events; brief: data and network were told before."""
 
-    def __init__(self, talk: Talk, bar: Bar):
-        self.talk, self.bar, self.epochs, self.said_at = talk, bar, 0, 0.0
+    def __init__(self, talk: Talk, bar: Bar, *, brief: bool = False):
+        self.talk, self.bar, self.brief, self.epochs, self.said_at = talk, bar, brief, 0, 0.0
 
     def __call__(self, event: Any) -> None:
         {"Begin": self._begin, "Step": self._step, "Epoch": self._epoch}[type(event).__name__](event)
 
     def _begin(self, event: Any) -> None:
         self.epochs, network = event.epochs, event.network
-        self.talk.say(describe_dataset(event.dataset))
-        self.talk.say(
-            f"network: {network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d features; "
-            f"{event.device}, {event.precision}, {event.ranks} rank(s)"
-        )
+        if not self.brief:
+            self.talk.say(describe_dataset(event.dataset))
+            self.talk.say(
+                f"network: {network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d "
+                f"features; {event.device}, {event.precision}, {event.ranks} rank(s)"
+            )
         if event.first_epoch >= event.epochs:
             self.talk.say("already trained to the end")
         elif event.first_epoch:

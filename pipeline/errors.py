@@ -21,6 +21,10 @@ class DataError(PipelineError):
     exit_code = DATA
 
 
+class Diverged(PipelineError):
+    """A loss became infinite or no number."""
+
+
 class Terminated(PipelineError):
     """SIGTERM arrived; what was done so far is saved and the same command continues it."""
 

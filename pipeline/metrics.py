@@ -28,6 +28,16 @@ def group_means(class_accuracy: np.ndarray, counts: np.ndarray) -> dict[str, flo
     }
 
 
+def sampling_error(class_accuracy: np.ndarray, total: np.ndarray) -> float:
+    """Standard error in % of the mean over classes of accuracies (C,) in 0…1, each from total (C,) samples: binomial.
+
+    Classes without a sample (nan) are left out.
+    """
+    known = (total > 0) & ~np.isnan(class_accuracy)
+    p = class_accuracy[known]
+    return float(100 * np.sqrt((p * (1 - p) / total[known]).sum()) / max(known.sum(), 1))
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """One classifier on one split. correct and total (C,) count samples by true class; ece in %; hit (M,) by sample."""
@@ -51,9 +61,7 @@ class Scores:
     @property
     def standard_error(self) -> float:
         """Of `all`, in %: how far it would move with other samples of the same classes (binomial in each class)."""
-        known = self.total > 0
-        p = self.correct[known] / self.total[known]
-        return float(100 * np.sqrt((p * (1 - p) / self.total[known]).sum()) / max(known.sum(), 1))
+        return sampling_error(self.per_class, self.total)
 
 
 def scores(logits: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> Scores:

@@ -34,7 +34,8 @@ class Step:
 class Epoch:
     """One finished epoch; loss and train_accuracy over its augmented batches, accuracies in %, balanced over classes.
 
-    left_out: training images that could not be read.
+    left_out: training images, as often as drawn, that could not be read. val_standard_error: of val_accuracy, from the
+    validation images being few.
     """
 
     epoch: int
@@ -50,6 +51,7 @@ class Epoch:
     seconds: float
     peak_memory_mb: float
     left_out: int = 0
+    val_standard_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Loader
 from pipeline.distributed import GO_ON, SAVE, STOP, Ranks, Signals
-from pipeline.errors import ConfigError, DataError, Elsewhere, PipelineError, Terminated
-from pipeline.metrics import group_means
+from pipeline.errors import ConfigError, DataError, Diverged, Elsewhere, PipelineError, Terminated
+from pipeline.metrics import group_means, sampling_error
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
 
@@ -224,15 +224,18 @@ class Trainer:
         if not seen.any():
             raise DataError(f"{self.dataset.name}: not one training image could be read; --on-error fail says why")
         if not math.isfinite(loss):
-            raise PipelineError(
+            raise Diverged(
                 f"epoch {self.epoch + 1}: the loss is {loss}; {self.folder.last} holds the epoch before; lower backbone.lr "
                 f"(now {settings.lr}) or set backbone.warmup_epochs, and train with --overwrite"
             )
         seconds = time.perf_counter() - self.epoch_started
         last = self.epoch + 1 == settings.epochs
         val: dict[str, float | None] = dict.fromkeys(("all", "many", "medium", "few"))
+        error: float | None = None
         if self.val_loader is not None and (last or (self.epoch + 1) % settings.validate_every == 0):
-            val = group_means(self._validate(), self.dataset.counts)
+            accuracy = self._validate()
+            val = group_means(accuracy, self.dataset.counts)
+            error = sampling_error(accuracy, np.bincount(self.val_loader.split.labels, minlength=len(accuracy)))
         result = Epoch(
             epoch=self.epoch + 1,
             epochs=settings.epochs,
@@ -247,6 +250,7 @@ class Trainer:
             seconds=round(seconds, 3),
             peak_memory_mb=round(peak_memory_mb(self.ranks.device), 1),
             left_out=len(self.dataset.train) - round(seen.sum()),
+            val_standard_error=error,
         )
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self.tally.zero_()

@@ -73,15 +73,25 @@ def run_command(
 @click.command("train-backbone", cls=Examples, example="pipeline train-backbone digits-lt --set backbone.epochs=10")
 @click.argument("config", required=False)
 @click.option("--out", type=PATH, help="Where checkpoints go [default: runs/CONFIG-NAME/backbone].")
+@click.option(
+    "--try",
+    "tries",
+    multiple=True,
+    metavar="KEY=V1,V2",
+    help="Train with each value, in OUT/tries, and choose on validation; repeated, every combination.",
+)
+@click.option("--seeds", metavar="0,1,2", help="Train every setting once per seed, in OUT/tries, and tell mean ± std.")
 @click.option("--overwrite", is_flag=True, help="Start anew instead of continuing the checkpoint there.")
 @on_error
 @workers
 @settings
 @shared
-def train_command(config, out, overwrite, on_error, nproc, device, sets, as_json, debug):
-    """Stage 1: train an encoder and classifier with cross-entropy; continues a checkpoint of the same configuration.
+def train_command(config, out, tries, seeds, overwrite, on_error, nproc, device, sets, as_json, debug):
+    """Stage 1: train an encoder and classifier; continues a checkpoint of the same configuration.
 
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
+
+    Losses, samplers and averaged weights are keys of the configuration: backbone.loss, backbone.sampler, backbone.ema.
     """
     talk, chosen = take_config(config, (*sets, *_said(on_error=on_error)))
     if relaunched(nproc):
@@ -90,6 +100,14 @@ def train_command(config, out, overwrite, on_error, nproc, device, sets, as_json
     from pipeline.console import TrainingReporter
 
     out = out or chosen.run_dir / "backbone"
+    if tries or seeds:
+        from pipeline.backbone.tries import try_settings
+
+        numbers = whole_numbers("--seeds", seeds)
+        show(
+            try_settings(chosen, tries, out=out, seeds=numbers, device=device, overwrite=overwrite, talk=talk), as_json
+        )
+        return
     with talk.progress("training") as bar:
         result = train_backbone(chosen, out=out, device=device, overwrite=overwrite, report=TrainingReporter(talk, bar))
     show(result, as_json)

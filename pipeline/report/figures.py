@@ -272,7 +272,7 @@ def training_curves(study: Study) -> Drawing | None:
                 right.plot(*zip(*points, strict=True), **drawn)
     last = kept[0].metrics[-1]
     val = next((m["val_accuracy"] for m in reversed(kept[0].metrics) if m.get("val_accuracy") is not None), None)
-    left.set(title=f"Training loss: {last['loss']:.2f} at the end", ylabel="cross-entropy [nats per image]")
+    left.set(title=f"Training loss: {last['loss']:.2f} at the end", ylabel="loss that is minimised")
     left.set_ylim(bottom=0)
     ends = f"training {last['train_accuracy']:.0f} %" + (f", validation {val:.0f} %" if val is not None else "")
     right.set(title=f"Accuracy at the end: {ends}", ylabel="accuracy [%]", ylim=(0, 102))

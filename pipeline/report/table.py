@@ -117,6 +117,32 @@ def told_parameters(chosen: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in own.items()) or "–"
 
 
+def tries_table(document: Mapping[str, Any]) -> Table:
+    """The settings of stage 1 that were tried, by validation accuracy; document: tries.json."""
+    n, data, network = len(document["seeds"]), document["dataset"], document["network"]
+    title = "Validation accuracy of the last epoch in %" + (", mean ± std" if n > 1 else "")
+    seeds = f"n = {n} seed{'s' if n > 1 else ''} ({', '.join(map(str, document['seeds']))})"
+    alone = "" if n > 1 else "; one training each, whose spread is unknown: --seeds 0,1,2 shows it"
+    told = (
+        f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d features; "
+        f"{data['name']}, imbalance {data['imbalance_factor']:g}; {seeds}{alone}; the test split was not looked at."
+    )
+    table = Table(title=title, caption=told, caption_justify="left", title_justify="left", box=box.SIMPLE)
+    table.add_column("setting", overflow="fold")
+    columns = [c for c in COLUMNS if c != "ece"]
+    for column in columns:
+        table.add_column(column.capitalize(), justify="right", min_width=6)
+    table.add_column("")
+    selected = document["selected"]
+    for row in document["tries"]:
+        is_it = row["name"] == selected["name"] and selected["chosen_on"]
+        mark = "◀ selected" if is_it else "within 1 SE" if row["within_one_se"] else ""
+        mark = f"diverged: seed {', '.join(map(str, row['diverged']))}" if row["diverged"] else mark
+        cells = [spread(row["runs"], column) for column in columns]
+        table.add_row(row["name"], *cells, mark, style="bold" if is_it else None)
+    return table
+
+
 def caption(document: Mapping[str, Any]) -> str:
     """What the numbers were made from and chosen on; METHODS wants it beside every table."""
     network, selected, settings = document.get("network", {}), document["selected"], document.get("settings", {})
