@@ -111,6 +111,16 @@ def doctor(folder: Path | None = None) -> Diagnosis:
     )
 
 
+def device_name(device: str = "auto") -> str:
+    """`NVIDIA H100 80GB HBM3`, or `cpu, 2 threads`: what a number was measured on, of a --device."""
+    import torch
+
+    from pipeline.distributed import choose_device
+
+    chosen = choose_device(device)
+    return torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+
+
 def _import_libraries() -> str:
     import timm  # noqa: F401
     import torch

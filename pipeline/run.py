@@ -93,16 +93,19 @@ class Ledger:
     def outputs(self, stage: str) -> list[Path]:
         return [self.path.parent / name for name in self.stages[stage]["outputs"]]
 
-    def did(self, stage: str, seconds: float, *, inputs: Any = None, outputs: Sequence[Path] = ()) -> None:
+    def did(
+        self, stage: str, seconds: float, *, inputs: Any = None, outputs: Sequence[Path] = (), **facts: Any
+    ) -> None:
         self.redone.append(stage)
         self.stages[stage] = {
             "seconds": round(seconds, 2),
             "inputs": _digest(inputs),
             "outputs": {str(p.relative_to(self.path.parent)): file_digest(p) for p in outputs},
+            **facts,
         }
 
-    def write(self, **facts: Any) -> None:
-        write_durably(self.path, json.dumps(provenance(command="run", stages=self.stages, **facts), indent=1))
+    def write(self, *, command: str = "run", **facts: Any) -> None:
+        write_durably(self.path, json.dumps(provenance(command=command, stages=self.stages, **facts), indent=1))
 
 
 def run_pipeline(
@@ -128,7 +131,7 @@ def run_pipeline(
         raise ConfigError(
             "--seeds trains one backbone a seed, --checkpoint is one that is there: leave one of them away"
         )
-    places = {out / f"seed-{s}": _with_seed(config, s) for s in seeds} if seeds else {out: config}
+    places = {out / f"seed-{s}": with_seed(config, s) for s in seeds} if seeds else {out: config}
     with distributed.ranks(device) as ranks:
         ranks.together(lambda: _refuse_other_kind(out, seeds))
         ranks.together(lambda: _reach(store))
@@ -280,7 +283,8 @@ def _report(out: Path, backbones: Sequence[Path], ledger: Ledger, talk: Talk) ->
     return html, tuple(p for p in ledger.outputs("report") if p.suffix == ".png")
 
 
-def _with_seed(config: Config, seed: int) -> Config:
+def with_seed(config: Config, seed: int) -> Config:
+    """The configuration of another backbone on the same subset."""
     return config.model_copy(update={"backbone": config.backbone.model_copy(update={"seed": seed})})
 
 

@@ -221,7 +221,9 @@ def test_help_loads_nothing_heavy(tmp_path):
     assert "pipeline rebalance" in done.stdout
 
 
-COMMANDS = "run train-backbone dump-features rebalance evaluate report progress export predict info verify doctor"
+COMMANDS = (
+    "run train-backbone dump-features rebalance evaluate report progress export predict info verify doctor reproduce"
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())

@@ -28,7 +28,7 @@ def test_every_shipped_configuration_loads_and_says_how_to_run_it(name):
     path = shipped_configs()[name]
     config = load_config(path)
     head = path.read_text().split("name:")[0]
-    assert config.name == name
+    assert config.name == name.rpartition("/")[2]
     assert f"pipeline run {name}" in head
     assert "Expected" in head
 

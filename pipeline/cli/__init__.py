@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from pipeline.cli import artefacts, bench, features, stages
+from pipeline.cli import artefacts, bench, features, reproduce, stages
 from pipeline.cli.outcome import exit_code
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -21,7 +21,7 @@ def cli() -> None:
     """
 
 
-for _group in (stages, features, artefacts, bench):
+for _group in (stages, features, artefacts, reproduce, bench):
     for _command in _group.COMMANDS:
         cli.add_command(_command)
 

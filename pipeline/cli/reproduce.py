@@ -1,0 +1,60 @@
+"""reproduce: from images to the paper's tables beside our numbers."""
+
+import json
+
+import click
+
+from pipeline.cli.options import PATH, Examples, settings, shared, whole_numbers
+from pipeline.cli.outcome import show
+
+
+@click.command(
+    "reproduce", cls=Examples, example="pipeline reproduce reproduce/cifar100-resnet32 --set data.download=true"
+)
+@click.argument("configs", nargs=-1, metavar="[CONFIG]…")
+@click.option("--out", type=PATH, default="runs/reproduce", show_default=True, help="Where backbones and features go.")
+@click.option("--page", type=PATH, help="Folder of reproduction.md and reproduction.json [default: --out].")
+@click.option("--seeds", metavar="0,1,2", help="One backbone per seed [default: 0; without CONFIG what the plan says].")
+@click.option("--tables", metavar="methods,table3", help="Only these: methods, table3, table4, figure5, formulations.")
+@click.option(
+    "--side-by-side",
+    type=click.IntRange(1),
+    help="Backbones trained at once, which small images on a large GPU want [default: 2 on a GPU, else 1].",
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
+@settings
+@shared
+def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, sets, as_json, debug):
+    """The paper's tables from images on, every deviation told; resumes where it stopped.
+
+    Without CONFIG: the whole plan for a GPU, most valuable first: CIFAR100-LT on the ResNet-34, one backbone, then two
+    more; imbalance factor 50; the true ResNet-32; on a GPU then `bench rebalance`. A finished backbone/ or features.zarr of
+    the same configuration and images under OUT/NAME/seed-N is taken up. Few, small files to keep: OUT/keep.
+    """
+    from cache import write_durably
+    from pipeline.bench.rebalance import bench_rebalance
+    from pipeline.config import find_config, load_config
+    from pipeline.console import Talk
+    from pipeline.distributed import choose_device
+    from pipeline.reproduce import PLAN, TABLES, Part, reproduce
+
+    talk, given, on_gpu = Talk(), whole_numbers("--seeds", seeds), choose_device(device).type == "cuda"
+    plan = [(name, given or (0,)) for name in configs] or [(name, given or own) for name, own in PLAN]
+    result = reproduce(
+        [Part(load_config(find_config(name), sets), of_one, name, tuple(sets)) for name, of_one in plan],
+        out=out,
+        folder=page,
+        tables=tuple(tables.split(",")) if tables else TABLES,
+        side_by_side=side_by_side or (2 if on_gpu else 1),
+        device=device,
+        talk=talk,
+    )
+    bench = out / "keep" / "bench-rebalance.json"
+    if on_gpu and not configs and not bench.is_file():
+        measured = bench_rebalance(device=device, large=True, say=talk.say)
+        write_durably(bench, json.dumps(measured.to_dict(), indent=1, allow_nan=False))
+        talk.say(f"bench rebalance: {bench}")
+    show(result, as_json)
+
+
+COMMANDS = (reproduce_command,)

@@ -1,0 +1,145 @@
+"""reproduction.md and reproduction.json: rows as tables a person reads, beside what was written there before."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cache import write_durably
+from pipeline.errors import DataError
+from pipeline.reproduce.paper import GROUPS
+from pipeline.reproduce.rows import METHODS, Row, merged
+
+LAMS_SHOWN = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1)
+TITLES = {
+    METHODS: "Every method, each tuned for itself on validation",
+    "table3": "Table 3: what the target is made of",
+    "table4": "Table 4: how the norms are pulled to it",
+    "figure5": "Figure 5: accuracy over λ",
+    "formulations": "Text against code, in every combination",
+}
+NOTES = {
+    METHODS: "The paper's rivals were trained end to end, on several networks: its column is what it prints, not what the same "
+    "rule gives on these features. `cb`, `ce` and `iwb` have the loss and norm term of the configuration's formulation.",
+    "formulations": "A row's name: whose KL term (the text's, or the code's with its direction and its gradient through the "
+    "target), its weight, the base of its logarithm, the form of the class-balanced loss.",
+}
+
+
+def write(folder: Path, rows: Sequence[Row], told: Mapping[str, Sequence[str]]) -> tuple[Path, Path]:
+    """Puts rows into folder/reproduction.json and their tables into folder/reproduction.md; returns both paths.
+
+    told: the deviations of each configuration. Rows and sections of other configurations, and all text around the sections,
+    stay as they are. DataError where what is there cannot be read.
+    """
+    data, page = folder / "reproduction.json", folder / "reproduction.md"
+    known = _read(data)
+    text = page.read_text(encoding="utf-8") if page.is_file() else "# Reproduction\n"
+    for config, deviations in told.items():
+        text = with_section(text, config, section([r for r in rows if r["config"] == config], deviations))
+    everything = merged(known, rows)
+    write_durably(data, json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_durably(page, text)
+    return data, page
+
+
+def with_section(text: str, name: str, content: str) -> str:
+    """The text with the part between the markers of `name` replaced, or put behind everything else."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    part = f"{begin}\n{content.strip()}\n{end}"
+    if begin in text and end in text:
+        return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: part, text, flags=re.DOTALL)
+    return f"{text.rstrip()}\n\n{part}\n"
+
+
+def section(rows: Sequence[Row], deviations: Sequence[str]) -> str:
+    """One configuration: what it departs from the paper in, and its tables."""
+    first = rows[0]
+    network = f"{first['network']}, {first['parameters']:,} parameters, {first['width']}-d"
+    lines = [f"## {first['config']}: {first['data']}, {network}", ""]
+    lines += [f"- {sentence}" for sentence in deviations]
+    for table in dict.fromkeys(r["table"] for r in rows):
+        of_table = [r for r in rows if r["table"] == table]
+        lines += ["", f"### {TITLES.get(table, table)} ({network})", "", *_table(of_table)]
+        lines += ["", _caption(of_table), *([NOTES[table]] if table in NOTES else [])]
+        lines += [told] if (told := worth_of_selection(of_table)) else []
+    return "\n".join(lines)
+
+
+def worth_of_selection(rows: Sequence[Row]) -> str:
+    """What the λ that is best on the test split would have given: no result, but the most that selection may cost."""
+    told = []
+    for name in (r["row"] for r in rows if r["chosen"]):
+        mine = next(r for r in rows if r["row"] == name)
+        curve = [r for r in rows if r["row"].startswith(f"{name}, λ ")]
+        if curve:
+            best = max(curve, key=lambda r: r["ours"]["all"])
+            lam = best["row"].rpartition(", ")[2]
+            told.append(f"{name} {best['ours']['all']:.1f} at {lam} instead of {mine['ours']['all']:.1f}")
+    return f"Had λ been chosen on the test split, which is no result: {'; '.join(told)} (All)." if told else ""
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    lines = ["| row | chosen | n | Many | Medium | Few | All | paper | ours − paper | less CB alone: Few | All |"]
+    lines.append("|" + "---|" * 11)
+    for r in (r for r in rows if _shown(r)):
+        cells = [_value(r["ours"][g], r["ours_std"][g]) for g in GROUPS]
+        far = [_less(r, g) for g in ("few", "all")]
+        lines.append(
+            f"| {' | '.join([r['row'], _chosen(r['chosen']), str(r['n']), *cells, _paper(r), _apart(r), *far])} |"
+        )
+    return lines
+
+
+def _shown(r: Row) -> bool:
+    """All but most points of a curve, which are in the JSON document."""
+    _, curve, lam = r["row"].rpartition(", λ ")
+    return not curve or not lam.replace(".", "").isdigit() or float(lam) in LAMS_SHOWN
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    views = ", ".join(dict.fromkeys(r["views"] for r in rows if r["row"] != "CE (stage 1)"))
+    devices, n_of = ({r[key] for r in rows} for key in ("device", "n_of"))
+    seconds = max(r["time_s"] for r in rows if r["row"] != "CE (stage 1)")
+    several = " and ".join(sorted(n_of))
+    return (
+        f"Test accuracy in %, mean ± std; n: {several}. Fitted on views: {views}. Chosen on validation, test read afterwards. "
+        f"{seconds:.0f} s in all on {', '.join(sorted(devices))}: `{rows[-1]['command']}`. Paper: many/medium/few/all."
+    )
+
+
+def _value(mean: float | None, std: float | None) -> str:
+    return "–" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
+
+
+def _chosen(chosen: Mapping[str, Any]) -> str:
+    told = [f"{'λ' if k == 'lam' else k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in chosen.items()]
+    return ", ".join(told).replace("|", "\\|") or "–"
+
+
+def _paper(r: Row) -> str:
+    if not r["paper"]:
+        return "–"
+    return "/".join(f"{r['paper'][g]:g}" if g in r["paper"] else "–" for g in GROUPS)
+
+
+def _apart(r: Row) -> str:
+    if not r["difference"]:
+        return "–"
+    return "/".join("–" if d is None else f"{d:+.1f}".replace("-", "−") for d in r["difference"].values())
+
+
+def _less(r: Row, group: str) -> str:
+    value = (r["less_cb"] or {}).get(group)
+    if value is None:
+        return "–"
+    interval = "" if value["low"] is None else f" [{value['low']:.1f}, {value['high']:.1f}]"
+    return f"{value['difference']:+.1f}{interval}".replace("-", "−")
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); move it away and run the same command again") from error

@@ -1,0 +1,214 @@
+"""The rows of reproduction.json: one head each, ours beside the paper's. Pure: documents in, rows out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.rebalance.result import spread_of
+from pipeline.reproduce.paper import GROUPS, Accuracies, Published, variant_accuracies
+
+Row = dict[str, Any]
+METHODS = "methods"  # the table in which every method is tuned for itself
+ONE_BACKBONE = "batch orders of one backbone"
+ONCE = "one training, nothing repeated"
+
+
+def row(
+    *,
+    table: str,
+    name: str,
+    facts: Mapping[str, Any],
+    spread: Mapping[str, Any],
+    n: int,
+    n_of: str,
+    views: str,
+    time_s: float,
+    command: str,
+    chosen: Mapping[str, Any],
+    paper: Accuracies | None,
+    less_cb: Mapping[str, Any] | None = None,
+) -> Row:
+    """One row, accuracies in % as {many, medium, few, all}.
+
+    facts: config, network, parameters, width, device of the backbone. spread: measures and NAME_std. chosen: what was chosen
+    on validation, empty where nothing was. difference: ours − paper, of the groups the paper prints. less_cb: ours less
+    `CB alone`, with the interval of a paired bootstrap over test samples.
+    """
+    ours = {g: _rounded(spread[g]) for g in GROUPS}
+    return {
+        "table": table,
+        "row": name,
+        "command": command,
+        **{k: facts[k] for k in ("config", "data", "network", "parameters", "width")},
+        "views": views,
+        "device": facts["device"],
+        "time_s": round(time_s, 1),
+        "n": n,
+        "n_of": n_of,
+        "chosen": dict(chosen),
+        "ours": ours,
+        "ours_std": {g: _rounded(spread[f"{g}_std"]) for g in GROUPS},
+        "paper": paper,
+        "difference": difference(ours, paper),
+        "less_cb": less_cb,
+    }
+
+
+def difference(ours: Mapping[str, float | None], paper: Accuracies | None) -> dict[str, float | None] | None:
+    """Ours − paper for each group that both have; None where the paper prints nothing."""
+    if paper is None:
+        return None
+    pairs = {g: (ours[g], paper.get(g)) for g in GROUPS}
+    return {g: None if a is None or b is None else _rounded(a - b) for g, (a, b) in pairs.items()}
+
+
+def method_rows(
+    document: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    published: Published | None,
+    *,
+    command: str,
+    stage_1: Mapping[str, Any],
+) -> list[Row]:
+    """Every method of a comparison, each at the setting chosen for it, with equal norms (iwb at λ = 0) beside them.
+
+    document: of `rebalance --method all`. stage_1: command, time_s and device of the training, for its head.
+    """
+    views = views_of(document["settings"])
+    chosen = {c["method"]: c for c in document["chosen"]}
+    wanted = [("baseline", None, None)] + [(c["method"], c["loss"], c["lam"]) for c in chosen.values()]
+    wanted.append(("iwb", document["settings"]["loss"], 0.0))
+    rows = []
+    for setting in dict.fromkeys(wanted):
+        method, _, lam = setting
+        tested = _tested(document["results"], setting)
+        trained = tested[0]["seed"] is not None
+        equal = method == "iwb" and lam == 0.0 and chosen.get("iwb", {}).get("lam") != 0.0
+        baseline = method == "baseline"
+        name = "CE (stage 1)" if baseline else "iwb, λ 0 (equal norms)" if equal else method
+        own = {} if equal or method not in chosen else chosen[method]
+        rows.append(
+            row(
+                table=METHODS,
+                name=name,
+                facts={**facts, "device": stage_1["device"]} if baseline else facts,
+                spread=spread_of(tested),
+                n=len(tested),
+                n_of=ONE_BACKBONE if trained else ONCE,
+                views="clean" if method in ("baseline", "best") or not trained else views,
+                time_s=stage_1["time_s"] if baseline else document["timing"]["total_s"],
+                command=stage_1["command"] if baseline else command,
+                chosen=_chosen(own.get("lam"), own.get("parameters", {})),
+                paper=None if published is None or equal else published.methods.get(method),
+            )
+        )
+    return rows
+
+
+def ablation_rows(
+    table: str,
+    document: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    published: Published | None,
+    *,
+    command: str,
+    curves: bool = False,
+) -> list[Row]:
+    """The variants of an ablation; with curves every λ of a variant that has several, too."""
+    shared: Row = {"table": table, "facts": facts, "command": command}
+    shared["time_s"] = document["timing"]["total_s"]
+    rows = []
+    for variant in document["rows"]:
+        trained = any(h["seed"] is not None for h in document["heads"] if h["variant"] == variant["name"])
+        views = views_of({**document["settings"], **variant["set"]}) if trained else "clean"
+        mine: Row = shared | {"views": views, "n_of": ONE_BACKBONE if trained else ONCE}
+        rows.append(
+            row(
+                **mine,
+                name=variant["name"],
+                spread=variant,
+                n=variant["n"],
+                chosen=_chosen(variant["lam"], {}) if variant["chosen_on"] else {},
+                paper=variant_accuracies(published, variant),
+                less_cb=variant["less_alone"],
+            )
+        )
+        heads = [h for h in document["heads"] if h["variant"] == variant["name"]]
+        settings = dict.fromkeys((h["method"], h["loss"], h["lam"]) for h in heads)
+        if not curves or len(settings) < 2:
+            continue
+        with_cb = variant["loss"] == "cb"
+        for setting in sorted(settings, key=lambda s: s[2]):
+            tested = _tested(heads, setting)
+            paper = published.lams.get(setting[2]) if published and with_cb else None
+            name = f"{variant['name']}, λ {setting[2]:g}"
+            rows.append(row(**mine, name=name, spread=spread_of(tested), n=len(tested), chosen={}, paper=paper))
+    return rows
+
+
+def over_backbones(rows: Sequence[Sequence[Row]], *, command: str) -> list[Row]:
+    """Rows of several backbones as one: mean and sample standard deviation over them, each with its own choices.
+
+    Rows that not every backbone has are left out; seconds add up. One backbone's rows stay as they are.
+    """
+    if len(rows) == 1:
+        return list(rows[0])
+    each = [{(r["table"], r["row"]): r for r in of_one} for of_one in rows]
+    merged = []
+    for key, first in each[0].items():
+        if not all(key in of_one for of_one in each):
+            continue
+        mine = [of_one[key] for of_one in each]
+        ours = {g: [r["ours"][g] for r in mine if r["ours"][g] is not None] for g in GROUPS}
+        means = {g: _rounded(float(np.mean(v))) if v else None for g, v in ours.items()}
+        stds = {g: _rounded(float(np.std(v, ddof=1))) if len(v) > 1 else None for g, v in ours.items()}
+        chosen = {k: _joined([r["chosen"].get(k) for r in mine]) for k in first["chosen"]}
+        merged.append(
+            first
+            | {"command": command, "n": len(mine), "n_of": "backbones", "ours": means, "ours_std": stds}
+            | {"time_s": round(math.fsum(r["time_s"] for r in mine), 1), "chosen": chosen}
+            | {"difference": difference(means, first["paper"]), "less_cb": _mean_less_cb(mine)}
+        )
+    return merged
+
+
+def merged(known: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """`known` with the rows of every configuration in `new` replaced by the new ones."""
+    configs = {r["config"] for r in new}
+    return [r for r in known if r["config"] not in configs] + list(new)
+
+
+def views_of(settings: Mapping[str, Any]) -> str:
+    """Which views a head was fitted on."""
+    return "clean" if settings["views"] == "clean" else f"{settings['views_stored'] - 1} augmented"
+
+
+def _tested(rows: Sequence[Mapping[str, Any]], setting: tuple) -> list[Mapping[str, Any]]:
+    return [r for r in rows if r["split"] == "test" and (r["method"], r["loss"], r["lam"]) == setting]
+
+
+def _chosen(lam: float | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return ({} if lam is None else {"lam": lam}) | dict(parameters)
+
+
+def _mean_less_cb(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The mean over backbones; an interval over test samples would say nothing of trainings."""
+    if any(r["less_cb"] is None for r in rows):
+        return None
+    of = {g: [r["less_cb"][g] for r in rows] for g in GROUPS}
+    return {
+        g: None
+        if None in v
+        else {"difference": float(np.mean([d["difference"] for d in v])), "low": None, "high": None}
+        for g, v in of.items()
+    }
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    return values[0] if len(set(map(str, values))) == 1 else " | ".join(map(str, values))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -1,0 +1,112 @@
+"""From images to the paper's tables: stage 1, features, then every table on them; what is done and still whole stays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.console import Talk
+from pipeline.errors import ConfigError
+from pipeline.reproduce import page
+from pipeline.reproduce.backbone import TABLES, Backbone, Progress
+from pipeline.reproduce.bundle import keep
+from pipeline.reproduce.rows import Row, over_backbones
+from pipeline.reproduce.side import train_side_by_side
+from pipeline.run import Ledger, with_seed
+
+PLAN = (  # what is most valuable first
+    ("reproduce/cifar100-if100", (0,)),
+    ("reproduce/cifar100-if100", (0, 1, 2)),
+    ("reproduce/cifar100-if50", (0,)),
+    ("reproduce/cifar100-resnet32", (0,)),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One configuration with the seeds of its backbones; name and sets are what was typed for it."""
+
+    config: Config
+    seeds: tuple[int, ...]
+    name: str
+    sets: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """What to type after a command to mean this configuration."""
+        return " ".join([self.name, *(f"--set {s}" for s in self.sets)])
+
+
+@dataclass
+class Reproduction:
+    """The finished tables: rows as in reproduction.json by configuration, the two files, and what to keep.
+
+    deviations: in what each configuration departs from the paper. seconds: by step. redone: the steps that this call did;
+    the others were there.
+    """
+
+    data: Path
+    page: Path
+    kept: Path
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    deviations: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    redone: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        paths = {"data": str(self.data), "page": str(self.page), "kept": str(self.kept)}
+        rows = [row for of_one in self.rows.values() for row in of_one]
+        return paths | {"seconds": self.seconds, "redone": self.redone, "deviations": self.deviations, "rows": rows}
+
+    def __str__(self) -> str:
+        number = sum(map(len, self.rows.values()))
+        done = f"{len(self.redone)} of {len(self.seconds)} steps done now, the others were there"
+        return f"{number} rows in {self.data}; tables: {self.page}; to keep: {self.kept}\n{done}"
+
+
+def reproduce(
+    parts: Sequence[Part],
+    *,
+    out: Path,
+    folder: Path | None = None,
+    tables: Sequence[str] = TABLES,
+    side_by_side: int = 1,
+    device: str = "auto",
+    talk: Talk | None = None,
+) -> Reproduction:
+    """Does every part in order: its backbones under out/CONFIG-NAME/seed-N (backbone/, features.zarr), the tables on them.
+
+    Whatever is there and made from the same inputs stays: a finished training or store of the same configuration and
+    images is taken up. After each backbone reproduction.json and .md in `folder` (default: out) hold what there is, and
+    out/keep what should be kept. side_by_side: how many backbones train at once, each in a process of its own.
+    Raises what the stages raise; everything finished stays.
+    """
+    talk, folder = talk or Talk(quiet=True), folder or out
+    if unknown := [t for t in tables if t not in TABLES]:
+        raise ConfigError(f"--tables {','.join(unknown)}: unknown; known: {', '.join(TABLES)}")
+    steps = ("train-backbone", "dump-features", *tables)
+    progress = Progress([f"{p.config.name}/{step}" for p in parts for _ in p.seeds for step in steps], talk)
+    found = Reproduction(folder / "reproduction.json", folder / "reproduction.md", out / "keep")
+    for part in parts:
+        config, name = part.config, part.config.name
+        place = out / name
+        talk.say(f"{name}, seeds {', '.join(map(str, part.seeds))}: {place}")
+        if side_by_side > 1:
+            train_side_by_side(config, part.seeds, place=place, at_once=side_by_side, device=device, talk=talk)
+        ledger, each = Ledger(place / "reproduce.json"), list[list[Row]]()
+        for seed in part.seeds:
+            backbone = Backbone(
+                with_seed(config, seed), place / f"seed-{seed}", part.name, part.words, ledger, device, talk
+            )
+            each.append(backbone.rows(tables, progress))
+            if name not in found.deviations:
+                found.deviations[name] = backbone.deviations
+                talk.say("\n".join(f"deviation: {sentence}" for sentence in backbone.deviations))
+            done = ",".join(map(str, part.seeds[: len(each)]))
+            found.rows[name] = over_backbones(each, command=f"pipeline reproduce {part.words} --seeds {done}")
+            page.write(folder, found.rows[name], {name: found.deviations[name]})
+            keep(backbone.place, found.kept / f"{name}-seed-{seed}", documents=tables)
+        found.seconds |= {f"{name}/{step}": entry["seconds"] for step, entry in ledger.stages.items()}
+        found.redone += [f"{name}/{step}" for step in ledger.redone]
+    return found
