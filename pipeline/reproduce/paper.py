@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.backbone.folder import FREE
-from pipeline.config import BackboneConfig, Config
+from pipeline.config import BackboneConfig, Config, DataConfig
 
 Accuracies = dict[str, float]  # of many, medium, few, all, those that are printed
 GROUPS = ("many", "medium", "few", "all")
@@ -145,6 +145,7 @@ def deviations(config: Config, published: Published | None, network: Mapping[str
         told.append("Data: the paper has no number on these images; nothing stands beside ours.")
     else:
         told += [f"Data: {published.name}, as in the paper.", *_stage_1(config.backbone, published, network)]
+        told += _augmentation(config.data, published)
         own = config.rebalance.model_dump(mode="json")
         told += [f"Stage 2: {k} {own[k]}, paper {v}." for k, v in published.stage_2.items() if own[k] != v]
     stored = config.dump.views - 1
@@ -166,8 +167,8 @@ def deviations(config: Config, published: Published | None, network: Mapping[str
 
 def _stage_1(mine: BackboneConfig, published: Published, network: Mapping[str, Any] | None) -> list[str]:
     """The network and the settings of stage 1 where they are not the paper's."""
-    theirs = BackboneConfig().model_dump(mode="json") | dict(published.backbone)
-    own = mine.model_dump(mode="json", exclude={*FREE, "seed", "precision"})
+    theirs = _flat(BackboneConfig().model_dump(mode="json") | dict(published.backbone))
+    own = _flat(mine.model_dump(mode="json", exclude={*FREE, "seed", "precision"}))
     facts = (
         f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d"
         if network
@@ -181,3 +182,20 @@ def _stage_1(mine: BackboneConfig, published: Published, network: Mapping[str, A
         )
     told += [f"Stage 1: {k} {v}, paper {theirs[k]}." for k, v in own.items() if k != "model" and v != theirs[k]]
     return told
+
+
+def _augmentation(data: DataConfig, published: Published) -> list[str]:
+    """What is done to training images beyond the paper's crop and flip, which is worth points of its own."""
+    plain = DataConfig(source=data.source, path=data.path, train_list=data.train_list)
+    extra = [f"{k} {getattr(data, k)}" for k in ("policy", "cutout") if getattr(data, k) != getattr(plain, k)]
+    flip = "resized-crop-flip" if published in (IMAGENET, INAT) else "crop-flip"
+    extra += [f"augment {data.augment}"] if data.augment != flip else []
+    return [f"Augmentation: {', '.join(extra)}, paper crop and flip alone."] if extra else []
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`weaken.strength` for what lies in sections of a section."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return found

@@ -84,6 +84,18 @@ def test_deviations_name_every_setting_that_is_not_the_papers():
         assert sentence in told
 
 
+BEYOND = [name for name in shipped_configs() if name.startswith("reproduce/beyond-")]
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_goes_beyond_the_paper_says_in_what_and_that_it_was_not_run(name):
+    path, plain = find_config(name), deviations(load_config(find_config("reproduce/cifar100-if100")), IF100)
+    assert "# Not run." in path.read_text(encoding="utf-8")
+    more = [told for told in deviations(load_config(path), IF100) if told not in plain]
+    assert more
+    assert all(told.startswith(("Stage 1: ", "Augmentation: ")) for told in more)
+
+
 def test_the_plan_names_shipped_configurations_in_the_order_of_their_worth():
     assert {name for name, _ in PLAN} <= set(shipped_configs())
     assert [(name.rpartition("-")[2], seeds) for name, seeds in PLAN] == [
