@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from pipeline.cli import invoke
 from pipeline.errors import DataError
 from pipeline.report import write_report
-from pipeline.report.progress import compare, halves, read_progress, trainings
-from tests.small_run import COUNTS, made_run
+from pipeline.report.progress import compare, halves, of_run, read_progress, trainings
+from tests.small_run import COUNTS
 
 HEADER = "epoch,class,images,measured,accuracy,gradient\n"
 
@@ -109,10 +110,9 @@ def test_the_command_and_its_errors(tmp_path, capsys, monkeypatch):
     assert "c: no diagnostics.csv in it; train with --set backbone.diagnose_every=1" in capsys.readouterr().err
 
 
-def test_the_report_of_a_run_shows_it(tmp_path):
-    run = made_run(tmp_path / "run", lam="0.1")
-    without = write_report(run)
-    assert "progress" not in {figure.stem for figure in without.figures}
+def test_the_report_of_a_run_shows_it(run, tmp_path):
+    assert of_run(run) is None
+    run = shutil.copytree(run, tmp_path / "run")
     made_file(run / "backbone" / "diagnostics.csv")
     written = write_report(run)
     assert "progress" in {figure.stem for figure in written.figures}
