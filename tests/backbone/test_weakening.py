@@ -286,6 +286,17 @@ def test_too_few_groups_for_the_parts_of_a_batch(tmp_path):
         train_backbone(make_config(tree, "t"), out=tmp_path)
 
 
+def test_training_cuts_batches_between_groups(tmp_path, monkeypatch):
+    cut, real = [], Weakening.inputs
+    monkeypatch.setattr(
+        Weakening, "inputs", lambda self, rows, *a, **k: cut.append(len(rows)) or real(self, rows, *a, **k)
+    )
+    setting = {"epochs": 1, "accumulate": 2, "weaken": {"strength": 0.5, "group": 16}}
+    train_backbone(make_config(digits_tree(**setting), "t"), out=tmp_path)
+    assert cut[::2] == [32] * 6  # of batches of 60 or 61
+    assert sum(cut) == 363
+
+
 def _one_rank(rank, world, port, out):
     """Two steps of SGD on this rank's share of a weakened batch; parameters to a file."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
