@@ -34,6 +34,7 @@ from pipeline.console import Talk
 from pipeline.errors import INTERRUPTED, OK, TERMINATED, PipelineError
 from pipeline.hosts import TOLD, Job, Seat, meet
 
+SILENCE = 30  # seconds without an answer after which the host where all meet is taken for lost
 SAME_AGAIN = "what is finished is kept and the same command goes on"
 
 
@@ -62,7 +63,7 @@ def launch(job: Job, arguments: Sequence[str]) -> int:
             run_id=job.name or _name(job, arguments),
             rdzv_backend=Watched.name,
             rdzv_endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-            rdzv_configs={"is_host": seat.here, "told": told, "talk": talk, **job.conf},
+            rdzv_configs={"is_host": seat.here, "told": told, "talk": talk, "read_timeout": SILENCE, **job.conf},
             local_addr=seat.address,
             max_restarts=job.restarts,
         )
@@ -111,7 +112,7 @@ class Watched(RendezvousHandler):
         self._told: Path = parameters.config.pop("told")
         self._talk: Talk = parameters.config.pop("talk")
         self._handler = _c10d(parameters)
-        self._hosts, self._reason = 0, ""
+        self._hosts, self._reason, self._alone = 0, "", False
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._told.exists():
@@ -126,8 +127,12 @@ class Watched(RendezvousHandler):
         return info
 
     def num_nodes_waiting(self) -> int:
-        waiting = self._handler.num_nodes_waiting()
-        state = self._handler._state_holder.state
+        try:
+            waiting = self._handler.num_nodes_waiting()
+        except RendezvousConnectionError:
+            self._alone = True
+            raise
+        state = self._handler._state_holder.state  # torch shows nowhere else who takes part
         gone = 0 if state.closed else self._hosts - len(state.participants)
         if gone > 0:
             self._reason = f"{gone} of {self._hosts} hosts left, or lost a process"
@@ -152,7 +157,7 @@ class Watched(RendezvousHandler):
         return self._handler.get_run_id()
 
     def shutdown(self) -> bool:
-        return self._handler.shutdown()
+        return not self._alone and self._handler.shutdown()  # nobody is there to be told
 
 
 def _c10d(parameters: RendezvousParameters) -> DynamicRendezvousHandler:

@@ -116,3 +116,18 @@ def test_a_host_that_loses_its_network_is_noticed_and_the_other_goes_on(config, 
     assert "all start again" in said
     assert "1 rank(s)" in said
     assert_same(out, undisturbed, other_ranks=True)
+
+
+def test_hosts_that_do_not_share_the_folder_are_refused(config, undisturbed, tmp_path):
+    """As ranks that somebody else has started: the second host has no checkpoint."""
+    soon = "from pipeline.backbone import train; from pipeline.cli import main; train.SEEN_WITHIN = 0.5; main()"
+    command = ["-c", soon, "train-backbone", str(config), "--device", "cpu", "--out"]
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    outs = [undisturbed, tmp_path / "other"]
+    runs = [Host("", "").start(sys.executable, *command, str(o), **ranks, RANK=str(n)) for n, o in enumerate(outs)]
+    said = [ended(run) for run in runs]
+    assert [run.returncode for run in runs] == [2, 2], said
+    assert "last.pt is not the same file on all hosts (epoch, step by rank: [(6, 0), None])" in said[0]
+    assert "--out on a file system that they share" in said[0]
+    assert "Error" not in said[1]
+    assert not (tmp_path / "other").exists()

@@ -38,6 +38,7 @@ def relaunched(nproc: int) -> bool:
         return False
     if not job.several and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a rank that somebody else has started
         return False
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: a host without a name is no news
     from pipeline.launch import launch
 
     code = launch(job, without_job(context.obj))
