@@ -35,13 +35,20 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, how they are split and made long-tailed (METHODS: data and protocol)."""
 
-    source: Literal["digits", "cifar10", "cifar100", "npz", "folder", "list"]
+    source: Literal["digits", "cifar10", "cifar100", "npz", "folder", "list", "huggingface"]
     path: Path | None = None
+    hub: str | None = None
+    hub_config: str | None = None
     download: bool = False
     train_list: Path | None = None
     val_list: Path | None = None
     test_list: Path | None = None
     class_names: Path | None = None
+    train_split: str | None = None
+    val_split: str | None = None
+    test_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     subset: Literal["exponential", "step", "none"] = "none"
     imbalance_factor: float = Field(100.0, ge=1)
     max_per_class: int | None = Field(None, ge=1)
@@ -64,6 +71,12 @@ class DataConfig(Section):
             raise ValueError(f"source {self.source} needs data.path")
         if self.source == "list" and self.train_list is None:
             raise ValueError("source list needs data.train_list (lines `relative/path label`)")
+        only_there = ("hub", "hub_config", "train_split", "val_split", "test_split", "image_column", "label_column")
+        strange = [key for key in only_there if getattr(self, key) is not None]
+        if self.source == "huggingface" and (self.path is None) == (self.hub is None):
+            raise ValueError("source huggingface needs either data.path (files) or data.hub (a name on the Hub)")
+        if self.source != "huggingface" and strange:
+            raise ValueError(f"data.{strange[0]} is for source huggingface, not for {self.source}")
         return self
 
 

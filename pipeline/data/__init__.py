@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data import sources
+from pipeline.data import huggingface, sources
 from pipeline.data.dataset import Dataset, Split, check_classes
 from pipeline.data.subset import class_sizes, hold_out, long_tail
 from pipeline.errors import ConfigError
@@ -17,6 +17,7 @@ SOURCES = {
     "npz": sources.npz,
     "folder": sources.folder,
     "list": sources.image_list,
+    "huggingface": huggingface.huggingface,
 }
 
 __all__ = ["Dataset", "Split", "load_dataset"]

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -127,6 +128,26 @@ class Dataset:
             "fingerprint_covers": self.fingerprint_covers,
             "notes": list(self.notes),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Splits as found: `train` is the pool that a subset and missing splits are drawn from."""
+
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split | None = None
+    test: Split | None = None
+    notes: tuple[str, ...] = ()
+
+
+def listed_names(path: Path) -> tuple[str, ...]:
+    """The class names in a file, one a line; DataError where it cannot be read."""
+    try:
+        return tuple(path.expanduser().read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}); one class name a line") from error
 
 
 def check_labels(labels: np.ndarray, classes: int, origin: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Image files to RGB: whatever a person's folder holds."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,13 +17,18 @@ def read_image(path: Path | str) -> Image.Image:
     Grey is repeated, CMYK and palettes converted, alpha dropped, 16-bit grey scaled to 8 bits (value / 257).
     Raises DataError naming the file if it is missing, truncated or no image.
     """
+    return decode_image(path, str(path))
+
+
+def decode_image(content: Path | str | BinaryIO, name: str) -> Image.Image:
+    """The same from an open file as well; errors call the image by its name."""
     try:
-        with Image.open(path) as image:
+        with Image.open(content) as image:
             image.load()
             turned = ImageOps.exif_transpose(image)
     except Exception as error:  # of damaged bytes Pillow's decoders raise almost anything
         reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(f"{path}: unreadable image ({reason}); replace the file or take it away") from error
+        raise DataError(f"{name}: unreadable image ({reason}); replace it or take it away") from error
     if turned.mode.startswith("I") or turned.mode == "F":
         pixels = np.asarray(turned).astype(np.float64)
         # "I" and "F" say nothing of their range

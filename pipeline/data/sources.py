@@ -4,29 +4,17 @@ import os
 import zipfile
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.dataset import Split, check_labels
+from pipeline.data.dataset import Source, Split, check_labels, listed_names
 from pipeline.data.files import FileNames
 from pipeline.data.images import EXTENSIONS
 from pipeline.errors import DataError
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Splits as found: `train` is the pool that a subset and missing splits are drawn from."""
-
-    class_names: tuple[str, ...]
-    train: Split
-    val: Split | None = None
-    test: Split | None = None
-    notes: tuple[str, ...] = ()
 
 
 def digits(config: DataConfig) -> Source:
@@ -151,12 +139,7 @@ def image_list(config: DataConfig) -> Source:
     classes = int(found["train"].labels.max()) + 1
     names = tuple(str(c) for c in range(classes))
     if config.class_names is not None:
-        try:
-            names = tuple(config.class_names.read_text(encoding="utf-8").splitlines())
-        except OSError as error:
-            raise DataError(
-                f"{config.class_names}: cannot be read ({error.strerror}); one class name a line"
-            ) from error
+        names = listed_names(config.class_names)
     for s, split in found.items():
         check_labels(split.labels, len(names), str(lists[s]))
     return Source(class_names=names, train=found["train"], val=found.get("val"), test=found.get("test"))
