@@ -16,7 +16,7 @@ from pipeline.data.copies import on_device
 from pipeline.data.dataset import Split
 from pipeline.data.operations import cutout
 from pipeline.data.policies import apply, drawn
-from pipeline.data.processes import decoding_processes
+from pipeline.data.processes import decoding_processes, end_with_parent
 from pipeline.errors import DataError, PipelineError
 from pipeline.seeds import derive, uniform
 
@@ -132,6 +132,7 @@ class Loader:
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
                 multiprocessing_context=decoding_processes() if workers else None,
+                worker_init_fn=end_with_parent if workers else None,
             )
 
     def batches(
