@@ -8,7 +8,8 @@ torch nor zarr.
 
 from cache.create import Split, create_store
 from cache.files import write_durably
-from cache.layout import CacheError, Chunk, Layout, chunk_rows, owned_chunks
+from cache.layout import CacheError, Chunk, Layout, Unlockable, chunk_rows, owned_chunks
+from cache.lock import Lock
 from cache.place import is_url, locate
 from cache.plain import Exported, export
 from cache.reader import Cache, open_cache
@@ -23,7 +24,9 @@ __all__ = [
     "Damage",
     "Exported",
     "Layout",
+    "Lock",
     "Split",
+    "Unlockable",
     "Writer",
     "chunk_rows",
     "create_store",

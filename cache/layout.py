@@ -27,6 +27,10 @@ class Refused(CacheError):
     exit_code = 1
 
 
+class Unlockable(Refused):
+    """The file system has no locks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Rows start..stop of one view of one split: the unit that is encoded, written, checked and repaired whole."""

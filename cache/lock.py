@@ -5,7 +5,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from cache.layout import CacheError, Refused
+from cache.layout import CacheError, Unlockable
 
 _held: set[int] = set()
 
@@ -31,7 +31,7 @@ class Lock:
             except OSError as error:
                 if not isinstance(error, BlockingIOError):
                     os.close(descriptor)
-                    raise Refused(
+                    raise Unlockable(
                         f"{self._store}: this file system cannot lock files ({error.strerror}); mount it with locks, or "
                         "dump into a local folder and copy the sealed store"
                     ) from error

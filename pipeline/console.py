@@ -85,6 +85,8 @@ class TrainingReporter:
                 f"network: {network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d "
                 f"features; {event.device}, {event.precision}, {event.ranks} rank(s)"
             )
+        for note in event.notes:
+            self.talk.say(f"note: {note}")
         if event.first_epoch >= event.epochs:
             self.talk.say("already trained to the end")
         elif event.first_epoch:

@@ -3,6 +3,7 @@
 import datetime
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pipeline.errors import INTERRUPTED, TERMINATED, ConfigError, Elsewhere, Los
 
 GO_ON, SAVE, STOP = 0, 1, 2
 WAIT = datetime.timedelta(days=1)  # ranks wait for the slowest one; torchrun ends those whose fellow died
+AGAIN_AFTER = 2.0  # seconds; torchrun, `timeout` and Ctrl-C in a terminal all send the same signal twice
 
 T = TypeVar("T")
 
@@ -138,10 +140,19 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+class Obeyed(Exception):
+    """A signal that arrived where it is obeyed at once."""
+
+
 class Signals:
-    """While entered, SIGTERM and Ctrl-C are noted, not obeyed, so that work ends at a point that can be saved."""
+    """While entered, SIGTERM and Ctrl-C are noted, not obeyed, so that work ends at a point that can be saved.
+
+    Another one, at least AGAIN_AFTER seconds later, ends the process at once.
+    """
 
     received: int = 0
+    _at: float = 0.0
+    _obeying: bool = False
 
     def __enter__(self) -> "Signals":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -151,8 +162,26 @@ class Signals:
         for s, handler in self._before.items():
             signal.signal(s, handler)
 
+    @contextmanager
+    def obeyed(self) -> Iterator[None]:
+        """Where waiting may be broken off: raises Obeyed as soon as there is a signal, also one noted before."""
+        self._obeying = True
+        try:
+            if self.received:
+                raise Obeyed
+            yield
+        finally:
+            self._obeying = False
+
     def _note(self, number, frame) -> None:
-        self.received = number
+        if self.received and time.monotonic() - self._at > AGAIN_AFTER:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.received:
+            self.received, self._at = number, time.monotonic()
+        if self._obeying:
+            self._obeying = False
+            raise Obeyed
 
     @property
     def exit_code(self) -> int:

@@ -1,7 +1,14 @@
-"""Death on purpose, as by `kill -9`, where PIPELINE_KILL_AT says: how tests prove that a dump survives it at any moment.
+"""Death on purpose, as by `kill -9`, where PIPELINE_KILL_AT says: how tests prove that work survives it at any moment.
 
-PIPELINE_KILL_AT=WHEN:WHAT[@RANK]: WHEN is before, within (its bytes partly on the disk) or after, or term for a SIGTERM
-before; WHAT is the number, from 1, of a chunk among those that the rank writes, or seal; RANK is 0 unless given.
+PIPELINE_KILL_AT=WHEN:WHAT[@RANK]: WHEN is before, within (a file: its bytes partly on the disk) or after, or term for a
+SIGTERM before; RANK is 0 unless given, or any. WHAT in a dump is the number, from 1, of a chunk among those that the rank writes,
+or seal. In a training it is one of these, numbers from 1:
+    data-N         waiting for the images of optimiser step N of the whole training
+    update-N       using the gradients of that step
+    step-N         that step
+    validation-E   looking at the validation split after epoch E; before means after its first batch
+    line-E         writing the epoch's line of metrics.jsonl
+    best-E last-E  writing best.pt, last.pt
 """
 
 import os
@@ -13,6 +20,8 @@ from contextlib import contextmanager
 
 from pipeline.errors import ConfigError
 
+_MOMENT = r"(?:data|update|step|validation|line|best|last)-\d+"
+
 
 class KillPoint:
     """One moment of one rank, or none."""
@@ -20,14 +29,14 @@ class KillPoint:
     def __init__(self, armed: str | None, *, rank: int):
         """armed: PIPELINE_KILL_AT; made in the main thread, which alone may change what a signal does."""
         self._when, self._what = "", ""
-        if not armed:
+        if not armed or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # nobody dies twice in one job
             return
-        parts = re.fullmatch(r"(before|within|after|term):(\d+|seal)(?:@(\d+))?", armed)
+        parts = re.fullmatch(rf"(before|within|after|term):(\d+|seal|{_MOMENT})(?:@(\d+|any))?", armed)
         if parts is None:
             raise ConfigError(
-                f"PIPELINE_KILL_AT={armed}: expected WHEN:WHAT[@RANK], for example within:3@1 or after:seal"
+                f"PIPELINE_KILL_AT={armed}: expected WHEN:WHAT[@RANK], for example within:3@1, after:seal or before:step-7"
             )
-        if int(parts[3] or 0) != rank:
+        if parts[3] != "any" and int(parts[3] or 0) != rank:
             return
         self._when, self._what = parts[1], parts[2]
         if self._when == "within":
@@ -35,19 +44,22 @@ class KillPoint:
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
     @contextmanager
-    def around(self, what: str, *, size: int) -> Iterator[None]:
-        """Encloses the writing of something; size: bytes of its file, in the middle of which `within` falls."""
-        when = self._when if what == self._what else ""
-        if when == "before":
-            _die()
-        if when == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
-        if when == "within":  # the kernel ends the process that writes beyond this, what it wrote so far stays
+    def around(self, what: str, *, size: int = 0) -> Iterator[None]:
+        """Encloses something; size: bytes of the file it writes, in the middle of which `within` falls."""
+        self.before(what)
+        if (self._when, self._what) == ("within", what):  # the kernel ends the process that writes beyond this
             resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         yield
-        if when == "after":
-            _die()
+        self.after(what)
 
+    def before(self, what: str) -> None:
+        if what != self._what:
+            return
+        if self._when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._when == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    def after(self, what: str) -> None:
+        if (self._when, self._what) == ("after", what):
+            os.kill(os.getpid(), signal.SIGKILL)

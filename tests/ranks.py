@@ -1,4 +1,4 @@
-"""The ranks of a dump as real processes, forked from one that has everything loaded: a job takes a second, not ten."""
+"""The ranks of a dump or a training as real processes, forked from one that has everything loaded: a second, not ten."""
 
 import json
 import multiprocessing
@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _context.set_forkserver_preload(["tests.ranks_preloaded"])
 
 @dataclass
 class Job:
-    """What became of the ranks: exit codes (negative: the signal), images encoded and result of those that finished."""
+    """What became of the ranks: exit codes (negative: the signal), and what those said that ended by themselves."""
 
     codes: list[int]
     seconds: float
@@ -27,11 +27,25 @@ class Job:
 
     @property
     def encoded(self) -> int:
-        return sum(said["encoded"] for said in self.said)
+        return sum(said.get("encoded", 0) for said in self.said)
 
 
 def dump(checkpoint: Path, out: Path | str, *settings: str, ranks: int = 1, kill_at: str = "", scratch: Path) -> Job:
     """Dumps the checkpoint's own data in that many processes, killed where PIPELINE_KILL_AT says; nobody looks after them."""
+    return _job(_dump, (checkpoint, out, settings), ranks=ranks, kill_at=kill_at, scratch=scratch)
+
+
+def train(
+    tree: dict, out: Path, *, ranks: int = 1, kill_at: str = "", scratch: Path, hosts: Sequence[Path] = ()
+) -> Job:
+    """Trains a configuration into a folder likewise; what each rank said is its error, or how many epochs it trained.
+
+    hosts: the folder of each rank, where they share none.
+    """
+    return _job(_train, (tree, hosts or [out] * ranks), ranks=ranks, kill_at=kill_at, scratch=scratch)
+
+
+def _job(work: Callable, arguments: tuple, *, ranks: int, kill_at: str, scratch: Path) -> Job:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,11 +55,11 @@ def dump(checkpoint: Path, out: Path | str, *settings: str, ranks: int = 1, kill
     started = time.monotonic()
     # the process they are forked from has the environment of its own start
     to_bucket = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    arguments = [
-        (checkpoint, out, settings, rank, ranks, port, {**to_bucket, "PIPELINE_KILL_AT": kill_at}, reports[rank])
-        for rank in range(ranks)
+    environment = {**to_bucket, "PIPELINE_KILL_AT": kill_at, "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)}
+    processes = [
+        _context.Process(target=_one_rank, args=(work, arguments, rank, environment, report))
+        for rank, report in enumerate(reports)
     ]
-    processes = [_context.Process(target=_one_rank, args=of) for of in arguments]
     for process in processes:
         process.start()
     for process in processes:
@@ -59,27 +73,26 @@ def dump(checkpoint: Path, out: Path | str, *settings: str, ranks: int = 1, kill
     return Job([process.exitcode or 0 for process in processes], time.monotonic() - started, said)
 
 
-def _one_rank(
-    checkpoint: Path,
-    out: Path | str,
-    settings: Sequence[str],
-    rank: int,
-    world: int,
-    port: int,
-    environment: dict[str, str],
-    report: Path,
-) -> None:
+def _one_rank(work: Callable, arguments: tuple, rank: int, environment: dict[str, str], report: Path) -> None:
     import torch
 
+    from pipeline.errors import PipelineError
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", **environment}
+    torch.set_num_threads(1)
+    try:
+        report.write_text(json.dumps(work(*arguments)))
+    except PipelineError as error:
+        report.write_text(json.dumps({"error": str(error)}))
+        sys.exit(error.exit_code)
+
+
+def _dump(checkpoint: Path, out: Path | str, settings: Sequence[str]) -> dict:
     import cache.layout
     from pipeline import dump
     from pipeline.backbone.checkpoint import load_checkpoint
     from pipeline.config import lay_over, make_config
-    from pipeline.errors import PipelineError
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
-    torch.set_num_threads(1)
     cache.layout.CHUNK_ROWS = CHUNK_ROWS
     backbone = load_checkpoint(checkpoint)
     tree = backbone.config.model_dump(mode="json")
@@ -93,8 +106,21 @@ def _one_rank(
         return encode(model, images)
 
     dump.encode = counting
-    try:
-        result = dump.dump_features(backbone, make_config(tree, "test"), out=out, device="cpu")
-    except PipelineError as error:
-        sys.exit(error.exit_code)
-    report.write_text(json.dumps({"encoded": encoded, "written": result.written, "digest": result.digest}))
+    result = dump.dump_features(backbone, make_config(tree, "test"), out=out, device="cpu")
+    return {"encoded": encoded, "written": result.written, "digest": result.digest}
+
+
+def _train(tree: dict, folders: Sequence[Path]) -> dict:
+    from pipeline.backbone import folder, train
+    from pipeline.config import make_config
+
+    train.SAVING_SHARE = float("inf")  # every epoch is saved, however long that takes
+    folder.SEEN_WITHIN = 0.1
+    notes: list[str] = []
+    result = train.train_backbone(
+        make_config(tree, "test"),
+        out=folders[int(os.environ["RANK"])],
+        device="cpu",
+        report=lambda event: notes.extend(getattr(event, "notes", ())),
+    )
+    return {"trained_epochs": result.trained_epochs, "notes": notes}

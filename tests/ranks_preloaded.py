@@ -3,6 +3,7 @@
 import sklearn.datasets
 import zarr
 
+import pipeline.backbone.train
 import pipeline.dump
 
 __all__ = ["pipeline", "sklearn", "zarr"]

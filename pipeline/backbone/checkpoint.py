@@ -1,10 +1,11 @@
 """Checkpoints: plain dictionaries, written whole or not at all, read without executing anything."""
 
 import hashlib
-import io
+import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -43,29 +44,112 @@ class Checkpoint:
     brought: dict[str, Any] | None = None
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Replaces the file by the state, durably."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    write_durably(path, buffer.getvalue())
+class Damaged(DataError):
+    """A file that is not a whole checkpoint of this program: torn, changed, or something else."""
+
+
+def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> None:
+    """Replaces the file by the state, durably; what it held stays as `previous`, at every moment under one name or both.
+
+    Raises OSError where it cannot be written (disk full, no permission); both are then as they were.
+    """
+
+    def content(file: BinaryIO) -> None:
+        _write({"format": FORMAT, **state}, file)
+        if previous is not None and path.exists():
+            file.flush()
+            os.fsync(file.fileno())  # two whole checkpoints are there until this one is safe
+            name_also(path, previous)
+
+    write_durably(path, content)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state saved in a file; DataError if it is missing, damaged, foreign or of another format."""
+    """The state saved in a file; DataError if it is missing, damaged (Damaged), foreign (Damaged) or of another format."""
+    return read_with_digest(path)[0]
+
+
+def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
+    """(state, digest of all it holds), as `read`; equal files have equal digests."""
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint; make one with `pipeline train-backbone`")
     try:
+        digest = _records_digest(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DataError(f"{path}: not a readable checkpoint ({reason}); train again with --overwrite") from error
+        raise Damaged(f"{path}: not a readable checkpoint ({reason}); {_instead(path)}") from error
     if not isinstance(state, dict) or not {"format", "model", "config", "transform"} <= state.keys():
-        raise DataError(f"{path}: a checkpoint, but not one of `pipeline train-backbone`; give the last.pt of a run")
+        raise Damaged(
+            f"{path}: a checkpoint, but not one of `pipeline train-backbone`; give the last.pt of a run"
+            + (f"; {_instead(path)}" if previous_of(path).is_file() else "")
+        )
     if state["format"] != FORMAT:
         raise DataError(
             f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; train again with --overwrite"
         )
-    return state
+    return state, digest
+
+
+def name_also(path: Path, other: Path) -> None:
+    """Gives a file a second name, of which it takes the place; where the file system has no hard links, instead of its own."""
+    spare = path.with_name(f".{other.name}.link.tmp")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+        os.replace(spare, other)
+    except OSError:
+        os.replace(path, other)
+    finally:
+        spare.unlink(missing_ok=True)  # replacing one name of a file by another leaves both
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before a last.pt is kept."""
+    return path.with_name("previous.pt")
+
+
+def _instead(path: Path) -> str:
+    if path.name == "last.pt" and previous_of(path).is_file():
+        return f"the same `pipeline train-backbone` command goes on from {previous_of(path)}, the checkpoint before it"
+    return "train again with --overwrite"
+
+
+def _write(state: dict[str, Any], file: BinaryIO) -> None:
+    disk = _Disk(file)
+    try:
+        torch.save(state, disk)  # type: ignore[arg-type]  # it uses no more of a file
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise disk.failure or error from None
+
+
+class _Disk:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.failure = file, None  # type: BinaryIO, OSError | None
+        self.flush = file.flush
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _records_digest(path: Path) -> str:
+    """sha256 over name, size and crc32 of each record, every one of which is read against its crc32.
+
+    torch writes these sums, for tensors too, and never looks at them.
+    """
+    with zipfile.ZipFile(path) as records:
+        if (damaged := records.testzip()) is not None:
+            raise zipfile.BadZipFile(f"its record {damaged} was changed after it was written")
+        listed = [(record.filename, record.file_size, record.CRC) for record in records.infolist()]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

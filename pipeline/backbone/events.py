@@ -19,6 +19,7 @@ class Begin:
     first_epoch: int
     epochs: int
     steps: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,19 @@ class Step:
 class Epoch:
     """One finished epoch; loss and train_accuracy over its augmented batches, accuracies in %, balanced over classes.
 
-    left_out: training images, as often as drawn, that could not be read. val_standard_error: of val_accuracy, from the
-    validation images being few.
+    images_per_s, seconds: of the steps that this process did, validation and saving excepted. left_out: training images,
+    as often as drawn, that could not be read. val_standard_error: of val_accuracy, from the validation images being few.
+    time: when the epoch ended, in seconds since 1970.
     """
 
     epoch: int
     epochs: int
     lr: float
     loss: float
-    train_accuracy: float
+    train_accuracy: float | None
+    train_many: float | None
+    train_medium: float | None
+    train_few: float | None
     val_accuracy: float | None
     val_many: float | None
     val_medium: float | None
@@ -50,8 +55,9 @@ class Epoch:
     images_per_s: float
     seconds: float
     peak_memory_mb: float
-    left_out: int = 0
-    val_standard_error: float | None = None
+    left_out: int
+    val_standard_error: float | None
+    time: float
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pipeline import distributed
 from pipeline.backbone import diagnosis
 from pipeline.backbone.ema import WeightAverage
 from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
-from pipeline.backbone.folder import TrainingFolder, identity_of
+from pipeline.backbone.folder import TrainingFolder, alone_in, identity_of
 from pipeline.backbone.learner import Learner, Parallel
 from pipeline.backbone.model import build_model, check_input, class_accuracy, input_transform, network_facts
 from pipeline.backbone.objective import UNREADABLE, Objective
@@ -32,14 +32,15 @@ from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Loader
-from pipeline.distributed import GO_ON, SAVE, STOP, Ranks, Signals
+from pipeline.distributed import GO_ON, SAVE, STOP, Obeyed, Ranks, Signals
 from pipeline.errors import ConfigError, DataError, Diverged, Elsewhere, PipelineError, Terminated
+from pipeline.killpoint import KillPoint
 from pipeline.metrics import group_means, sampling_error
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
 
-SEEN_WITHIN = 60.0  # seconds until every host sees what another has written; NFS looks that seldom
 AGREE_EVERY = 20  # steps between two looks at signals and clocks where looking costs a collective
+SAVING_SHARE = 0.05  # of the time that saving after short epochs may take
 
 
 def train_backbone(
@@ -58,11 +59,13 @@ def train_backbone(
     started = time.perf_counter()
     with distributed.ranks(device) as ranks, Signals() as signals:
         dataset = ranks.together(lambda: load_dataset(config.data))
-        trainer = Trainer(config, dataset, out=out, ranks=ranks, signals=signals, overwrite=overwrite)
-        before = trainer.epoch
-        for event in trainer.run():
-            if ranks.first:
-                report(event)
+        with alone_in(out, ranks) as notes:
+            trainer = Trainer(config, dataset, out=out, ranks=ranks, signals=signals, overwrite=overwrite)
+            trainer.folder.notes[:0] = notes
+            before = trainer.epoch
+            for event in trainer.run():
+                if ranks.first:
+                    report(event)
         return TrainResult(
             checkpoint=out / "last.pt",
             epochs=config.backbone.epochs,
@@ -111,9 +114,9 @@ class Trainer:
         self.epoch, self.step_in_epoch, self.best = 0, 0, None  # type: int, int, float | None
         self.tally = torch.zeros(2, len(dataset.class_names) + 1, dtype=torch.float64, device=device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.folder = TrainingFolder(
-            out, identity_of(settings, dataset=dataset.fingerprint, transform=self.transform.to_dict())
-        )
+        self.kill = KillPoint(os.environ.get("PIPELINE_KILL_AT"), rank=ranks.rank)
+        identity = identity_of(settings, dataset=dataset.fingerprint, transform=self.transform.to_dict())
+        self.folder = TrainingFolder(out, identity, kill=self.kill)
         self.learner = Learner(self.model, settings.weaken, scale=self.objective.scale)
         self.average = WeightAverage(self.learner, decay=settings.ema) if settings.ema else None
         self._resume(overwrite)
@@ -141,15 +144,16 @@ class Trainer:
         epochs = self.settings.epochs
         yield Begin(
             self.network, self.facts, str(self.ranks.device), str(self.precision).removeprefix("torch."), self.ranks.world,
-            self.epoch, epochs, self.steps,
+            self.epoch, epochs, self.steps, tuple(self.folder.notes),
         )  # fmt: skip
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saving = time.monotonic(), 0.0
         cuda = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         while self.epoch < epochs:
             # dropout and the like are seeded per step, nobody else's generator moves
             with torch.random.fork_rng(devices=cuda):
                 yield from self._train_epoch()
             yield self._finish_epoch()
+        self.ranks.barrier()  # nobody says it is done before the last checkpoint is written
 
     def _train_epoch(self) -> Iterator[Step]:
         settings, ranks, labels = self.settings, self.ranks, self.dataset.train.labels
@@ -162,6 +166,7 @@ class Trainer:
         self.parallel.train()
         for batch, own in zip(batches, mine, strict=True):
             step = self.epoch * self.steps + self.step_in_epoch
+            self.kill.before(f"step-{step + 1}")
             torch.manual_seed(derive(settings.seed, "step", step, ranks.rank))
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps=self.steps, settings=settings)
@@ -169,7 +174,7 @@ class Trainer:
             scale = ranks.world / self.objective.denominator(labels[batch], epoch=self.epoch)
             self.optimiser.zero_grad(set_to_none=True)
             for part, rows in enumerate(own):
-                pixels, wanted = next(parts)
+                pixels, wanted = self._wait_for(parts, step, begun=part > 0)
                 mixture = self.weakening.inputs(rows, wanted, epoch=self.epoch, step=self.step_in_epoch)
                 with self.parallel.summing(last=part == settings.accumulate - 1):
                     with self._autocast():
@@ -177,18 +182,30 @@ class Trainer:
                     terms = self.objective.terms(logits.float(), wanted, epoch=self.epoch)
                     self.scaler.scale(terms.sum() * scale).backward()
                 self._count(logits.detach(), wanted, terms.detach())
+            self.kill.before(f"update-{step + 1}")
             self.scaler.step(self.optimiser)
             self.scaler.update()
             if self.average:
                 self.average.update(self.learner, step=step)
             self.step_in_epoch += 1
-            _kill_armed_at(step)
+            self.kill.after(f"step-{step + 1}")
             yield Step(self.epoch, self.step_in_epoch, self.steps)
             wish = self._agreed_wish(step)
-            if wish != GO_ON:
+            if wish == STOP:
+                raise self._saved_and_stopped()
+            if wish == SAVE:
                 self._save(complete=False)
-                if wish == STOP:
-                    raise self._stopped()
+
+    def _wait_for(self, parts: Iterator[tuple[Tensor, Tensor]], step: int, *, begun: bool) -> tuple[Tensor, Tensor]:
+        """The next part of a batch. Of one process a signal ends the wait, unless the step has begun."""
+        self.kill.before(f"data-{step + 1}")
+        if begun or self.ranks.world > 1:
+            return next(parts)
+        try:
+            with self.signals.obeyed():
+                return next(parts)
+        except Obeyed:
+            raise self._saved_and_stopped() from None
 
     def _read(
         self, rows: list[np.ndarray], *, draws: list[np.ndarray] | None = None, augmented: bool = True
@@ -225,7 +242,7 @@ class Trainer:
             raise DataError(f"{self.dataset.name}: not one training image could be read; --on-error fail says why")
         if not math.isfinite(loss):
             raise Diverged(
-                f"epoch {self.epoch + 1}: the loss is {loss}; {self.folder.last} holds the epoch before; lower backbone.lr "
+                f"epoch {self.epoch + 1}: the loss is {loss}; {self.folder.last} holds an epoch before; lower backbone.lr "
                 f"(now {settings.lr}) or set backbone.warmup_epochs, and train with --overwrite"
             )
         seconds = time.perf_counter() - self.epoch_started
@@ -236,12 +253,16 @@ class Trainer:
             accuracy = self._validate()
             val = group_means(accuracy, self.dataset.counts)
             error = sampling_error(accuracy, np.bincount(self.val_loader.split.labels, minlength=len(accuracy)))
+        train = group_means(class_accuracy(right, seen), self.dataset.counts)
         result = Epoch(
             epoch=self.epoch + 1,
             epochs=settings.epochs,
             lr=learning_rate((self.epoch + 1) * self.steps - 1, steps=self.steps, settings=settings),
             loss=loss / self.objective.denominator(np.repeat(np.arange(len(seen)), seen.astype(int)), epoch=self.epoch),
-            train_accuracy=100 * right.sum() / seen.sum(),
+            train_accuracy=train["all"],
+            train_many=train["many"],
+            train_medium=train["medium"],
+            train_few=train["few"],
             val_accuracy=val["all"],
             val_many=val["many"],
             val_medium=val["medium"],
@@ -251,6 +272,7 @@ class Trainer:
             peak_memory_mb=round(peak_memory_mb(self.ranks.device), 1),
             left_out=len(self.dataset.train) - round(seen.sum()),
             val_standard_error=error,
+            time=round(time.time(), 3),
         )
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self.tally.zero_()
@@ -261,8 +283,16 @@ class Trainer:
         diagnosed = diagnosis.lines(self.epoch, self._diagnose(), self.dataset.counts) if due else None
         if self.ranks.first:  # before the checkpoint: a kill between the two repeats the epoch, resuming drops its line
             self.folder.append(result, diagnosed)
-        self._save(complete=last, best=better)
+        if self.ranks.largest(last or self._worth_saving()):
+            self._save(complete=last, best=better)
+        elif better and self.ranks.first:
+            self.folder.remember_best(self._state(complete=False))
         return result
+
+    def _worth_saving(self) -> bool:
+        """Whether so much was done since the last save that another one takes little of the time."""
+        patience = min(self.saving / SAVING_SHARE, 60 * self.settings.save_every_minutes)
+        return self.ranks.first and time.monotonic() - self.saved_at >= patience
 
     @torch.inference_mode()
     def _validate(self) -> np.ndarray:
@@ -276,13 +306,21 @@ class Trainer:
         self.shown.eval()
         bad: list[int] = []
         batches = self.val_loader.batches(rows, unreadable=bad.append if self._may_skip else None)
-        for asked, pixels in zip(rows, batches, strict=True):
-            with self._autocast():
-                guess = self.shown(pixels.contiguous(memory_format=self.memory_format)).argmax(1).cpu().numpy()
-            read = ~np.isin(asked, bad)
-            positions, guess = asked[read], guess[read]
-            np.add.at(counts[0], labels[positions], guess == labels[positions])
-            np.add.at(counts[1], labels[positions], 1)
+        try:
+            with self.signals.obeyed():
+                for asked, pixels in zip(rows, batches, strict=True):
+                    with self._autocast():
+                        guess = self.shown(pixels.contiguous(memory_format=self.memory_format)).argmax(1).cpu().numpy()
+                    read = ~np.isin(asked, bad)
+                    positions, guess = asked[read], guess[read]
+                    np.add.at(counts[0], labels[positions], guess == labels[positions])
+                    np.add.at(counts[1], labels[positions], 1)
+                    self.kill.before(f"validation-{self.epoch + 1}")
+        except Obeyed:
+            pass
+        if self.ranks.largest(bool(self.signals.received)):
+            raise self._saved_and_stopped()
+        self.kill.after(f"validation-{self.epoch + 1}")
         correct, seen = self.ranks.total(counts)
         return class_accuracy(correct, seen)
 
@@ -313,32 +351,19 @@ class Trainer:
         wish = STOP if self.signals.received else SAVE if late and self.ranks.first else GO_ON
         return wish if self.ranks.world == 1 else self.ranks.largest(wish)
 
-    def _stopped(self) -> PipelineError:
+    def _saved_and_stopped(self) -> PipelineError:
+        self._save(complete=False)
         stop = Terminated(
             f"stopped at epoch {self.epoch + 1}, step {self.step_in_epoch}/{self.steps}; saved in {self.folder.last}: "
             "the same command continues"
         )
         stop.exit_code = self.signals.exit_code
-        return self._once(stop)
+        return stop if self.ranks.first else Elsewhere(stop.exit_code)
 
     def _save(self, *, complete: bool, best: bool = False) -> None:
+        started = time.monotonic()
         tally, loss_sum = (self.ranks.total(t.cpu().numpy()) for t in (self.tally, self.loss_sum))
         if self.ranks.first:
-            state = {
-                "model": self.shown.model_state(),
-                "config": self.config.model_dump(mode="json"),
-                "identity": self.folder.identity,
-                "transform": self.transform.to_dict(),
-                "class_names": list(self.dataset.class_names),
-                "counts": self.dataset.counts.tolist(),
-                "dataset": self.facts,
-                "network": self.network,
-                "epoch": self.epoch,
-                "step_in_epoch": self.step_in_epoch,
-                "best": self.best,
-                "complete": complete,
-                "provenance": self.provenance,
-            }
             resume = {
                 "optimiser": self.optimiser.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -349,8 +374,26 @@ class Trainer:
                 resume["learner"] = self.learner.state_dict()
             if self.average:
                 resume["average"] = self.average.learner.state_dict()
-            self.folder.save(state, resume=resume, best=best)
+            self.folder.save(self._state(complete=complete), resume=resume, best=best)
         self.saved_at = time.monotonic()
+        self.saving = self.saved_at - started
+
+    def _state(self, *, complete: bool) -> dict[str, Any]:
+        return {
+            "model": self.shown.model_state(),
+            "config": self.config.model_dump(mode="json"),
+            "identity": self.folder.identity,
+            "transform": self.transform.to_dict(),
+            "class_names": list(self.dataset.class_names),
+            "counts": self.dataset.counts.tolist(),
+            "dataset": self.facts,
+            "network": self.network,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "best": self.best,
+            "complete": complete,
+            "provenance": self.provenance,
+        }
 
     def _resume(self, overwrite: bool) -> None:
         """Takes up the checkpoint in the folder, if it is of this configuration; else starts anew there."""
@@ -360,10 +403,7 @@ class Trainer:
             precision=str(self.precision).removeprefix("torch."), seed=self.settings.seed,
             dataset=self.facts, network=self.network,
         )  # fmt: skip
-        if overwrite and self.ranks.first:
-            self.folder.clear()
-        self.ranks.barrier()
-        state = self._agreed_state()
+        state = self.folder.take_up(self.ranks, overwrite=overwrite)
         if state is not None:
             if "learner" in state:
                 self.learner.load_state_dict(state["learner"])
@@ -377,31 +417,8 @@ class Trainer:
             if self.ranks.first:
                 self.tally.copy_(torch.tensor(state["tally"], dtype=torch.float64))
                 self.loss_sum.fill_(state["loss_sum"])
-        self.ranks.barrier()
-        if self.ranks.first:
+        if self.ranks.first and self.epoch < self.settings.epochs:
             self.folder.begin(self.provenance, epoch=self.epoch)
-
-    def _agreed_state(self) -> dict[str, Any] | None:
-        """What the last checkpoint holds, None where there is none; ConfigError where not every rank sees the same."""
-        deadline = time.monotonic() + SEEN_WITHIN
-        while True:
-            state = self.ranks.together(self.folder.state)
-            seen = self.ranks.gathered(state and (state["epoch"], state["step_in_epoch"]))
-            if all(one == seen[0] for one in seen):
-                return state
-            if self.ranks.largest(time.monotonic() > deadline):
-                break
-            time.sleep(1)
-        raise self._once(
-            ConfigError(
-                f"{self.folder.last} is not the same file on all hosts (epoch, step by rank: {seen}); give all of them one "
-                "--out on a file system that they share, or copy the newest there"
-            )
-        )
-
-    def _once(self, error: PipelineError) -> PipelineError:
-        """An error that every rank has at this point, for rank 0 to say."""
-        return error if self.ranks.first else Elsewhere(error.exit_code)
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -421,13 +438,3 @@ def _refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> N
         f"backbone.batch_size: the batches of {batch} images are too small for {world} rank(s){several}{together}; "
         f"take larger batches{', smaller groups' if group > 1 else ''} or fewer ranks"
     )
-
-
-def _kill_armed_at(step: int) -> None:
-    """Dies as by `kill -9` after the step named in PIPELINE_KILL_AFTER_STEP: how tests prove that resuming is exact.
-
-    A process that torchrun has started again does not die a second time.
-    """
-    armed = os.environ.get("PIPELINE_KILL_AFTER_STEP") == str(step)
-    if armed and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        os.kill(os.getpid(), 9)

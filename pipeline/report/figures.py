@@ -280,9 +280,8 @@ def training_curves(study: Study) -> Drawing | None:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
     look.legend(figure, np.array([right]))
-    caption = (
-        "Validation accuracy is the mean over classes. Training accuracy counts every image alike, so large classes "
-        "decide it." + (f" One line for each of {len(kept)} backbones." if len(kept) > 1 else "")
+    caption = "Accuracies are means over classes, of training images as they were augmented in that epoch." + (
+        f" One line for each of {len(kept)} backbones." if len(kept) > 1 else ""
     )
     table = [{"backbone": b.name, **line} for b in kept for line in b.metrics]
     return Drawing("training", "Stage 1, epoch by epoch", caption, figure, table)

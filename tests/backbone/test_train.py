@@ -49,15 +49,20 @@ def weights(path):
 
 
 def assert_same_state(a, b):
-    """Equal in every tensor and number but the provenance."""
-    a, b = checkpoint.read(a), checkpoint.read(b)
-    for state in (a, b):
-        state.pop("provenance")
-    for key in {"model", "learner", "average"} & (a.keys() | b.keys()):
-        assert checkpoint.weights_digest(a.pop(key)) == checkpoint.weights_digest(b.pop(key)), key
-    moments = [[s["momentum_buffer"] for s in state.pop("optimiser")["state"].values()] for state in (a, b)]
-    assert all(torch.equal(x, y) for x, y in zip(*moments, strict=True))
-    assert a == b
+    """Equal in every tensor, bit by bit, and in every other value but the provenance."""
+    a, b = (leaves(checkpoint.read(path)) for path in (a, b))
+    assert list(a) == list(b)
+    assert [name for name in a if a[name] != b[name]] == []
+
+
+def leaves(tree, name=""):
+    """Path → value of all that a checkpoint holds, tensors as (dtype, shape, bytes)."""
+    if isinstance(tree, torch.Tensor):
+        return {name: (tree.dtype, tree.shape, tree.contiguous().view(-1).view(torch.uint8).numpy().tobytes())}
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if children is None:
+        return {name: tree}
+    return {k: v for key, child in children if key != "provenance" for k, v in leaves(child, f"{name}.{key}").items()}
 
 
 def test_learning_rate_by_hand():
@@ -138,29 +143,6 @@ def test_a_finished_training_is_not_done_again(tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
-EVERYTHING = {
-    "loss": "ldam-drw",
-    "drw_start": 0.5,
-    "sampler": "class-balanced",
-    "force_double_balancing": True,
-    "ema": 0.8,
-}
-
-
-@pytest.mark.parametrize(
-    ("step", "settings"), [(0, {}), (5, {}), (8, {}), pytest.param(14, EVERYTHING, marks=pytest.mark.slow)]
-)
-def test_a_kill_changes_nothing(tmp_path, step, settings):
-    undisturbed = train_backbone(config(epochs=3, **settings), out=tmp_path / "whole").checkpoint
-    code, _, _ = finished(command(tmp_path, epochs=3, env={"PIPELINE_KILL_AFTER_STEP": str(step)}, **settings))
-    assert code == -signal.SIGKILL
-    code, _, err = finished(command(tmp_path, epochs=3, **settings))
-    assert code == 0, err
-    assert_same_state(undisturbed, tmp_path / "out" / "last.pt")
-    lines = [json.loads(line)["epoch"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [1, 2, 3]
-
-
 def test_sigterm_saves_in_mid_epoch_and_exits_143(tmp_path):
     process = command(tmp_path, epochs=400)
     deadline = time.monotonic() + 60
@@ -174,6 +156,15 @@ def test_sigterm_saves_in_mid_epoch_and_exits_143(tmp_path):
     state = checkpoint.read(tmp_path / "out" / "last.pt")
     assert not state["complete"]
     assert 1 <= state["epoch"] < 400
+
+
+EVERYTHING = {
+    "loss": "ldam-drw",
+    "drw_start": 0.5,
+    "sampler": "class-balanced",
+    "force_double_balancing": True,
+    "ema": 0.8,
+}
 
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING])
@@ -217,30 +208,12 @@ def test_another_configuration_is_refused_and_overwrite_starts_anew(tmp_path):
     assert train_backbone(config(lr=0.2), out=tmp_path, overwrite=True).trained_epochs == 2
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
-    path = train_backbone(config(), out=tmp_path).checkpoint
-    raw = path.read_bytes()
-    path.write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(DataError, match=r"last\.pt: not a readable checkpoint.*--overwrite"):
-        train_backbone(config(), out=tmp_path)
-    torch.save({"state_dict": {}}, path)
+def test_a_foreign_or_missing_checkpoint_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "last.pt")
     with pytest.raises(DataError, match="not one of `pipeline train-backbone`"):
-        checkpoint.load_checkpoint(path)
+        checkpoint.load_checkpoint(tmp_path / "last.pt")
     with pytest.raises(DataError, match="no such checkpoint"):
         checkpoint.load_checkpoint(tmp_path / "none.pt")
-
-
-class Evil:
-    def __reduce__(self):
-        return (os.mkdir, ("executed",))
-
-
-def test_no_pickle_is_executed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"format": 1, "model": Evil(), "config": {}, "transform": {}}, tmp_path / "evil.pt")
-    with pytest.raises(DataError):
-        checkpoint.load_checkpoint(tmp_path / "evil.pt")
-    assert not (tmp_path / "executed").exists()
 
 
 def test_a_diverged_training_says_what_to_change(tmp_path):
