@@ -185,6 +185,7 @@ def _checkpoint(path: Path) -> Artefact:
     facts = {
         "network": f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d features",
         "trained": None if brought else f"{state['epoch']} of {state['config']['backbone']['epochs']} epochs, {done}",
+        "trained with": None if brought else _choices(state["config"]["backbone"]),
         "best validation accuracy (mean over classes)": best,
         "head": None
         if brought is None
@@ -197,6 +198,14 @@ def _checkpoint(path: Path) -> Artefact:
         "weights digest": weights_digest(state["model"]),
     }
     return Artefact(path, BROUGHT if state.get("brought") else "stage-1 checkpoint", facts, state["provenance"])
+
+
+def _choices(settings: dict[str, Any]) -> str | None:
+    """Loss, sampler and average of stage 1; None where all are as always."""
+    told = [f"loss {settings['loss']}"] if settings.get("loss", "ce") != "ce" else []
+    told += [f"{s} sampling"] if (s := settings.get("sampler", "instance")) != "instance" else []
+    told += [f"weights averaged with decay {d:g}"] if (d := settings.get("ema", 0)) else []
+    return ", ".join(told) or None
 
 
 def _results(path: Path) -> Artefact:

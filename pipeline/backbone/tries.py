@@ -116,11 +116,7 @@ def try_settings(
     talk, seeds = talk or Talk(quiet=True), tuple(seeds or (config.backbone.seed,))
     tries = grid(config, options)
     with distributed.ranks(device) as ranks:
-        if ranks.together(lambda: load_dataset(config.data)).val is None:
-            raise ConfigError(
-                "--try and --seeds compare by validation accuracy, and these data have no validation split; hold images out "
-                "with data.val_per_class, or name them with data.val_list"
-            )
+        ranks.together(lambda: _refuse_without_validation(config))
         runs: list[list[dict[str, Any]]] = []
         facts: dict[str, Any] = {}
         for number, (one, seed) in enumerate(itertools.product(tries, seeds)):
@@ -213,6 +209,14 @@ def _notes(tries: Sequence[Try], best: int, near: set[int], choice: Choice) -> l
                 f"the chosen {key} {_text(value)} lies at the border of what was tried; a better one may lie beyond"
             )
     return found
+
+
+def _refuse_without_validation(config: Config) -> None:
+    if load_dataset(config.data).val is None:
+        raise ConfigError(
+            "--try and --seeds compare by validation accuracy, and these data have no validation split; hold images out "
+            "with data.val_per_class, or name them with data.val_list"
+        )
 
 
 def _try(config: Config, texts: Mapping[str, str]) -> Try:
