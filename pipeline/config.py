@@ -83,7 +83,7 @@ class DataConfig(Section):
 class WeakenConfig(Section):
     """Major feature weakening of stage 1, a reconstruction from the abstract of Procrustean training (docs/weakening.md).
 
-    strength 0 is off; group: rows of the batch that are mixed among themselves; at: `features`, or the module at whose
+    strength 0 is off; group: rows of the batch that are mixed among themselves, by mixup too; at: `features`, or the module at whose
     input they are mixed.
     """
 
@@ -126,6 +126,7 @@ class BackboneConfig(Section):
     sampler: Literal["instance", "class-balanced", "square-root"] = "instance"
     force_double_balancing: bool = False
     ema: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
     validate_every: int = Field(1, ge=1)
     diagnose_every: int = Field(0, ge=0)
     diagnose_per_class: int = Field(20, ge=1)
@@ -150,6 +151,12 @@ class BackboneConfig(Section):
                 f"loss {self.loss}: {how[self.loss]} and {self.sampler} sampling together make up for the class sizes twice; "
                 "leave one away, or insist with backbone.force_double_balancing=true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _mixed_once(self):
+        if self.mixup and self.weaken.strength:
+            raise ValueError("mixup and weaken.strength both mix images of a batch; set one of them to 0")
         return self
 
 

@@ -103,7 +103,8 @@ class Parallel:
             )
         self._call: Callable[..., Tensor] = self._module
         if mode != "none":
-            self._call = torch.compile(self._module, mode=mode)
+            # batches of an epoch differ by a row: two fixed shapes, each with its own kernels and CUDA graph
+            self._call = torch.compile(self._module, mode=mode, dynamic=False)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self._call(*inputs)

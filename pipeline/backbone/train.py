@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pipeline.backbone.ema import WeightAverage
 from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
 from pipeline.backbone.folder import TrainingFolder, alone_in, identity_of
 from pipeline.backbone.learner import Learner, Parallel
+from pipeline.backbone.mixup import Mixup
 from pipeline.backbone.model import build_model, check_input, class_accuracy, input_transform, network_facts
 from pipeline.backbone.objective import UNREADABLE, Objective
 from pipeline.backbone.order import epoch_order, nth_draw, shares, steps_of
@@ -31,6 +33,7 @@ from pipeline.backbone.schedule import choose_precision, learning_rate
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
+from pipeline.data.copies import on_device
 from pipeline.data.transform import Loader
 from pipeline.distributed import GO_ON, SAVE, STOP, Obeyed, Ranks, Signals
 from pipeline.errors import ConfigError, DataError, Diverged, Elsewhere, PipelineError, Terminated
@@ -88,9 +91,9 @@ class Trainer:
         self.weakening = Weakening(
             settings.weaken, dataset.train.labels, dataset.counts, seed=settings.seed, device=ranks.device
         )
-        _refuse_empty_shares(
-            len(dataset.train) // self.steps, ranks.world, settings.accumulate, group=self.weakening.group
-        )
+        self.mixup = Mixup(settings.mixup, group=settings.weaken.group, seed=settings.seed, device=ranks.device)
+        self.group = max(self.weakening.group, self.mixup.group)
+        _refuse_empty_shares(len(dataset.train) // self.steps, ranks.world, settings.accumulate, group=self.group)
         self.transform = input_transform(config.data, settings, dataset.train)
         self.facts = dataset.summary()
         device = ranks.device
@@ -160,14 +163,14 @@ class Trainer:
         self.epoch_started, self.first_step = time.perf_counter(), self.step_in_epoch
         order = epoch_order(labels, seed=settings.seed, epoch=self.epoch, sampler=settings.sampler)
         batches, draws = (np.array_split(of, self.steps)[self.step_in_epoch :] for of in (order, nth_draw(order)))
-        cut = {"world": ranks.world, "parts": settings.accumulate, "group": self.weakening.group}
+        cut = {"world": ranks.world, "parts": settings.accumulate, "group": self.group}
         mine, nth = ([shares(batch, **cut)[ranks.rank] for batch in of] for of in (batches, draws))
         parts = self._read(list(chain(*mine)), draws=list(chain(*nth)))
         self.parallel.train()
         for batch, own in zip(batches, mine, strict=True):
             step = self.epoch * self.steps + self.step_in_epoch
             self.kill.before(f"step-{step + 1}")
-            torch.manual_seed(derive(settings.seed, "step", step, ranks.rank))
+            _seed(derive(settings.seed, "step", step, ranks.rank), ranks.device)
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps=self.steps, settings=settings)
             # DDP averages over ranks
@@ -175,11 +178,13 @@ class Trainer:
             self.optimiser.zero_grad(set_to_none=True)
             for part, rows in enumerate(own):
                 pixels, wanted = self._wait_for(parts, step, begun=part > 0)
-                mixture = self.weakening.inputs(rows, wanted, epoch=self.epoch, step=self.step_in_epoch)
+                weakened = self.weakening.inputs(rows, wanted, epoch=self.epoch, step=self.step_in_epoch)
+                mixture = self.mixup.of(rows, wanted, epoch=self.epoch, step=self.step_in_epoch)
                 with self.parallel.summing(last=part == settings.accumulate - 1):
                     with self._autocast():
-                        logits = self.parallel(pixels, *mixture)
-                    terms = self.objective.terms(logits.float(), wanted, epoch=self.epoch)
+                        logits = self.parallel(mixture.images(pixels), *weakened)
+                    losses = partial(self.objective.terms, logits.float(), epoch=self.epoch)
+                    terms = mixture.terms(losses, wanted)
                     self.scaler.scale(terms.sum() * scale).backward()
                 self._count(logits.detach(), wanted, terms.detach())
             self.kill.before(f"update-{step + 1}")
@@ -222,10 +227,7 @@ class Trainer:
         for positions, pixels in zip(rows, images, strict=True):
             known = np.where(np.isin(positions, bad), UNREADABLE, labels[positions]) if bad else labels[positions]
             bad.clear()
-            yield (
-                pixels.contiguous(memory_format=self.memory_format),
-                torch.from_numpy(known).to(self.ranks.device, non_blocking=True),
-            )
+            yield pixels.contiguous(memory_format=self.memory_format), on_device(known, self.ranks.device)
 
     def _count(self, logits: Tensor, labels: Tensor, terms: Tensor) -> None:
         """Adds a part of a batch to the epoch's tally; the last column takes what could not be read."""
@@ -438,3 +440,10 @@ def _refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> N
         f"backbone.batch_size: the batches of {batch} images are too small for {world} rank(s){several}{together}; "
         f"take larger batches{', smaller groups' if group > 1 else ''} or fewer ranks"
     )
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds what dropout and the like draw from; torch.manual_seed asks all kinds of devices and takes 50 times as long."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
