@@ -83,8 +83,8 @@ class DataConfig(Section):
 class WeakenConfig(Section):
     """Major feature weakening of stage 1, a reconstruction from the abstract of Procrustean training (docs/weakening.md).
 
-    strength 0 is off; group: rows of the batch that are mixed among themselves, by mixup too; at: `features`, or the module at whose
-    input they are mixed.
+    strength 0 is off; group: rows of the batch that are mixed among themselves, by mixup too; at: `features`, or the
+    module at whose input they are mixed.
     """
 
     strength: float = Field(0.0, ge=0, le=1)

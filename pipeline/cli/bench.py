@@ -51,6 +51,26 @@ def rebalance_command(repeat, small, device, out, as_json, debug):
     finish(result, out, as_json)
 
 
+@bench.command("train", cls=Examples, example="pipeline bench train --repeat 3 --small")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions of each timing.")
+@click.option("--small", is_flag=True, help="A few steps each, without image files and whole trainings.")
+@click.option("--folder", type=PATH, help="Where temporary files go [default: the system's].")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
+@click.option("--out", type=PATH, help="Also write the result to this JSON file.")
+@shared
+def train_command(repeat, small, folder, device, out, as_json, debug):
+    """Stage 1: the trainer over the bare loop, two ranks over two processes, the loader over the network.
+
+    On CUDA also what 200 epochs of CIFAR100-LT take. Every ratio is of medians of interleaved repetitions on generated
+    images.
+    """
+    from pipeline.bench.train import bench_train
+    from pipeline.console import Talk
+
+    result = bench_train(repeat=repeat, small=small, folder=folder, device=device, say=Talk().say)
+    finish(result, out, as_json)
+
+
 def finish(result, out, as_json) -> None:
     """Shows a benchmark, and writes it where it is wanted."""
     from cache import write_durably
