@@ -40,6 +40,8 @@ class Objective:
             self._weights = class_balanced_weights(sizes, beta=settings.cb_beta).to(device)
         elif settings.loss == "grw":
             self._weights = (-settings.grw_rho * self._log_prior).softmax(0) * len(sizes)
+        # beside those on the device: a step that reads them from there waits for the one before
+        self._host_weights = None if self._weights is None else self._weights.cpu().numpy()
 
     @property
     def scale(self) -> float | None:
@@ -66,8 +68,9 @@ class Objective:
 
     def denominator(self, labels: np.ndarray, *, epoch: int) -> float:
         """What the sum over a global batch of these labels (B,) is divided by."""
-        weights = self._weights_in(epoch)
-        return float(len(labels)) if weights is None else float(weights.cpu().numpy()[labels].sum())
+        if self._weights_in(epoch) is None or self._host_weights is None:
+            return float(len(labels))
+        return float(self._host_weights[labels].sum())
 
     def _weights_in(self, epoch: int) -> Tensor | None:
         """(C,), None where all classes weigh the same."""
