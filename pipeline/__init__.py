@@ -14,6 +14,7 @@ _PUBLIC = {
     "load_dataset": "pipeline.data",
     "train_backbone": "pipeline.backbone.train",
     "load_checkpoint": "pipeline.backbone.checkpoint",
+    "load_foreign": "pipeline.backbone.foreign",
     "dump_features": "pipeline.dump",
     "open_cache": "cache",
     "iwb_objective": "pipeline.rebalance.objective",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbone.model import build_model, classifier, classifier_name
+from pipeline.backbone.model import build_model, classifier, classifier_name, usual_input
 from pipeline.backbone.weights import prefix_of
 from pipeline.config import BackboneConfig
 from pipeline.errors import ConfigError, DataError, PipelineError
@@ -19,7 +19,7 @@ ASIDE = re.compile(
     r"^(fc|head|heads|classifier|proj\w*|pred\w*|prototypes|queue\w*|mlp|decoder\w*|loss\w*|criterion|n_averaged|aux\w*)(\.|$)"
     r"|(relative_position_index|relative_coords_table|attn_mask|" + COUNTED + r")$"
 )
-SHOWN, TRIED = 3, 80
+SHOWN, TRIED = 3, 24
 TYPICAL = {  # a name in a file → a network of its family
     "layer1.0.conv1.weight": "resnet18",
     "blocks.0.attn.qkv.weight": "vit_tiny_patch16_224",
@@ -140,14 +140,16 @@ def _advice(
 def which_fits(inside: Mapping[str, Tensor], asked: str) -> str | None:
     """A timm network of the asked one's family, or of the family that the names suggest, whose encoder these tensors are.
 
-    Networks are built without memory or computation; the plainest names come first.
+    Networks are built without memory or computation, TRIED of a family whose first layer is in the file, the plainest names
+    first.
     """
     import timm
 
     like = [asked, *(model for key, model in TYPICAL.items() if key in inside)]
     modules = dict.fromkeys(timm.model_entrypoint(model.split(".")[0]).__module__.rpartition(".")[2] for model in like)
     for module in modules:
-        for candidate in sorted(timm.list_models(module=module), key=lambda n: (len(n), n))[:TRIED]:
+        known = sorted(timm.list_models(module=module), key=lambda n: (len(n), n))
+        for candidate in [n for n in known if usual_input(n).get("first_conv", "") + ".weight" in inside][:TRIED]:
             try:
                 with torch.device("meta"):
                     network = build_model(BackboneConfig(model=candidate), num_classes=2)
