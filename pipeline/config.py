@@ -131,6 +131,7 @@ class BackboneConfig(Section):
     diagnose_every: int = Field(0, ge=0)
     diagnose_per_class: int = Field(20, ge=1)
     save_every_minutes: float = Field(10.0, gt=0)
+    tensorboard: bool = False
 
     @field_validator("model_args")
     @classmethod

@@ -5,10 +5,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.backbone.events import accuracies, pace
 
 LINE_EVERY = 3.0  # seconds between two plain progress lines
 
@@ -73,6 +76,8 @@ class TrainingReporter:
 
     def __init__(self, talk: Talk, bar: Bar, *, brief: bool = False):
         self.talk, self.bar, self.brief, self.epochs, self.said_at = talk, bar, brief, 0, 0.0
+        self.started: float | None = None
+        self.first, self.left, self.told = 0, 0.0, ""
 
     def __call__(self, event: Any) -> None:
         {"Begin": self._begin, "Step": self._step, "Epoch": self._epoch}[type(event).__name__](event)
@@ -93,16 +98,22 @@ class TrainingReporter:
             self.talk.say(f"continuing after epoch {event.first_epoch}/{event.epochs}")
 
     def _step(self, event: Any) -> None:
-        self.bar.move(event.epoch * event.steps + event.step, self.epochs * event.steps, f"epoch {event.epoch + 1}")
+        done, total = event.epoch * event.steps + event.step, self.epochs * event.steps
+        if self.started is None:
+            self.started, self.first = time.monotonic(), done
+        self.left = (time.monotonic() - self.started) / max(1, done - self.first) * (total - done)
+        self.bar.move(done, total, f"epoch {event.epoch + 1}{self.told}")
 
     def _epoch(self, event: Any) -> None:
+        line = asdict(event)
+        val = f"  val {text}" if (text := accuracies(line, "val")) else ""
+        self.told = f"  loss {event.loss:.3f}{val}  {pace(line)}"
         if event.epoch < event.epochs and event.seconds < LINE_EVERY and time.monotonic() - self.said_at < LINE_EVERY:
             return  # short epochs: not every one is worth a line, metrics.jsonl has them all
         self.said_at = self.bar.said_at = time.monotonic()
-        val = "" if event.val_accuracy is None else f"  val {percent(event.val_accuracy)}{groups(event)}"
         self.talk.say(
-            f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.4f}  train {event.train_accuracy:.1f}%{val}  "
-            f"{event.images_per_s:,.0f} img/s  {clock((event.epochs - event.epoch) * event.seconds)} left"
+            f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.4f}  train {accuracies(line, 'train') or '–'}{val}  "
+            f"{pace(line)}  {clock(self.left)} left"
             + (f"  ({event.left_out} unreadable images left out)" if event.left_out else "")
         )
 
@@ -119,12 +130,6 @@ def describe_dataset(facts: dict[str, Any]) -> str:
     lines = [f"data: {facts['name']}, {facts['classes']} classes, {sizes}; imbalance {facts['imbalance_factor']:g}"]
     lines += [f"images per class: {shown}", f"fingerprint: {facts['fingerprint'][:16]} ({facts['fingerprint_covers']})"]
     return "\n".join(lines + [f"note: {note}" for note in facts["notes"]])
-
-
-def groups(epoch: Any) -> str:
-    """` (many …, medium …, few …)` of an epoch's validation accuracy, groups that exist."""
-    found = {g: getattr(epoch, f"val_{g}") for g in ("many", "medium", "few")}
-    return " (" + ", ".join(f"{g} {v:.1f}" for g, v in found.items() if v is not None) + ")"
 
 
 def percent(value: float | None) -> str:

@@ -32,6 +32,7 @@ MADE = (
     "made_from",
     "versions",
 )
+NAMED = {"train": "training", "val": "validation"}
 Facts = dict[str, Any]
 
 
@@ -208,6 +209,31 @@ def _choices(settings: dict[str, Any]) -> str | None:
     return ", ".join(told) or None
 
 
+def _training(folder: Path) -> Artefact:
+    """The last checkpoint of a training, the one before it where that cannot be read, and how its history ends."""
+    from pipeline.backbone.checkpoint import Damaged, previous_of
+    from pipeline.backbone.events import accuracies, pace
+    from pipeline.backbone.folder import read_history
+
+    last, damage = folder / "last.pt", None
+    try:
+        found = _checkpoint(last)
+    except Damaged as error:
+        if not previous_of(last).is_file():
+            raise
+        found, damage = _checkpoint(previous_of(last)), str(error)
+    facts: Facts = {"damaged": damage, **found.facts}
+    if history := read_history(folder):
+        end = history[-1]
+        facts["last epoch told"] = f"{end['epoch']}, loss {end['loss']:.4f}; {pace(end)}"
+        facts |= {f"its {name} accuracy": accuracies(end, split) for split, name in NAMED.items()}
+        known = [line for line in history if line.get("val_accuracy") is not None]
+        if known:
+            best = max(known, key=lambda line: line["val_accuracy"])
+            facts["best epoch told"] = f"{best['epoch']}, validation {accuracies(best, 'val')}"
+    return Artefact(found.path, found.kind, facts, found.made)
+
+
 def _results(path: Path) -> Artefact:
     found = read_results(path)
     chosen, timing = found["selected"], found.get("timing", {})
@@ -322,7 +348,7 @@ _FOLDERS: list[tuple[Callable[[Path], bool], Callable[[Path], Artefact]]] = [
     (lambda p: (p / "zarr.json").is_file(), _store),
     (_is_export, _export),
     (_is_run, _run),
-    (lambda p: (p / "last.pt").is_file(), lambda p: _checkpoint(p / "last.pt")),
+    (lambda p: (p / "last.pt").is_file(), _training),
     (lambda p: (p / "results.json").is_file(), lambda p: _results(p / "results.json")),
 ]
 _FILES: dict[str, Callable[[Path], Artefact]] = {

@@ -46,6 +46,23 @@ def test_every_artefact_says_what_it_is_and_what_made_it(run, part, kind, said):
     assert json.loads(json.dumps(found.to_dict()))["kind"] == kind
 
 
+def test_a_folder_of_a_training_says_how_it_went_and_what_is_damaged(run, tmp_path):
+    folder = Path(shutil.copytree(run / "backbone", tmp_path / "training"))
+    facts = describe(folder).facts
+    assert facts["last epoch told"].startswith("2, loss ")
+    assert "(many " in facts["its training accuracy"]
+    assert "(many " in facts["its validation accuracy"]
+    assert facts["best epoch told"][0] in "12"
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:-500])
+    found = describe(folder)
+    assert found.path.name == "previous.pt"
+    assert found.facts["trained"].startswith("1 of 2 epochs, unfinished")
+    assert "the same `pipeline train-backbone` command goes on from" in found.facts["damaged"]
+    (folder / "previous.pt").unlink()
+    with pytest.raises(DataError, match=r"last\.pt: not a readable checkpoint"):
+        describe(folder)
+
+
 def test_an_export_a_configuration_and_a_shipped_name(run, tmp_path):
     export_model(run, out=tmp_path / "model")
     found = describe(tmp_path / "model")

@@ -4,7 +4,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-VAL_GROUPS = {"all": "val_accuracy", "many": "val_many", "medium": "val_medium", "few": "val_few"}
+GROUPS = ("many", "medium", "few")
+
+
+def accuracies(line: dict[str, Any], split: str) -> str | None:
+    """`41.3% (many 70.1, medium 40.2, few 12.9)` of an epoch's train or val, groups that exist; None where nothing is."""
+    if line.get(f"{split}_accuracy") is None:
+        return None
+    found = ", ".join(f"{g} {line[f'{split}_{g}']:.1f}" for g in GROUPS if line.get(f"{split}_{g}") is not None)
+    return f"{line[f'{split}_accuracy']:.1f}%" + (f" ({found})" if found else "")
+
+
+def pace(line: dict[str, Any]) -> str:
+    """`1,234 images/s, 512 MiB` of an epoch: speed and peak memory, as far as known."""
+    speed = f"{line['images_per_s']:,.0f} images/s, " if line.get("images_per_s") else ""
+    return f"{speed}{line['peak_memory_mb']:,.0f} MiB" if line.get("peak_memory_mb") else speed.removesuffix(", ")
 
 
 @dataclass(frozen=True)
@@ -78,10 +92,13 @@ class TrainResult:
 
     def __str__(self) -> str:
         line = self.last or {}
-        val = ", ".join(f"{g} {line[k]:.1f}%" for g, k in VAL_GROUPS.items() if line.get(k) is not None)
+        best = "" if self.best_val_accuracy is None else f"; best {self.best_val_accuracy:.1f}%"
+        val = accuracies(line, "val")
         return (
             f"{self.checkpoint}: {self.network['network']} ({self.network['parameters']:,} parameters), {self.epochs} epochs\n"
-            f"balanced validation accuracy of the last epoch: {val or 'no validation split'}\n"
+            f"last epoch: loss {line.get('loss', float('nan')):.4f}; {pace(line)}\n"
+            f"  training    {accuracies(line, 'train') or 'not measured'}\n"
+            f"  validation  {val + best if val else 'no validation split'}\n"
             + (
                 f"{line['left_out']} training image(s) could not be read and were left out\n"
                 if line.get("left_out")

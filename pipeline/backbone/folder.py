@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -13,13 +14,22 @@ from typing import Any
 from cache import CacheError, Lock, Unlockable, write_durably
 from pipeline.backbone import checkpoint, diagnosis
 from pipeline.backbone.events import Epoch
+from pipeline.backbone.tensorboard import EventFiles
 from pipeline.config import BackboneConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.killpoint import KillPoint
 
 # what may differ when a training goes on
-FREE = {"save_every_minutes", "validate_every", "pretrained", "compile", "diagnose_every", "diagnose_per_class"}
+FREE = {
+    "save_every_minutes",
+    "validate_every",
+    "pretrained",
+    "compile",
+    "tensorboard",
+    "diagnose_every",
+    "diagnose_per_class",
+}
 SEEN_WITHIN = 60.0  # seconds until every host sees what another has written; NFS looks that seldom
 Found = tuple[dict[str, Any], str]  # a checkpoint's state, and the digest of its file
 
@@ -57,6 +67,7 @@ class TrainingFolder:
     def __init__(self, path: Path, identity: dict[str, Any], *, kill: KillPoint | None = None):
         self.path, self.identity, self._kill = path, identity, kill or KillPoint(None, rank=0)
         self._best: dict[str, Any] | None = None
+        self._events: EventFiles | None = None
         self.notes: list[str] = []  # what a person should know of how the training was taken up
 
     @property
@@ -151,6 +162,15 @@ class TrainingFolder:
         if diagnosed.is_file():
             write_durably(diagnosed, diagnosis.HEADER + "".join(_rows_until(diagnosed, epoch)))
 
+    def show_in_tensorboard(self) -> None:
+        """Writes tensorboard/, now what metrics.jsonl holds and with every epoch that follows."""
+        self._events = EventFiles(self.path / "tensorboard", self.history())
+
+    def close(self) -> None:
+        """Ends what writes in the background."""
+        if self._events is not None:
+            self._events.close()
+
     def append(self, epoch: Epoch, diagnosed: str | None = None) -> None:
         """One line more in metrics.jsonl, and those of an epoch in diagnostics.csv where it was diagnosed."""
         with (
@@ -159,6 +179,8 @@ class TrainingFolder:
             open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(asdict(epoch)) + "\n")
+        if self._events is not None:
+            self._events.add(asdict(epoch))
         if diagnosed is not None:
             with self._writing(), open(self.path / "diagnostics.csv", "a", encoding="utf-8") as file:
                 file.write(diagnosed if file.tell() else diagnosis.HEADER + diagnosed)
@@ -184,9 +206,11 @@ class TrainingFolder:
 
     @property
     def last_line(self) -> dict[str, Any] | None:
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return json.loads(lines[-1]) if lines else None
+        return next(reversed(self.history()), None)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The epochs that metrics.jsonl holds, without a last line torn by a kill."""
+        return read_history(self.path)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -233,7 +257,12 @@ def _defaults() -> dict[str, Any]:
     return _settings(BackboneConfig())
 
 
-def _lines_until(path: Path, epoch: int) -> list[str]:
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The epochs that a training's metrics.jsonl holds, without a last line torn by a kill; empty where there is none."""
+    return [json.loads(line) for line in _lines_until(folder / "metrics.jsonl")]
+
+
+def _lines_until(path: Path, epoch: float = math.inf) -> list[str]:
     """The metric lines of epochs that the checkpoint has; a torn last line is dropped."""
     if not path.is_file():
         return []

@@ -69,6 +69,7 @@ def train_backbone(
             for event in trainer.run():
                 if ranks.first:
                     report(event)
+            trainer.folder.close()
         return TrainResult(
             checkpoint=out / "last.pt",
             epochs=config.backbone.epochs,
@@ -421,6 +422,8 @@ class Trainer:
                 self.loss_sum.fill_(state["loss_sum"])
         if self.ranks.first and self.epoch < self.settings.epochs:
             self.folder.begin(self.provenance, epoch=self.epoch)
+        if self.settings.tensorboard:
+            self.ranks.together(lambda: self.folder.show_in_tensorboard() if self.ranks.first else None)
 
 
 def peak_memory_mb(device: torch.device) -> float:

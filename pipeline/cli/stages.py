@@ -81,19 +81,22 @@ def run_command(
     help="Train with each value, in OUT/tries, and choose on validation; repeated, every combination.",
 )
 @click.option("--seeds", metavar="0,1,2", help="Train every setting once per seed, in OUT/tries, and tell mean ± std.")
+@click.option("--tensorboard", is_flag=True, help="Write event files for TensorBoard beside the checkpoints too.")
 @click.option("--overwrite", is_flag=True, help="Start anew instead of continuing the checkpoint there.")
 @on_error
 @workers
 @settings
 @shared
-def train_command(config, out, tries, seeds, overwrite, on_error, nproc, device, sets, as_json, debug):
+def train_command(config, out, tries, seeds, tensorboard, overwrite, on_error, nproc, device, sets, as_json, debug):
     """Stage 1: train an encoder and classifier; continues a checkpoint of the same configuration.
 
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
 
     Losses, samplers and averaged weights are keys of the configuration: backbone.loss, backbone.sampler, backbone.ema.
     """
-    talk, chosen = take_config(config, (*sets, *_said(on_error=on_error)))
+    talk, chosen = take_config(
+        config, (*sets, *_said(on_error=on_error), *(["backbone.tensorboard=true"] if tensorboard else []))
+    )
     if relaunched(nproc):
         return
     from pipeline.backbone.train import train_backbone

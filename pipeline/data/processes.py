@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from multiprocessing.context import BaseContext
+
+WAIT_AFTER_SIGTERM = 20.0  # seconds; torchrun kills what is left after 30
 
 
 def decoding_processes() -> BaseContext:
@@ -18,8 +21,20 @@ def decoding_processes() -> BaseContext:
 
 
 def end_with_parent(worker: int) -> None:
-    """Ends this process when the one it reads for is gone; a DataLoader's own watchdog sees only the fork server live."""
+    """Ends this process when the one it reads for is gone; a DataLoader's own watchdog sees only the fork server live.
+
+    And not before: a signal to all processes of a job (Ctrl-C, `timeout`, Slurm) is for the one that reads, which takes
+    some more batches until it has saved what it did.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
     threading.Thread(target=_outlive_nobody, daemon=True).start()
+
+
+def _end_later(number, frame) -> None:
+    late = threading.Timer(WAIT_AFTER_SIGTERM, os._exit, [0])
+    late.daemon = True
+    late.start()
 
 
 def _outlive_nobody() -> None:
