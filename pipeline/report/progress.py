@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 FILE = "diagnostics.csv"
 MEASURES = {  # of an epoch, with what they mean
-    "std": "standard deviation of training accuracy over classes [points]",
-    "range": "best less worst class [points]",
-    "gap": "major less minor classes [points]",
-    "ratio": "‖∂L/∂z‖ of minor over major classes",
+    "std": "training accuracy: std over classes",
+    "range": "training accuracy: best less worst",
+    "gap": "training accuracy: major less minor",
+    "ratio": "‖∂L/∂z‖: minor over major",
 }
 STYLES = [(BLACK, "s"), (BLUE, "o"), (RED, "^"), (GREEN, "D"), (ORANGE, "v")]
 
@@ -72,19 +72,23 @@ class Compared:
     def to_dict(self) -> dict[str, Any]:
         return {"runs": list(self.rows), "figure": str(self.figure)}
 
-    def __str__(self) -> str:
-        lines = []
+    def __rich_console__(self, console, options):
+        from rich import box
+        from rich.table import Table
+
+        less = f"less {self.rows[0]['run']}"
         for row in self.rows:
-            lines.append(
-                f"{row['run']} ({row['n']} training{'s' if row['n'] > 1 else ''}), mean over epochs (last epoch):"
-            )
+            held = "less_first" in row["std"]
+            title = f"{row['run']}: {row['n']} training{'s' if row['n'] > 1 else ''}"
+            table = Table(title=title, title_justify="left", box=box.SIMPLE)
+            table.add_column("")
+            for name in ("over the epochs", *[less] * held, "last epoch", *[less] * held):
+                table.add_column(name, justify="right")
             for measure, meaning in MEASURES.items():
-                values = row[measure]
-                if values["mean"] is not None:
-                    less = values.get("less_first")
-                    against = f"; less {self.rows[0]['run']}: {_shown(less)}" if less else ""
-                    lines.append(f"  {_shown(values)} ({_shown(row['last'][measure])})  {meaning}{against}")
-        return "\n".join([*lines, f"picture: {self.figure}"])
+                cells = [(_shown(of[measure]), _shown(of[measure].get("less_first"))) for of in (row, row["last"])]
+                table.add_row(meaning, *(text for pair in cells for text in pair[: 1 + held]))
+            yield table
+        yield f"picture: {self.figure}"
 
 
 def halves(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,20 +211,31 @@ def _line(axes: "Axes", of: Sequence[Progress], measure: str, style: Row) -> Non
 
 
 def _compared(named: Mapping[str, Sequence[Progress]]) -> list[Row]:
-    first = {p.name: p for p in next(iter(named.values()))}
+    """A row a run: each measure over the epochs, and in `last` at the last one."""
     rows: list[Row] = []
+    first = next(iter(named.values()))
     for label, of in named.items():
-        row: Row = {"run": label, "n": len(of), "last": {}}
-        for measure in MEASURES:
-            row[measure] = _numbers(spread([p.over_epochs(measure) for p in of]))
-            row["last"][measure] = _numbers(spread([p.over_epochs(measure, last=True) for p in of]))
-            if rows and len(of) == len(first) and (len(of) == 1 or {p.name for p in of} == first.keys()):
-                pairs = [(p, first[p.name] if len(of) > 1 else next(iter(first.values()))) for p in of]
-                both = [(p.over_epochs(measure), q.over_epochs(measure)) for p, q in pairs]
-                less = [a - b if a is not None and b is not None else None for a, b in both]
-                row[measure]["less_first"] = _numbers(spread(less))
-        rows.append(row)
+        pairs = _pairs(of, first) if rows else []
+        both = [{m: _spread_of(of, pairs, m, last=last) for m in MEASURES} for last in (False, True)]
+        rows.append({"run": label, "n": len(of), **both[0], "last": both[1]})
     return rows
+
+
+def _pairs(of: Sequence[Progress], first: Sequence[Progress]) -> list[tuple[Progress, Progress]]:
+    """Trainings with those of the first run they are held against: the same seeds, or the only one; else nothing."""
+    known = {p.name: p for p in first}
+    if len(of) == len(first) == 1:
+        return [(of[0], first[0])]
+    return [(p, known[p.name]) for p in of] if {p.name for p in of} == known.keys() else []
+
+
+def _spread_of(of: Sequence[Progress], pairs: Sequence[tuple[Progress, Progress]], measure: str, *, last: bool) -> Row:
+    """Mean and standard deviation of a measure; less_first, those of its differences, where there are pairs."""
+    row = _numbers(spread([p.over_epochs(measure, last=last) for p in of]))
+    if not pairs:
+        return row
+    both = [(p.over_epochs(measure, last=last), q.over_epochs(measure, last=last)) for p, q in pairs]
+    return row | {"less_first": _numbers(spread([a - b for a, b in both if a is not None and b is not None]))}
 
 
 def _labels(runs: Sequence[Path]) -> list[str]:
@@ -233,10 +248,10 @@ def _numbers(value: Spread) -> Row:
     return {"mean": value.mean, "std": value.std}
 
 
-def _shown(value: Row) -> str:
-    if value["mean"] is None:
+def _shown(value: Row | None) -> str:
+    if value is None or value["mean"] is None:
         return "–"
-    return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
+    return f"{value['mean']:.2f}".replace("-", "−") + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
 
 
 def _mean(values: np.ndarray) -> float | None:
