@@ -96,6 +96,15 @@ def usual_input(name: str) -> dict[str, Any]:
     return found.to_dict() if found else {}
 
 
+def augmentation_facts(config: BackboneConfig, transform: Transform) -> dict[str, str]:
+    """What training added to crops and flips, which must stand beside every number too; empty where it added nothing."""
+    drawn = f"randaugment {transform.rand_n} × {transform.rand_m}"
+    added = [drawn if transform.policy == "randaugment" else transform.policy] if transform.policy != "none" else []
+    added += [f"cutout {transform.cutout}"] if transform.cutout else []
+    added += [f"mixup {config.mixup:g}"] if config.mixup else []
+    return {"augmentation": ", ".join([transform.augment, *added])} if added else {}
+
+
 def input_transform(
     data: DataConfig, backbone: BackboneConfig, train: Split, *, known: Mapping[str, Any] | None = None
 ) -> Transform:

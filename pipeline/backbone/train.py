@@ -26,7 +26,14 @@ from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
 from pipeline.backbone.folder import TrainingFolder, alone_in, identity_of
 from pipeline.backbone.learner import Learner, Parallel
 from pipeline.backbone.mixup import Mixup
-from pipeline.backbone.model import build_model, check_input, class_accuracy, input_transform, network_facts
+from pipeline.backbone.model import (
+    augmentation_facts,
+    build_model,
+    check_input,
+    class_accuracy,
+    input_transform,
+    network_facts,
+)
 from pipeline.backbone.objective import UNREADABLE, Objective
 from pipeline.backbone.order import epoch_order, nth_draw, shares, steps_of
 from pipeline.backbone.schedule import choose_precision, learning_rate
@@ -109,7 +116,7 @@ class Trainer:
         self.model.to(memory_format=self.memory_format)
         check_input(self.model, self.transform, device)
         check_place(self.model, settings.weaken.at, size=self.transform.size, device=device)
-        self.network = network_facts(settings, self.model)
+        self.network = network_facts(settings, self.model) | augmentation_facts(settings, self.transform)
         self.objective = Objective(settings, dataset.counts, device=device)
         self.optimiser = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import WeakenConfig, nearest
+from pipeline.data.copies import on_device
 from pipeline.errors import ConfigError
 from pipeline.seeds import derive, uniform
 
@@ -73,8 +74,8 @@ class Weakening:
             return ()
         draws = uniform(derive(self.seed, "weaken", epoch, step), rows, 2)
         share = kept(draws[:, 0], self._reach[rows], strength=self.settings.strength)
-        partner = torch.from_numpy(partners(draws[:, 1], group=self.settings.group)).to(self.device, non_blocking=True)
-        keep = torch.from_numpy(share.astype(np.float32)).to(self.device, non_blocking=True)
+        partner = on_device(partners(draws[:, 1], group=self.settings.group), self.device)
+        keep = on_device(share.astype(np.float32), self.device)
         return torch.where(labels[partner] < 0, 1.0, keep), partner
 
 

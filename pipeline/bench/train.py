@@ -83,7 +83,7 @@ def over_bare(
         way: Driven(config, data, out=place / way, ranks=lone, signals=signals)
         for way, config in (("trainer", plain), ("everything", everything))
     }
-    bare = Bare(plain, ready(plain, data, device=device), device=device)
+    bare = Bare(plain, ready(plain, data, device=device), classes=CLASSES, device=device)
     loads = {
         way: loading(
             Loader(data.train, input_transform(config.data, config.backbone, data.train), device=device), BATCH
@@ -122,7 +122,7 @@ def image_files(place: Path, *, repeat: int, device: torch.device, say: Say) -> 
     some = data.train.take(np.arange(2 * batch))
     with threads(cpus() if device.type == "cpu" else torch.get_num_threads()):
         of = Dataset("files", data.class_names, some)
-        network_alone = Bare(config, ready(config, of, device=device), device=device)
+        network_alone = Bare(config, ready(config, of, device=device), classes=len(data.class_names), device=device)
         seconds = interleaved({"loader": loading(loader, batch), "network": network_alone.steps}, repeat=min(repeat, 3))
     rates = {
         "loader": rows / statistics.median(seconds["loader"]),
@@ -145,7 +145,8 @@ def whole(
     for network, minutes in MINUTES.items():
         for mode in modes:
             say(f"whole epochs: {network}, compile {mode}")
-            torch.compiler.reset()
+            if mode != "none":
+                torch.compiler.reset()
             config = training(network, **{"backbone.compile": mode})
             drive = Driven(config, data, out=place / f"{network}-{mode}", ranks=Ranks(0, 1, device), signals=signals)
             first, *others = (drive.epoch() for _ in range(1 + epochs))
@@ -196,10 +197,9 @@ class Driven:
 class Bare:
     """The loop that nobody can do without: forward, backward, step, on batches that lie ready."""
 
-    def __init__(self, config: Config, batches: list[Batch], *, device: torch.device):
+    def __init__(self, config: Config, batches: list[Batch], *, classes: int, device: torch.device):
         settings, self.device, self.batches = config.backbone, device, batches
         self.precision = choose_precision(settings.precision, device)
-        classes = 1 + max(int(labels.max()) for _, labels in batches)
         model = build_model(settings, num_classes=classes).to(device)
         model.to(memory_format=_memory_format(device))
         self.learner = Learner(model).train()

@@ -151,6 +151,8 @@ def caption(document: Mapping[str, Any]) -> str:
         parts.append(f"{network['parameters']:,} parameters")
     if "feature_width" in network:
         parts.append(f"{network['feature_width']}-d features")
+    if "augmentation" in network:
+        parts.append(f"stage 1 with {network['augmentation']}")
     if settings:
         stored = settings.get("views_stored", 1)
         seen = (

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pipeline.backbone.model import build_model, classifier, encode, input_transform
+from pipeline.backbone.model import augmentation_facts, build_model, classifier, encode, input_transform
 from pipeline.config import BackboneConfig, DataConfig
 from pipeline.data.dataset import Split
+from pipeline.data.transform import Transform
 from pipeline.errors import ConfigError
+from pipeline.report.table import caption
 
 
 def parameters(model):
@@ -81,3 +85,12 @@ def test_the_input_says_which_policy_and_nothing_of_those_that_are_not_used():
     assert of(policy="randaugment", rand_n=5, cutout=4) == of() | {"policy": "randaugment", "rand_n": 5, "cutout": 4}
     with pytest.raises(ConfigError, match=r"data\.cutout=8: would hide whole images of 8 × 8"):
         of(cutout=8)
+
+
+def test_more_than_crops_and_flips_stands_beside_the_network():
+    crops = Transform((8, 8), (0.5,) * 3, (0.5,) * 3, "crop-flip")
+    assert augmentation_facts(BackboneConfig(), crops) == {}
+    told = augmentation_facts(BackboneConfig(mixup=0.2), replace(crops, policy="randaugment", rand_m=5, cutout=4))
+    assert told == {"augmentation": "crop-flip, randaugment 2 × 5, cutout 4, mixup 0.2"}
+    document = {"network": {"network": "net"} | told, "selected": {"n": 1, "chosen_on": None}}
+    assert caption(document).startswith("net, stage 1 with crop-flip, randaugment 2 × 5, cutout 4, mixup 0.2; ")
