@@ -155,6 +155,15 @@ class BackboneConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _no_gradient_is_overwritten(self):
+        if self.accumulate > 1 and self.compile in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"accumulate {self.accumulate}: compile {self.compile} replays CUDA graphs, which write over the gradients "
+                "that are added up; take compile default or none, or accumulate 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _mixed_once(self):
         if self.mixup and self.weaken.strength:
             raise ValueError("mixup and weaken.strength both mix images of a batch; set one of them to 0")

@@ -57,6 +57,11 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path):
         ("backbone: {}", [], ["data is missing"]),
         ("data: {source: digits}", ["backbone.lr"], ["--set backbone.lr", "KEY=VALUE"]),
         ("data: {source: digits}", ["backbone.lr=-1"], ["backbone.lr", "greater than 0"]),
+        (
+            "data: {source: digits}",
+            ["backbone.accumulate=2", "backbone.compile=reduce-overhead"],
+            ["backbone: accumulate 2", "take compile default"],
+        ),
         ("data: {source: digits}", ["rebalance.seeds=[0, 0]"], ["rebalance.seeds", "different seeds"]),
         ("data: {source: digits}", ["rebalance.kl_weight=-1"], ["kl_weight", "0 or more"]),
         ("[1, 2]", [], ["expected keys"]),
