@@ -66,13 +66,22 @@ def figure_of(width: float, height: float) -> "Figure":
 
 
 def legend(figure: "Figure", grid: np.ndarray) -> None:
-    """One legend below all axes, every label once."""
+    """One legend below all axes, every label once; in fewer columns where labels are long."""
     known: dict[str, Any] = {}
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             known.setdefault(label, handle)
-    place: Any = {"loc": "outside lower center", "ncols": min(len(known), 5), "fontsize": 10.5, "handlelength": 3}
+    place: Any = {"loc": "outside lower center", "ncols": _columns(list(known)), "fontsize": 10.5, "handlelength": 3}
     figure.legend(list(known.values()), list(known), **place)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """As many as fit beside each other, five at most: a figure of 11.5 inches has room for 165 letters, a line for 8."""
+    for columns in range(min(len(labels), 5), 1, -1):
+        each = np.array_split(np.array([len(label) for label in labels]), columns)
+        if sum(lengths.max() + 8 for lengths in each) <= 165:
+            return columns
+    return 1
 
 
 def lambda_axis(axes: "Axes", lams: Sequence[float]) -> None:

@@ -1,6 +1,7 @@
 """How evenly the classes of a training come along: read from diagnostics.csv, summed up by epoch, compared, drawn."""
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +26,25 @@ MEASURES = {  # of an epoch, with what they mean
     "gap": "training accuracy: major less minor",
     "ratio": "‖∂L/∂z‖: minor over major",
 }
+RECONSTRUCTED = (
+    " Weakening of major features is a reconstruction from the abstract of Procrustean training (ICCV 2021)."
+)
 STYLES = [(BLACK, "s"), (BLUE, "o"), (RED, "^"), (GREEN, "D"), (ORANGE, "v")]
 
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """One training: epochs (E,), counts (C,), accuracy (E, C) in % and gradient norm (E, C), nan where unknown."""
+    """One training: epochs (E,), counts (C,), accuracy (E, C) in % and gradient norm (E, C), nan where unknown.
+
+    weakened: how major features were weakened in it, empty where they were not.
+    """
 
     name: str
     epochs: np.ndarray
     counts: np.ndarray
     accuracy: np.ndarray
     gradient: np.ndarray
+    weakened: str = ""
 
     @property
     def summary(self) -> list[Row]:
@@ -68,6 +76,7 @@ class Compared:
 
     rows: tuple[Row, ...]
     figure: Path
+    note: str
 
     def to_dict(self) -> dict[str, Any]:
         return {"runs": list(self.rows), "figure": str(self.figure)}
@@ -88,6 +97,8 @@ class Compared:
                 cells = [(_shown(of[measure]), _shown(of[measure].get("less_first"))) for of in (row, row["last"])]
                 table.add_row(meaning, *(text for pair in cells for text in pair[: 1 + held]))
             yield table
+        if self.note:
+            yield self.note.strip()
         yield f"picture: {self.figure}"
 
 
@@ -119,7 +130,18 @@ def read_progress(path: Path, name: str) -> Progress:
         raise DataError(f"{path}: has no whole epoch in it; train with --set backbone.diagnose_every=1")
     each = values[: whole * len(counts)].reshape(whole, len(counts), 2)
     epochs = np.array([row[0] for row in table[: whole * len(counts) : len(counts)]])
-    return Progress(name, epochs, np.array([counts[c] for c in range(len(counts))]), each[..., 0], each[..., 1])
+    sizes = np.array([counts[c] for c in range(len(counts))])
+    return Progress(name, epochs, sizes, each[..., 0], each[..., 1], _weakening(path.with_name("run.json")))
+
+
+def _weakening(made: Path) -> str:
+    """How a training's run.json says that it weakened major features."""
+    try:
+        settings = json.loads(made.read_text(encoding="utf-8"))["config"]["backbone"]["weaken"]
+        strength, gamma, at = (settings[key] for key in ("strength", "gamma", "at"))
+    except (OSError, ValueError, KeyError, TypeError):  # of an older version, or not there
+        return ""
+    return f"weakening as reconstructed: a = {strength:g}, γ = {gamma:g}, at {at}" if strength else ""
 
 
 def trainings(run: Path) -> list[Progress]:
@@ -147,7 +169,8 @@ def compare(runs: Sequence[Path], *, out: Path) -> Compared:
     drawing = draw(named)
     figure = write_durably(out / f"{drawing.name}.png", look.png(drawing.figure))
     write_durably(out / f"{drawing.name}.csv", drawing.csv)
-    return Compared(tuple(_compared(named)), figure)
+    weakened = any(p.weakened for of in named.values() for p in of)
+    return Compared(tuple(_compared(named)), figure, RECONSTRUCTED if weakened else "")
 
 
 def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
@@ -168,7 +191,7 @@ def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
                 (ratio, "ratio", False),
             ):
                 _line(axes, of, measure, style | {"linestyle": "--" if dashed else "-"})
-            accuracy.plot([], [], label=name, **style)
+            accuracy.plot([], [], label=f"{name} ({how})" if (how := of[0].weakened) else name, **style)
         for kind, line in (("major classes", "-"), ("minor classes", "--")):
             accuracy.plot([], [], color=GREY, linestyle=line, label=kind)
         ratio.axhline(1, color=GREY, linewidth=1, linestyle=":")
@@ -187,7 +210,7 @@ def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
     caption = (
         "The same training images of every class after each epoch, clean, unmixed, in evaluation mode; z is what enters "
         "the classifier, L cross-entropy. Major classes are larger than the geometric mean of the largest and the "
-        f"smallest.{bands}"
+        f"smallest.{bands}{RECONSTRUCTED if any(p.weakened for of in runs.values() for p in of) else ''}"
     )
     table = [{"run": name, "training": p.name, **line} for name, of in runs.items() for p in of for line in p.summary]
     return Drawing("progress", "How evenly the classes come along", caption, figure, table)
@@ -217,7 +240,7 @@ def _compared(named: Mapping[str, Sequence[Progress]]) -> list[Row]:
     for label, of in named.items():
         pairs = _pairs(of, first) if rows else []
         both = [{m: _spread_of(of, pairs, m, last=last) for m in MEASURES} for last in (False, True)]
-        rows.append({"run": label, "n": len(of), **both[0], "last": both[1]})
+        rows.append({"run": label, "n": len(of), "weakened": of[0].weakened, **both[0], "last": both[1]})
     return rows
 
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline.cli import invoke
 from pipeline.errors import DataError
 from pipeline.report import write_report
-from pipeline.report.progress import compare, halves, of_run, read_progress, trainings
+from pipeline.report.progress import compare, draw, halves, of_run, read_progress, trainings
 from tests.small_run import COUNTS
 
 HEADER = "epoch,class,images,measured,accuracy,gradient\n"
@@ -114,6 +114,20 @@ def test_the_command_and_its_errors(tmp_path, capsys, monkeypatch):
     (tmp_path / "c").mkdir()
     assert invoke(["progress", "a", "c"]) == 3
     assert "c: no diagnostics.csv in it; train with --set backbone.diagnose_every=1" in capsys.readouterr().err
+
+
+def test_weakened_runs_are_called_a_reconstruction(tmp_path, capsys):
+    for name, strength in (("plain", 0), ("weak", 0.5)):
+        made_file(tmp_path / name / "diagnostics.csv")
+        weaken = {"strength": strength, "gamma": 1.0, "at": "layers.2"}
+        (tmp_path / name / "run.json").write_text(json.dumps({"config": {"backbone": {"weaken": weaken}}}))
+    how = "weakening as reconstructed: a = 0.5, γ = 1, at layers.2"
+    drawn = draw({name: trainings(tmp_path / name) for name in ("plain", "weak")})
+    assert [text.get_text() for text in drawn.figure.legends[0].get_texts()][:2] == ["plain", f"weak ({how})"]
+    assert "a reconstruction from the abstract" in drawn.caption
+    assert "reconstruction" not in draw({"plain": trainings(tmp_path / "plain")}).caption
+    assert invoke(["progress", str(tmp_path / "weak"), "--out", str(tmp_path / "out")]) == 0
+    assert "a reconstruction from the abstract" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_report_of_a_run_shows_it(run, tmp_path):
