@@ -194,6 +194,7 @@ def _checkpoint(path: Path) -> Artefact:
         if state["probe"]
         else "its own",
         **_classes(state["class_names"], state["counts"]),
+        "of them left out": _left_out(path, state["epoch"]),
         "dataset": f"{data['name']}, fingerprint {data['fingerprint']}",
         "input": state["transform"],
         "weights digest": weights_digest(state["model"]),
@@ -232,6 +233,15 @@ def _training(folder: Path) -> Artefact:
             best = max(known, key=lambda line: line["val_accuracy"])
             facts["best epoch told"] = f"{best['epoch']}, validation {accuracies(best, 'val')}"
     return Artefact(found.path, found.kind, facts, found.made)
+
+
+def _left_out(checkpoint: Path, epoch: int) -> str | None:
+    """What the history beside a checkpoint says of unreadable images in its last epoch; None where there were none."""
+    from pipeline.backbone.folder import read_history
+
+    lines = read_history(checkpoint.parent)
+    left_out = next((line.get("left_out") for line in lines if line.get("epoch") == epoch), None)
+    return f"{left_out}, which could not be read in epoch {epoch}" if left_out else None
 
 
 def _results(path: Path) -> Artefact:

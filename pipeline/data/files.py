@@ -97,11 +97,11 @@ class Files:
         sizes = np.maximum(self.sizes, 0)
         sizes[list(without)] = 0
         if contents := int(sizes.sum()) <= limit:
-            prefix = self._prefix
-            for name, size in zip(self._names(range(len(self))), sizes.tolist(), strict=True):
+            every = range(len(self))
+            for name, path, size in zip(self._names(every), self._paths(every), sizes.tolist(), strict=True):
                 sha.update(b"%b\0%d\0" % (name, size))
                 if size:
-                    with contextlib.suppress(OSError), open(os.path.join(prefix, name), "rb") as file:
+                    with contextlib.suppress(OSError), open(path, "rb") as file:
                         sha.update(file.read())  # who reads the image says what is wrong
         else:
             for rows in _pieces(len(self)):
@@ -109,13 +109,13 @@ class Files:
                 sha.update(b"".join(b"%b\0%d\0" % fact for fact in facts))
         return "file contents" if contents else "file names and sizes"
 
-    @property
-    def _prefix(self) -> bytes:
-        return os.fsencode(self.root)
-
     def _names(self, rows: range) -> Iterator[bytes]:
         starts, stops = (ends[rows.start : rows.stop].tolist() for ends in (self.starts, self.stops))
         return (self.text[a:b] for a, b in zip(starts, stops, strict=True))
+
+    def _paths(self, rows: range) -> Iterator[bytes]:
+        root = os.path.join(os.fsencode(self.root), b"")
+        return (name if name.startswith(b"/") else root + name for name in self._names(rows))
 
     def _ask(self) -> np.ndarray:
         first, *others = [*_pieces(len(self))] or [range(0)]
@@ -129,8 +129,7 @@ class Files:
         return np.fromiter(chain.from_iterable(found), np.int64, len(self))
 
     def _sizes(self, rows: range) -> list[int]:
-        prefix = self._prefix
-        return [_size(os.path.join(prefix, name)) for name in self._names(rows)]
+        return [_size(path) for path in self._paths(rows)]
 
 
 def _pieces(count: int) -> Iterator[range]:

@@ -41,8 +41,9 @@ def hold_out(labels: np.ndarray, *, per_class: int, seed: int, classes: int) -> 
     for order in of_each_class(labels, classes):
         random.shuffle(order)
         held.append(order[: min(per_class, len(order) // 5)])
-    taken = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), taken), taken
+    out = np.zeros(len(labels), bool)
+    out[np.concatenate(held)] = True
+    return np.flatnonzero(~out), np.flatnonzero(out)
 
 
 def of_each_class(labels: np.ndarray, classes: int) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -363,3 +364,18 @@ def test_unreadable_rows_are_named_and_can_be_skipped(disk, digits, tmp_path, mo
     some = dump_features(backbone, settings(tmp_path / "set", on_error="skip"), out=tmp_path / "f.zarr")
     assert some.written == 2  # its chunk in both views
     assert some.skipped == {"train": rows[1:]}
+
+
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    docs = Path(__file__).parents[2] / "docs" / "data.md"
+    text = docs.read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
+    names: dict = {}
+    exec(compile(code, str(docs), "exec"), names)
+    assert capsys.readouterr().out.splitlines() == [
+        "('cat', 'dog') [32  7] {'train': 39, 'val': 8, 'test': 9}",
+        "no test split: 9 training images were held out as one",
+        "pets-disk, train, row 46 (6.png)",
+        "[30  3]",
+    ]
