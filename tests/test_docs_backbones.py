@@ -41,7 +41,7 @@ def test_the_commands_and_the_python_run(tmp_path, monkeypatch):
         *["dump-features"] * 2,
     ]
     for words in commands:
-        quick = ["--set", "dump.views=1"] if words[0] == "dump-features" else []
+        quick = ["--set", "dump.views=2"] if words[0] == "dump-features" else []
         quick += ["--set", "rebalance.epochs=1", "--set", "rebalance.lam=0.1"] if words[0] == "rebalance" else []
         assert invoke([*words, *quick]) == 0, words
     for text in blocks("python"):

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +133,7 @@ def test_a_checkpoint_of_any_shape_gives_the_features_and_logits_of_its_network(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("save", [as_timm_trains, as_safetensors, as_wrapped])
+@pytest.mark.parametrize("save", [as_safetensors, as_wrapped])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_six_families(name, save, tmp_path):
     args = FAMILIES[name]
@@ -373,6 +375,32 @@ def test_a_checkpoint_of_ours_lends_its_encoder_to_other_images(tmp_path, tiny_b
     assert kept.transform.mean == own.transform.mean
     assert "a linear probe is fitted on the features, as asked for" in capsys.readouterr().err
     assert_holds(tmp_path, own.model, head=False)
+
+
+def in_processes(command: list[str], *, ranks: int, **environment: str) -> int:
+    """The exit code of a command in worker processes of one thread each."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    told = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "pipeline", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(told, env=environment, capture_output=True, timeout=200).returncode
+
+
+@pytest.mark.slow
+def test_kills_and_ranks_change_no_byte_of_a_probed_store(tmp_path):
+    """Killed among the chunks, then between the probe and the seal, then finished by one; against two ranks undisturbed."""
+    file = save_to(tmp_path / "w.pt", network(classes=3))
+    assert in_processes(words(file, tmp_path / "whole"), ranks=2) == 0
+    for moment in ("within:2", "before:seal"):
+        assert in_processes(words(file, tmp_path / "killed"), ranks=1, PIPELINE_KILL_AT=moment) < 0
+    assert (tmp_path / "killed" / "features.zarr" / "classifier" / "weight" / "c" / "0" / "0").exists()
+    assert in_processes(words(file, tmp_path / "killed"), ranks=1) == 0
+    whole, killed = (open_cache(tmp_path / name / "features.zarr") for name in ("whole", "killed"))
+    assert (whole.digest, verify(killed.path)) == (killed.digest, [])
+    (tmp_path / "killed" / "features.zarr" / "classifier" / "bias" / "c" / "0").unlink()
+    assert (
+        in_processes(["dump-features", "--checkpoint", str(tmp_path / "killed" / "backbone" / "last.pt")], ranks=1) == 0
+    )
+    assert open_cache(tmp_path / "killed" / "features.zarr").digest == whole.digest
 
 
 @pytest.mark.slow
