@@ -1,5 +1,7 @@
 """The average of the weights: its arithmetic, and that it is what is validated and kept for use."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,8 @@ from pipeline.config import BackboneConfig, make_config
 from pipeline.data import load_dataset
 from pipeline.data.transform import Loader
 from pipeline.metrics import group_means
+from tests import ranks
+from tests.backbone.test_train import EVERYTHING, assert_same_state
 from tests.conftest import digits_tree
 
 
@@ -79,6 +83,19 @@ def test_what_is_kept_for_use_gives_the_accuracy_that_training_told(tmp_path, lo
     best = checkpoint.read(tmp_path / "best.pt")
     assert not {"learner", "average", "optimiser"} & best.keys()
     assert ("classifier" in result.network) is (loss == "ldam-drw")
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_kill_changes_neither_weights_nor_average(tmp_path, world):
+    """With everything that is more than a plain training: between gradient and step, then after a step."""
+    tree, whole, out = digits_tree(epochs=3, **EVERYTHING), tmp_path / "whole", tmp_path / "out"
+    assert ranks.train(tree, whole, ranks=world, scratch=tmp_path).codes == [0] * world
+    for moment in ("before:update-9", "after:step-14"):
+        died = ranks.train(tree, out, ranks=world, kill_at=moment, scratch=tmp_path)
+        assert died.codes[0] == -signal.SIGKILL
+    assert ranks.train(tree, out, ranks=world, scratch=tmp_path).codes == [0] * world
+    for name in ("last.pt", "best.pt"):
+        assert_same_state(out / name, whole / name)
 
 
 def test_without_an_average_a_checkpoint_holds_the_weights_once(tmp_path):
