@@ -10,7 +10,10 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
+    RendezvousError,
     RendezvousGracefulExitError,
     RendezvousHandler,
     RendezvousInfo,
@@ -53,8 +57,8 @@ def launch(job: Job, arguments: Sequence[str]) -> int:
     # workers that start again must not meet in the store of those before, which has their addresses
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     rendezvous_handler_registry.register(Watched.name, Watched)
-    with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "exit_code"
+    with ExitStack() as at_end:
+        told = Path(at_end.enter_context(tempfile.TemporaryDirectory())) / "exit_code"
         os.environ[TOLD] = str(told)
         config = LaunchConfig(
             min_nodes=job.nodes[0],
@@ -63,7 +67,7 @@ def launch(job: Job, arguments: Sequence[str]) -> int:
             run_id=job.name or _name(job, arguments),
             rdzv_backend=Watched.name,
             rdzv_endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-            rdzv_configs={"is_host": seat.here, "told": told, "talk": talk, "read_timeout": SILENCE, **job.conf},
+            rdzv_configs={"is_host": seat.here, "told": told, "talk": talk, "at_end": at_end, **job.conf},
             local_addr=seat.address,
             max_restarts=job.restarts,
         )
@@ -111,34 +115,48 @@ class Watched(RendezvousHandler):
     def __init__(self, parameters: RendezvousParameters):
         self._told: Path = parameters.config.pop("told")
         self._talk: Talk = parameters.config.pop("talk")
+        at_end: ExitStack = parameters.config.pop("at_end")
         self._handler = _c10d(parameters)
-        self._hosts, self._reason, self._alone = 0, "", False
+        self._hosts, self._reason = 0, ""
+        self._listener: Listener | None = None
+        at_end.callback(self._listen_no_more)  # a thread inside torch when Python ends would abort the process
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._told.exists():
             raise Told(int(self._told.read_text()))
-        if self._hosts:
+        if self._listener:
+            self._listener.end()
             self._talk.say(f"{self._reason or 'a process was lost'}: all start again and go on from what is finished")
         try:
             info = self._handler.next_rendezvous()
         except RendezvousGracefulExitError as error:  # a host more than the job takes
             raise Told(OK) from error
         self._hosts, self._reason = info.world_size, ""
+        self._listener = Listener(self._handler)
         return info
 
     def num_nodes_waiting(self) -> int:
-        try:
-            waiting = self._handler.num_nodes_waiting()
-        except RendezvousConnectionError:
-            self._alone = True
-            raise
-        state = self._handler._state_holder.state  # torch shows nowhere else who takes part
-        gone = 0 if state.closed else self._hosts - len(state.participants)
+        assert self._listener is not None
+        waiting, there = self._listener.heard()
+        gone = 0 if there is None else self._hosts - there
         if gone > 0:
             self._reason = f"{gone} of {self._hosts} hosts left, or lost a process"
         elif waiting:
             self._reason = "another host is there"
         return max(waiting, gone)
+
+    def shutdown(self) -> bool:
+        return self._listen_no_more() and self._handler.shutdown()  # unless nobody is there to be told
+
+    def _listen_no_more(self) -> bool:
+        """Whether the last question, if any, was answered; no thread asks another."""
+        try:
+            if self._listener:
+                self._listener.end()
+        except RendezvousConnectionError:
+            return False
+        self._handler._stop_heartbeats()
+        return True
 
     def get_backend(self) -> str:
         return self.name
@@ -156,8 +174,43 @@ class Watched(RendezvousHandler):
     def get_run_id(self) -> str:
         return self._handler.get_run_id()
 
-    def shutdown(self) -> bool:
-        return not self._alone and self._handler.shutdown()  # nobody is there to be told
+
+class Listener:
+    """Asks the place where all meet how things stand, in a thread: a question to a host that is gone never returns."""
+
+    def __init__(self, handler: DynamicRendezvousHandler):
+        self._handler = handler
+        self._heard_at, self._waiting, self._there = time.monotonic(), 0, None  # type: float, int, int | None
+        self._failure: RendezvousError | None = None
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._ask, name="rendezvous", daemon=True)
+        self._thread.start()
+
+    def heard(self) -> tuple[int, int | None]:
+        """(hosts that wait to join, hosts that take part); RendezvousConnectionError after SILENCE seconds without an answer."""
+        if self._failure:
+            raise self._failure
+        if time.monotonic() - self._heard_at > SILENCE:
+            raise RendezvousConnectionError(f"no answer within {SILENCE} s")
+        return self._waiting, self._there
+
+    def end(self) -> None:
+        """Asks no more, so that somebody else may; RendezvousConnectionError where the last answer does not come."""
+        self._ending.set()
+        self._thread.join(max(0, self._heard_at + SILENCE - time.monotonic()))
+        if self._thread.is_alive():
+            raise RendezvousConnectionError(f"no answer within {SILENCE} s")
+
+    def _ask(self) -> None:
+        while not self._ending.wait(0.5):
+            try:
+                waiting = self._handler.num_nodes_waiting()
+            except RendezvousError as error:
+                self._failure = error
+                return
+            state = self._handler._state_holder.state  # torch shows nowhere else who takes part
+            self._waiting, self._there = waiting, None if state.closed else len(state.participants)
+            self._heard_at = time.monotonic()
 
 
 def _c10d(parameters: RendezvousParameters) -> DynamicRendezvousHandler:

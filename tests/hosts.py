@@ -113,7 +113,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def ended(run: subprocess.Popen, seconds: float = 90) -> str:
+def ended(run: subprocess.Popen, seconds: float = 240) -> str:
     """What a process said that has to end by itself."""
     try:
         return run.communicate(timeout=seconds)[0]
