@@ -30,15 +30,14 @@ NOTES = {
 def write(folder: Path, rows: Sequence[Row], told: Mapping[str, Sequence[str]]) -> tuple[Path, Path]:
     """Puts rows into folder/reproduction.json and their tables into folder/reproduction.md; returns both paths.
 
-    told: the deviations of each configuration. Rows and sections of other configurations, and all text around the sections,
-    stay as they are. DataError where what is there cannot be read.
+    told: the deviations of each configuration. Other tables, rows and sections of other configurations, and all text around the
+    sections stay as they are. DataError where what is there cannot be read.
     """
     data, page = folder / "reproduction.json", folder / "reproduction.md"
-    known = _read(data)
+    everything = merged(_read(data), rows)
     text = page.read_text(encoding="utf-8") if page.is_file() else "# Reproduction\n"
     for config, deviations in told.items():
-        text = with_section(text, config, section([r for r in rows if r["config"] == config], deviations))
-    everything = merged(known, rows)
+        text = with_section(text, config, section([r for r in everything if r["config"] == config], deviations))
     write_durably(data, json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_durably(page, text)
     return data, page
@@ -59,9 +58,9 @@ def section(rows: Sequence[Row], deviations: Sequence[str]) -> str:
     network = f"{first['network']}, {first['parameters']:,} parameters, {first['width']}-d"
     lines = [f"## {first['config']}: {first['data']}, {network}", ""]
     lines += [f"- {sentence}" for sentence in deviations]
-    for table in dict.fromkeys(r["table"] for r in rows):
+    for table in sorted({r["table"] for r in rows}, key=[*TITLES].index):
         of_table = [r for r in rows if r["table"] == table]
-        lines += ["", f"### {TITLES.get(table, table)} ({network})", "", *_table(of_table)]
+        lines += ["", f"### {TITLES[table]} ({network})", "", *_table(of_table)]
         lines += ["", _caption(of_table), *([NOTES[table]] if table in NOTES else [])]
         lines += [told] if (told := worth_of_selection(of_table)) else []
     return "\n".join(lines)

@@ -175,9 +175,9 @@ def over_backbones(rows: Sequence[Sequence[Row]], *, command: str) -> list[Row]:
 
 
 def merged(known: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """`known` with the rows of every configuration in `new` replaced by the new ones."""
-    configs = {r["config"] for r in new}
-    return [r for r in known if r["config"] not in configs] + list(new)
+    """`known` with every table of a configuration that is in `new` replaced by the new one."""
+    tables = {(r["config"], r["table"]) for r in new}
+    return [r for r in known if (r["config"], r["table"]) not in tables] + list(new)
 
 
 def views_of(settings: Mapping[str, Any]) -> str:

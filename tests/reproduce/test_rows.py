@@ -40,9 +40,10 @@ def test_several_backbones_become_mean_and_sample_deviation():
     assert over_backbones([[first]], command="one") == [first]
 
 
-def test_rows_of_one_configuration_replace_its_own_alone():
-    known = [a_row("a"), a_row("b"), a_row("b", "gone")]
-    assert [(r["config"], r["row"]) for r in merged(known, [a_row("b", "new")])] == [("a", "IWB + CB"), ("b", "new")]
+def test_a_table_of_one_configuration_replaces_its_own_alone():
+    known = [a_row("a"), a_row("b"), a_row("b", "gone"), a_row("b", "stays") | {"table": "table4"}]
+    now = merged(known, [a_row("b", "new")])
+    assert [(r["config"], r["row"]) for r in now] == [("a", "IWB + CB"), ("b", "stays"), ("b", "new")]
 
 
 def test_a_section_is_replaced_in_its_place():
