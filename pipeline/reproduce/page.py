@@ -80,11 +80,13 @@ def worth_of_selection(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    lines = ["| row | chosen | n | Many | Medium | Few | All | paper | ours − paper | less CB alone: Few | All |"]
-    lines.append("|" + "---|" * 11)
+    compared = any(r["less_cb"] for r in rows)
+    columns = ["row", "chosen", "n", "Many", "Medium", "Few", "All", "paper", "ours − paper"]
+    columns += ["less CB alone: Few", "All"] if compared else []
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for r in (r for r in rows if _shown(r)):
         cells = [_value(r["ours"][g], r["ours_std"][g]) for g in GROUPS]
-        far = [_less(r, g) for g in ("few", "all")]
+        far = [_less(r, g) for g in ("few", "all")] if compared else []
         lines.append(
             f"| {' | '.join([r['row'], _chosen(r['chosen']), str(r['n']), *cells, _paper(r), _apart(r), *far])} |"
         )
@@ -98,9 +100,10 @@ def _shown(r: Row) -> bool:
 
 
 def _caption(rows: Sequence[Row]) -> str:
-    views = ", ".join(dict.fromkeys(r["views"] for r in rows if r["row"] != "CE (stage 1)"))
-    devices, n_of = ({r[key] for r in rows} for key in ("device", "n_of"))
-    seconds = max(r["time_s"] for r in rows if r["row"] != "CE (stage 1)")
+    fitted = [r for r in rows if r["row"] != "CE (stage 1)"]
+    views = ", ".join(dict.fromkeys(r["views"] for r in fitted))
+    devices, n_of = ({r[key] for r in fitted} for key in ("device", "n_of"))
+    seconds = max(r["time_s"] for r in fitted)
     several = " and ".join(sorted(n_of))
     return (
         f"Test accuracy in %, mean ± std; n: {several}. Fitted on views: {views}. Chosen on validation, test read afterwards. "

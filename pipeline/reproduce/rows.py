@@ -87,7 +87,7 @@ def method_rows(
         trained = tested[0]["seed"] is not None
         equal = method == "iwb" and lam == 0.0 and chosen.get("iwb", {}).get("lam") != 0.0
         baseline = method == "baseline"
-        name = "CE (stage 1)" if baseline else "iwb, λ 0 (equal norms)" if equal else method
+        name = "CE (stage 1)" if baseline else "equal norms (λ 0)" if equal else method
         own = {} if equal or method not in chosen else chosen[method]
         rows.append(
             row(

@@ -69,6 +69,7 @@ def test_the_page_shows_each_table_with_network_and_deviations(done, place):
     text = (place / done.page).read_text(encoding="utf-8")
     assert "### Table 3: what the target is made of (cifar_resnet8 ×0.25, 5,006 parameters, 16-d)" in text
     assert "| NC·HC vector |" in text
+    assert text.count("Had λ been chosen on the test split") == 1  # under the curves alone
     assert "encoder stays in evaluation mode" in text
     assert "which is no result: IWB + CB " in text  # what selection could have been worth
 
