@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CHUNK_ROWS = 75  # divided by neither the batch size nor the number of rows
-PATIENCE = 60  # seconds; a rank that takes longer hangs
+PATIENCE = 120  # seconds; a rank that takes longer hangs
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.ranks_preloaded"])

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.backbone import checkpoint
 from pipeline.backbone.events import Epoch
@@ -24,11 +27,20 @@ from tests.conftest import digits_tree
 
 STEPS, EPOCHS = 6, 3
 MEASURED = {"images_per_s", "seconds", "peak_memory_mb", "time"}  # fields of metrics.jsonl that no two runs share
-LEFT = ["best.pt", "last.pt", "metrics.jsonl", "previous.pt", "run.json"]
+LEFT = ["best.pt", "diagnostics.csv", "last.pt", "metrics.jsonl", "previous.pt", "run.json"]
 
 
 def tree(**backbone):
-    return digits_tree(epochs=EPOCHS, accumulate=2, **backbone)
+    """Everything of stage 1 that has a state or draws lots."""
+    choices = {
+        "loss": "ldam-drw",
+        "drw_start": 0.5,
+        "sampler": "square-root",
+        "force_double_balancing": True,
+        "ema": 0.8,
+    }
+    mixed = {"weaken": {"strength": 0.5, "group": 16}}
+    return digits_tree(epochs=EPOCHS, accumulate=2, diagnose_every=2, **choices, **mixed, **backbone)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +69,7 @@ def assert_same_training(folder: Path, whole: Path) -> None:
     for name in ("last.pt", "best.pt", "previous.pt"):
         assert_same_state(folder / name, whole / name)
     assert history(folder) == history(whole)
+    assert (folder / "diagnostics.csv").read_text() == (whole / "diagnostics.csv").read_text()
     assert sorted(p.name for p in folder.iterdir()) == LEFT
 
 
@@ -295,3 +308,69 @@ def test_ranks_that_see_different_checkpoints_are_refused(other, undisturbed, tm
     assert "not the same file on all hosts: rank 1 on" in job.said[0]["error"]
     assert sees in job.said[0]["error"]
     assert job.said[1]["error"] == "another rank failed"
+
+
+@pytest.mark.slow
+def test_image_files_read_by_processes(tmp_path):
+    for split, count in (("train", 30), ("val", 4)):
+        for label in range(3):
+            folder = tmp_path / "images" / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(i).integers(0, 80, (20, 24, 3)) + 80 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    files = tree(batch_size=32, lr=0.05)
+    files["data"] = {"source": "folder", "path": str(tmp_path / "images"), "image_size": 16, "workers": 1}
+    assert ranks.train(files, tmp_path / "whole", scratch=tmp_path).codes == [0]
+    for moment, code in (("before:update-4", -9), ("term:data-9", 143)):
+        assert ranks.train(files, tmp_path / "out", kill_at=moment, scratch=tmp_path).codes == [code]
+    assert ranks.train(files, tmp_path / "out", scratch=tmp_path).codes == [0]
+    for name in ("last.pt", "best.pt"):
+        assert_same_state(tmp_path / "out" / name, tmp_path / "whole" / name)
+    assert history(tmp_path / "out") == history(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_same_command_goes_on(undisturbed, tmp_path):
+    """On a file system of its own, which then has room again; without the right to mount one there is nothing to test."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        out = disk / "out"
+        assert ranks.train(tree(), out, kill_at="after:last-1", scratch=tmp_path).codes == [-9]
+        before = (out / "last.pt").read_bytes()
+        (disk / "ballast").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 20 * 1024))
+        job = ranks.train(tree(), out, scratch=tmp_path)
+        assert job.codes == [1]
+        assert (
+            f"{out}: cannot be written: No space left on device; {out / 'last.pt'} stays as it was"
+            in job.said[0]["error"]
+        )
+        assert (out / "last.pt").read_bytes() == before
+        (disk / "ballast").unlink()
+        assert ranks.train(tree(), out, scratch=tmp_path).codes == [0]
+        assert_same_training(out, undisturbed(1))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_save_of_long_duration_is_not_made_after_every_short_epoch(tmp_path, monkeypatch):
+    """Epochs go on being told; the best of those between two saves is best.pt of the next."""
+    saved, real = [], checkpoint.save
+
+    def slow(path, state, **how):
+        saved.append((path.name, state["epoch"]))
+        time.sleep(0.3)
+        real(path, state, **how)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr("pipeline.backbone.train.SAVING_SHARE", 1e-6)
+    result = train_backbone(make_config(tree(), "t"), out=tmp_path)
+    told = [line["epoch"] for line in history(tmp_path)]
+    assert told == [1, 2, 3]
+    assert [epoch for name, epoch in saved if name == "last.pt"] == [1, 3]
+    best = checkpoint.read(tmp_path / "best.pt")
+    best_line = max(history(tmp_path), key=lambda line: line["val_accuracy"])
+    assert (best["epoch"], best["best"]) == (best_line["epoch"], result.best_val_accuracy)
