@@ -1,5 +1,6 @@
 """Encoder and classifier as the one module that DDP and torch.compile see."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -95,12 +96,14 @@ class Parallel:
             learner.model = nn.SyncBatchNorm.convert_sync_batchnorm(learner.model)
         if ranks.world > 1:
             # batch statistics are rank 0's at the next save or validation; training itself never reads them
-            self._module = DistributedDataParallel(
-                learner,
-                device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,
-            )
+            with warnings.catch_warnings():  # torch 2.15 has another word for broadcast_buffers, which 2.9 lacks
+                warnings.simplefilter("ignore", FutureWarning)
+                self._module = DistributedDataParallel(
+                    learner,
+                    device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+                    gradient_as_bucket_view=True,
+                    broadcast_buffers=False,
+                )
         self._call: Callable[..., Tensor] = self._module
         if mode != "none":
             # batches of an epoch differ by a row: two fixed shapes, each with its own kernels and CUDA graph
