@@ -382,24 +382,21 @@ def in_processes(command: list[str], *, ranks: int, **environment: str) -> int:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     told = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "pipeline", *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(told, env=environment, capture_output=True, timeout=200).returncode
+    return subprocess.run(told, env=environment, capture_output=True, timeout=300).returncode
 
 
 @pytest.mark.slow
 def test_kills_and_ranks_change_no_byte_of_a_probed_store(tmp_path):
-    """Killed among the chunks, then between the probe and the seal, then finished by one; against two ranks undisturbed."""
+    """Killed between the probe and the seal, then finished by one rank; against two ranks undisturbed."""
     file = save_to(tmp_path / "w.pt", network(classes=3))
     assert in_processes(words(file, tmp_path / "whole"), ranks=2) == 0
-    for moment in ("within:2", "before:seal"):
-        assert in_processes(words(file, tmp_path / "killed"), ranks=1, PIPELINE_KILL_AT=moment) < 0
+    assert in_processes(words(file, tmp_path / "killed"), ranks=1, PIPELINE_KILL_AT="before:seal") < 0
     assert (tmp_path / "killed" / "features.zarr" / "classifier" / "weight" / "c" / "0" / "0").exists()
     assert in_processes(words(file, tmp_path / "killed"), ranks=1) == 0
     whole, killed = (open_cache(tmp_path / name / "features.zarr") for name in ("whole", "killed"))
     assert (whole.digest, verify(killed.path)) == (killed.digest, [])
     (tmp_path / "killed" / "features.zarr" / "classifier" / "bias" / "c" / "0").unlink()
-    assert (
-        in_processes(["dump-features", "--checkpoint", str(tmp_path / "killed" / "backbone" / "last.pt")], ranks=1) == 0
-    )
+    assert invoke(words(file, tmp_path / "killed")) == 0
     assert open_cache(tmp_path / "killed" / "features.zarr").digest == whole.digest
 
 
