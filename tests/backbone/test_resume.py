@@ -133,7 +133,14 @@ def test_two_ranks_killed_while_validating(undisturbed, tmp_path):
     test_a_training_killed_at_any_moment_goes_on_to_the_same_weights(kill, undisturbed, tmp_path)
 
 
-@pytest.mark.parametrize("moment", ["term:data-8", "term:update-8", "term:validation-2", "term:last-1"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "term:data-8",
+        "term:validation-2",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("term:update-8", "term:last-1")),
+    ],
+)
 def test_a_signal_saves_wherever_it_comes(moment, undisturbed, tmp_path):
     out = tmp_path / "out"
     assert ranks.train(tree(), out, kill_at=moment, scratch=tmp_path).codes == [143]
@@ -296,7 +303,7 @@ def test_without_locks_a_training_says_so_and_runs(tmp_path, monkeypatch):
     assert "cannot lock files" in told[0].notes[0]
 
 
-@pytest.mark.parametrize("other", ["none", "older"])
+@pytest.mark.parametrize("other", [pytest.param("none", marks=pytest.mark.slow), "older"])
 def test_ranks_that_see_different_checkpoints_are_refused(other, undisturbed, tmp_path):
     here, there = (Path(shutil.copytree(undisturbed(2), tmp_path / name)) for name in ("here", "there"))
     (there / "last.pt").unlink()
