@@ -1,5 +1,6 @@
 """From stored pixels to network input, the same in training, dumping and prediction; augmentation keyed per sample."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -109,10 +110,9 @@ def cut_out(images: Tensor, transform: Transform, *, ids: np.ndarray, key: int) 
     if not transform.cutout:
         return images
     places = uniform(derive(key, "cutout"), ids, 2) * images.shape[-2:]
-    fill = torch.tensor([round(255 * m) for m in transform.mean], dtype=torch.uint8)
-    return cutout(
-        images, on_device(places.astype(np.int64), images.device), size=transform.cutout, fill=fill.to(images.device)
-    )
+    fill = np.array([round(255 * m) for m in transform.mean], np.uint8)
+    centres, colour = (on_device(array, images.device) for array in (places.astype(np.int64), fill))
+    return cutout(images, centres, size=transform.cutout, fill=colour)
 
 
 class Loader:
@@ -154,7 +154,7 @@ class Loader:
             ids = [drawn_ids(of, nth) for of, nth in zip(ids, draws, strict=True)]
         if self.split.images is not None:
             each = iter(ids)
-            for block in _blocks(rows, limit=max(1, BLOCK // self.split.images[0].nbytes)):
+            for block in _blocks(rows, limit=BLOCK // math.prod(self.split.images.shape[1:])):
                 images = self._take(np.concatenate(block), np.concatenate([next(each) for _ in block]), key)
                 for batch in images.split([len(positions) for positions in block]):
                     yield self.transform.normalise(batch)
@@ -200,7 +200,7 @@ class Loader:
 
 
 def _blocks(rows: Sequence[np.ndarray], *, limit: int) -> Iterator[list[np.ndarray]]:
-    """The arrays in order, in lists of at most `limit` rows together, or of a single array."""
+    """The arrays in order, in lists of at most `limit` rows together, or of one array that is longer."""
     block: list[np.ndarray] = []
     for positions in rows:
         if block and sum(map(len, block)) + len(positions) > limit:
