@@ -3,10 +3,13 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -336,6 +339,24 @@ def test_two_ranks_train_as_one(tmp_path):
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_ranks_as_on_one(tmp_path):
+    """A network without batch normalisation, weakened and diagnosed; only the order of sums differs."""
+    setting = {"model": "vit_tiny_patch16_224", "width": 1, "epochs": 1, "batch_size": 20, "lr": 0.001}
+    tree = digits_tree(**setting, weaken={"strength": 0.8, "group": 5}, diagnose_every=1, diagnose_per_class=2)
+    tree["data"] |= {"image_size": 224, "max_per_class": 6, "imbalance_factor": 6, "val_per_class": 0}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))
+    for nproc in ("1", "2"):
+        words = [sys.executable, "-m", "pipeline", "train-backbone", "small.yaml", "--out", nproc, "--nproc", nproc]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+    one, two = (checkpoint.read(tmp_path / nproc / "last.pt")["model"] for nproc in ("1", "2"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6, msg=name)
+    seen = [np.genfromtxt(tmp_path / nproc / "diagnostics.csv", delimiter=",", skip_header=1) for nproc in ("1", "2")]
+    np.testing.assert_allclose(*seen, rtol=1e-4)
 
 
 def test_settings_outside_their_range_are_refused():
