@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from pipeline.errors import ConfigError
 from pipeline.seeds import derive, uniform
 
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples fill the unit interval most evenly
@@ -61,6 +62,18 @@ def shares(batch: np.ndarray, *, world: int, parts: int = 1, group: int = 1) -> 
     groups = np.array_split(np.arange(math.ceil(len(batch) / group)), world * parts)
     pieces = [batch[g[0] * group : (g[-1] + 1) * group] if len(g) else batch[:0] for g in groups]
     return [pieces[rank * parts : (rank + 1) * parts] for rank in range(world)]
+
+
+def refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> None:
+    """Raises ConfigError if a rank or part would get none of the `batch` images of the smallest global batch."""
+    if math.ceil(batch / group) >= world * parts:
+        return
+    several = f" in backbone.accumulate={parts} parts each" if parts > 1 else ""
+    together = f" of whole groups of backbone.weaken.group={group} images" if group > 1 else ""
+    raise ConfigError(
+        f"backbone.batch_size: the batches of {batch} images are too small for {world} rank(s){several}{together}; "
+        f"take larger batches{', smaller groups' if group > 1 else ''} or fewer ranks"
+    )
 
 
 def _from_rounds(labels: np.ndarray, *, first: np.ndarray, many: np.ndarray, seed: int) -> np.ndarray:

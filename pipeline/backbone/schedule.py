@@ -1,6 +1,7 @@
-"""What a step is computed with: learning rate, precision."""
+"""What a step is computed with: learning rate, precision, seed; and the memory it took."""
 
 import math
+import resource
 from typing import Any
 
 import torch
@@ -25,3 +26,17 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return getattr(torch, wanted)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on the GPU, else resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seeds what dropout and the like draw from; torch.manual_seed asks all kinds of devices and takes 50 times as long."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)

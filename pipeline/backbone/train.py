@@ -6,7 +6,6 @@ only changes floating-point order.
 
 import math
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -35,15 +34,16 @@ from pipeline.backbone.model import (
     network_facts,
 )
 from pipeline.backbone.objective import UNREADABLE, Objective
-from pipeline.backbone.order import epoch_order, nth_draw, shares, steps_of
-from pipeline.backbone.schedule import choose_precision, learning_rate
+from pipeline.backbone.order import epoch_order, nth_draw, refuse_empty_shares, shares, steps_of
+from pipeline.backbone.schedule import choose_precision, learning_rate, peak_memory_mb, seed_step
+from pipeline.backbone.tally import Tally
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.copies import on_device
 from pipeline.data.transform import Loader
 from pipeline.distributed import GO_ON, SAVE, STOP, Obeyed, Ranks, Signals
-from pipeline.errors import ConfigError, DataError, Diverged, Elsewhere, PipelineError, Terminated
+from pipeline.errors import DataError, Diverged, Elsewhere, PipelineError, Terminated
 from pipeline.killpoint import KillPoint
 from pipeline.metrics import group_means, sampling_error
 from pipeline.provenance import provenance
@@ -101,7 +101,7 @@ class Trainer:
         )
         self.mixup = Mixup(settings.mixup, group=settings.weaken.group, seed=settings.seed, device=ranks.device)
         self.group = max(self.weakening.group, self.mixup.group)
-        _refuse_empty_shares(len(dataset.train) // self.steps, ranks.world, settings.accumulate, group=self.group)
+        refuse_empty_shares(len(dataset.train) // self.steps, ranks.world, settings.accumulate, group=self.group)
         self.transform = input_transform(config.data, settings, dataset.train)
         self.facts = dataset.summary()
         device = ranks.device
@@ -123,8 +123,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.epoch, self.step_in_epoch, self.best = 0, 0, None  # type: int, int, float | None
-        self.tally = torch.zeros(2, len(dataset.class_names) + 1, dtype=torch.float64, device=device)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.tally = Tally(len(dataset.class_names), device=device)
         self.kill = KillPoint(os.environ.get("PIPELINE_KILL_AT"), rank=ranks.rank)
         identity = identity_of(settings, dataset=dataset.fingerprint, transform=self.transform.to_dict())
         self.folder = TrainingFolder(out, identity, kill=self.kill)
@@ -178,7 +177,7 @@ class Trainer:
         for batch, own in zip(batches, mine, strict=True):
             step = self.epoch * self.steps + self.step_in_epoch
             self.kill.before(f"step-{step + 1}")
-            _seed(derive(settings.seed, "step", step, ranks.rank), ranks.device)
+            seed_step(derive(settings.seed, "step", step, ranks.rank), ranks.device)
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps=self.steps, settings=settings)
             # DDP averages over ranks
@@ -194,7 +193,7 @@ class Trainer:
                     losses = partial(self.objective.terms, logits.float(), epoch=self.epoch)
                     terms = mixture.terms(losses, wanted)
                     self.scaler.scale(terms.sum() * scale).backward()
-                self._count(logits.detach(), wanted, terms.detach())
+                self.tally.add(logits.detach(), wanted, terms.detach())
             self.kill.before(f"update-{step + 1}")
             self.scaler.step(self.optimiser)
             self.scaler.update()
@@ -237,17 +236,9 @@ class Trainer:
             bad.clear()
             yield pixels.contiguous(memory_format=self.memory_format), on_device(known, self.ranks.device)
 
-    def _count(self, logits: Tensor, labels: Tensor, terms: Tensor) -> None:
-        """Adds a part of a batch to the epoch's tally; the last column takes what could not be read."""
-        seen = torch.where(labels < 0, len(self.tally[0]) - 1, labels)
-        right = torch.stack([(logits.argmax(1) == labels).double(), torch.ones_like(seen, dtype=torch.float64)])
-        self.tally.index_add_(1, seen, right)
-        self.loss_sum += terms.sum()
-
     def _finish_epoch(self) -> Epoch:
         settings = self.settings
-        right, seen = self.ranks.total(self.tally.cpu().numpy())[:, :-1]
-        loss = float(self.ranks.total(self.loss_sum.cpu().numpy()))
+        right, seen, loss = self.tally.total(self.ranks)
         if not seen.any():
             raise DataError(f"{self.dataset.name}: not one training image could be read; --on-error fail says why")
         if not math.isfinite(loss):
@@ -285,8 +276,7 @@ class Trainer:
             time=round(time.time(), 3),
         )
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self.tally.zero_()
-        self.loss_sum.zero_()
+        self.tally.clear()
         better = result.val_accuracy is not None and (self.best is None or result.val_accuracy > self.best)
         self.best = result.val_accuracy if better else self.best
         due = settings.diagnose_every and (last or self.epoch % settings.diagnose_every == 0)
@@ -372,14 +362,9 @@ class Trainer:
 
     def _save(self, *, complete: bool, best: bool = False) -> None:
         started = time.monotonic()
-        tally, loss_sum = (self.ranks.total(t.cpu().numpy()) for t in (self.tally, self.loss_sum))
+        tally = self.tally.state(self.ranks)
         if self.ranks.first:
-            resume = {
-                "optimiser": self.optimiser.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "tally": tally.tolist(),
-                "loss_sum": float(loss_sum),
-            }
+            resume = {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict(), **tally}
             if self.average or self.learner.scale is not None:  # what is kept for use is not what training goes on with
                 resume["learner"] = self.learner.state_dict()
             if self.average:
@@ -425,35 +410,8 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step_in_epoch, self.best = state["epoch"], state["step_in_epoch"], state["best"]
             if self.ranks.first:
-                self.tally.copy_(torch.tensor(state["tally"], dtype=torch.float64))
-                self.loss_sum.fill_(state["loss_sum"])
+                self.tally.load(state)
         if self.ranks.first and self.epoch < self.settings.epochs:
             self.folder.begin(self.provenance, epoch=self.epoch)
         if self.settings.tensorboard:
             self.ranks.together(lambda: self.folder.show_in_tensorboard() if self.ranks.first else None)
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: allocated on the GPU, else resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> None:
-    """batch: images of the smallest global batch."""
-    if math.ceil(batch / group) >= world * parts:
-        return
-    several = f" in backbone.accumulate={parts} parts each" if parts > 1 else ""
-    together = f" of whole groups of backbone.weaken.group={group} images" if group > 1 else ""
-    raise ConfigError(
-        f"backbone.batch_size: the batches of {batch} images are too small for {world} rank(s){several}{together}; "
-        f"take larger batches{', smaller groups' if group > 1 else ''} or fewer ranks"
-    )
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seeds what dropout and the like draw from; torch.manual_seed asks all kinds of devices and takes 50 times as long."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)

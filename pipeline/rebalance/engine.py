@@ -41,7 +41,7 @@ def fit_heads(
     batch, each calling with the same arguments; all get the same heads. What is fitted together, on however many ranks,
     does not change a head beyond the rounding of dtype. kernel: the instruction set of `native` to use on a CPU, None for
     tensor operations.
-    Raises PipelineError where the results do not fit into memory.
+    Raises PipelineError where the results do not fit into memory, ValueError for kernel `double` with float32.
     """
     device = torch.device(device)
     if ranks and ranks.world == 1:

@@ -66,6 +66,8 @@ class Heads:
     ):
         sets = instruction_sets()
         name = "double" if dtype is np.float64 else instruction_set or next(iter(sets))
+        if name == "double" and dtype is not np.float64:
+            raise ValueError("the kernel for double precision takes no float32: choose another, or dtype=torch.float64")
         self._set, lanes = list(sets).index(name), sets[name]
         self.dtype, (self.classes, self.width) = np.dtype(dtype), weight.shape
         self.padded = -(-self.classes // lanes) * lanes

@@ -151,6 +151,12 @@ def test_every_instruction_set_computes_the_same_in_float32(kernel, classes):
         assert_equal((fitted[0][0, 0], fitted[1][0, 0]), expected, 2e-5)
 
 
+@pytest.mark.skipif("double" not in native.instruction_sets(), reason="the kernel was not built")
+def test_the_kernel_for_double_precision_refuses_float32(features):
+    with pytest.raises(ValueError, match=r"dtype=torch\.float64"):
+        fit_heads(features, [Head("ce")], seeds=(0,), schedule=SHORT, kernel="double", dtype=torch.float32)
+
+
 def test_threads_that_share_a_head_give_the_head_of_one(features):
     head = Head("cb-softmax", 0.5, penalty())
     alone = fit_heads(features, [head], seeds=(0,), schedule=SHORT)
