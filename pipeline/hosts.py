@@ -76,7 +76,7 @@ def meet(endpoint: tuple[str, int], *, patience: float, say: Callable[[str], Non
             if time.monotonic() > deadline:
                 raise PipelineError(
                     f"--rdzv-endpoint {shown}: nobody answered within {patience:g} s ({error.strerror or error}); type the "
-                    f"same command on {host} too, and let other hosts through to its port {port}"
+                    f"same command on {host} too (is the name right?), and let other hosts through to its port {port}"
                 ) from error
             if not told:
                 say(f"waiting for {shown}: the same command has to run there ({error.strerror or error})")

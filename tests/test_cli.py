@@ -239,3 +239,10 @@ def test_a_run_of_several_backbones_is_named_with_one_of_them(tmp_path, capsys):
     (tmp_path / "seed-3" / "features.zarr").mkdir(parents=True)
     assert invoke(["rebalance", str(tmp_path)]) == 3
     assert f"a run of several backbones; name one of them, such as {tmp_path}/seed-3" in capsys.readouterr().err
+
+
+def test_what_commands_do_is_told_whole_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ([], ["bench"]):
+        assert invoke([*command, "--help"]) == 0
+        assert "..." not in capsys.readouterr().out.split("Commands:")[1]

@@ -16,7 +16,9 @@ def cli() -> None:
     """Train an image classifier once on unbalanced classes, re-balance it in seconds.
 
     \b
-    The three steps:  pipeline train-backbone → pipeline dump-features → pipeline rebalance --lam 0.05
+    The three steps:  pipeline train-backbone
+                      pipeline dump-features
+                      pipeline rebalance --lam 0.05
     All in one:       pipeline run digits-lt
     """
 

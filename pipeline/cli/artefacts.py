@@ -11,7 +11,12 @@ from pipeline.cli.places import is_store, run_folder
 from pipeline.errors import FAILED
 
 
-@click.command("report", cls=Examples, example="pipeline report runs/digits-lt")
+@click.command(
+    "report",
+    short_help="One HTML page of a run, its figures as PNG and CSV.",
+    cls=Examples,
+    example="pipeline report runs/digits-lt",
+)
 @click.argument("run", required=False)
 @click.option("--out", type=PATH, help="Where report.html and figures/ go [default: the run].")
 @shared
@@ -22,7 +27,12 @@ def report_command(run, out, as_json, debug):
     show(write_report(run_folder(run), out=out), as_json)
 
 
-@click.command("progress", cls=Examples, example="pipeline progress runs/cross-entropy runs/weakened")
+@click.command(
+    "progress",
+    short_help="Compare how evenly the classes of trainings come along.",
+    cls=Examples,
+    example="pipeline progress runs/cross-entropy runs/weakened",
+)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=PATH)
 @click.option("--out", type=PATH, default=Path("progress"), show_default=True, help="Where progress.png and .csv go.")
 @shared
@@ -37,7 +47,12 @@ def progress_command(runs, out, as_json, debug):
     show(compare(runs, out=out), as_json)
 
 
-@click.command("export", cls=Examples, example="pipeline export runs/digits-lt --to timm --out model")
+@click.command(
+    "export",
+    short_help="The model with the rebalanced head, or a store as files.",
+    cls=Examples,
+    example="pipeline export runs/digits-lt --to timm --out model",
+)
 @click.argument("run", required=False)
 @click.option(
     "--to",
@@ -72,14 +87,26 @@ def export_command(run, kind, out, lam, method, as_json, debug):
     show(export_model(run_folder(run), to=kind or "timm", out=out, lam=lam, method=method), as_json)
 
 
-@click.command("predict", cls=Examples, example="pipeline predict model photos/ --top-k 3")
+@click.command(
+    "predict",
+    short_help="Label images with an exported model or a run.",
+    cls=Examples,
+    example="pipeline predict model photos/ --top-k 3",
+)
 @click.argument("model", type=PATH)
 @click.argument("images", nargs=-1, required=True)
 @click.option("--top-k", type=click.IntRange(1), default=3, show_default=True, help="How many classes to name.")
-@click.option("--format", "layout", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["table", "csv", "jsonl"]),
+    default="table",
+    show_default=True,
+    help="How they are printed.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time.")
 @click.option("--compare", is_flag=True, help="Also say what the head before rebalancing says.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
 @shared
 def predict_command(model, images, top_k, layout, batch_size, compare, device, as_json, debug):
     """Label images with an exported model or a run.
@@ -108,7 +135,12 @@ def predict_command(model, images, top_k, layout, batch_size, compare, device, a
         Talk().say(f"left out: {reason}")
 
 
-@click.command("info", cls=Examples, example="pipeline info runs/digits-lt/features.zarr")
+@click.command(
+    "info",
+    short_help="What an artefact is and what made it.",
+    cls=Examples,
+    example="pipeline info runs/digits-lt/features.zarr",
+)
 @click.argument("path", type=STORE)
 @shared
 def info_command(path, as_json, debug):
@@ -118,7 +150,9 @@ def info_command(path, as_json, debug):
     show(describe(path), as_json)
 
 
-@click.command("doctor", cls=Examples, example="pipeline doctor")
+@click.command(
+    "doctor", short_help="Versions, devices, precision, and a short self-test.", cls=Examples, example="pipeline doctor"
+)
 @shared
 def doctor_command(as_json, debug):
     """Versions, devices, the precision chosen and why, and a short self-test."""

@@ -8,12 +8,17 @@ from pipeline.cli.options import PATH, Examples, shared
 from pipeline.cli.outcome import show
 
 
-@click.group("bench")
+@click.group("bench", short_help="What the program costs on this machine.")
 def bench() -> None:
     """Measure what the program costs on this machine, beside what one would use without it."""
 
 
-@bench.command("cache", cls=Examples, example="pipeline bench cache --rows 20000 --out bench-cache.json")
+@bench.command(
+    "cache",
+    short_help="The feature store: dump, load, verify, memory.",
+    cls=Examples,
+    example="pipeline bench cache --rows 20000 --out bench-cache.json",
+)
 @click.option("--rows", type=click.IntRange(1), default=115_846, show_default=True, help="Training samples.")
 @click.option("--width", type=click.IntRange(1), default=2048, show_default=True, help="Features of each.")
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions of each timing.")
@@ -33,7 +38,12 @@ def cache_command(rows, width, repeat, folder, device, out, as_json, debug):
     finish(result, out, as_json)
 
 
-@bench.command("rebalance", cls=Examples, example="pipeline bench rebalance --repeat 3 --small")
+@bench.command(
+    "rebalance",
+    short_help="Stage 2 beside the usual loop and bare products.",
+    cls=Examples,
+    example="pipeline bench rebalance --repeat 3 --small",
+)
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions of each timing.")
 @click.option("--small", is_flag=True, help="CIFAR100-LT size alone, without ImageNet-LT's and iNaturalist's.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
@@ -51,7 +61,12 @@ def rebalance_command(repeat, small, device, out, as_json, debug):
     finish(result, out, as_json)
 
 
-@bench.command("train", cls=Examples, example="pipeline bench train --repeat 3 --small")
+@bench.command(
+    "train",
+    short_help="Stage 1 beside a bare loop; ranks; loaders.",
+    cls=Examples,
+    example="pipeline bench train --repeat 3 --small",
+)
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions of each timing.")
 @click.option("--small", is_flag=True, help="A few steps each, without image files and whole trainings.")
 @click.option("--folder", type=PATH, help="Where temporary files go [default: the system's].")

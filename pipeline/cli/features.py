@@ -10,7 +10,11 @@ from pipeline.method_names import METHODS
 
 
 @click.command(
-    "rebalance", cls=Examples, example="pipeline rebalance --lam 0.01:0.5:log:12", lists={"Methods": METHODS}
+    "rebalance",
+    short_help="Stage 2: fit classifiers on features, many λ at once.",
+    cls=Examples,
+    example="pipeline rebalance --lam 0.01:0.5:log:12",
+    lists={"Methods": METHODS},
 )
 @click.argument("store", required=False)
 @click.option("--config", help="Take the rebalance settings from this configuration, not from the store's.")
@@ -67,9 +71,9 @@ from pipeline.method_names import METHODS
     "--views", type=click.Choice(["augmented", "clean"]), help="Train on the augmented views or on the clean one."
 )
 @click.option("--seeds", metavar="0,1,2", help="Batch orders.")
-@click.option("--epochs", type=click.IntRange(1))
-@click.option("--lr", type=click.FloatRange(0, min_open=True))
-@click.option("--batch-size", type=click.IntRange(1))
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the features [default: the configuration's; 10].")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate [default: the configuration's].")
+@click.option("--batch-size", type=click.IntRange(1), help="Features a step [default: the configuration's].")
 @click.option(
     "--select-on", type=click.Choice(["val", "kfold"]), help="What the choice of λ is made on; never the test split."
 )
@@ -122,6 +126,7 @@ def rebalance_command(store, config, out, nproc, device, sets, as_json, debug, *
 
 @click.command(
     "evaluate",
+    short_help="The table of given heads on a split; nothing is fitted.",
     cls=Examples,
     example="pipeline evaluate runs/digits-lt --heads runs/digits-lt/rebalance/heads.safetensors",
 )
@@ -131,7 +136,9 @@ def rebalance_command(store, config, out, nproc, device, sets, as_json, debug, *
     type=PATH,
     help="heads.safetensors of a rebalance [default: rebalance/heads.safetensors beside the store].",
 )
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@click.option(
+    "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="Of which samples."
+)
 @shared
 def evaluate_command(store, heads, split, as_json, debug):
     """The table of given heads on one split; nothing is fitted and nothing is chosen."""
@@ -143,7 +150,12 @@ def evaluate_command(store, heads, split, as_json, debug):
     show(evaluate(path, heads, split=split), as_json)
 
 
-@click.command("verify", cls=Examples, example="pipeline verify runs/digits-lt/features.zarr")
+@click.command(
+    "verify",
+    short_help="Check every byte of a feature store.",
+    cls=Examples,
+    example="pipeline verify runs/digits-lt/features.zarr",
+)
 @click.argument("store", required=False)
 @shared
 def verify_command(store, as_json, debug):

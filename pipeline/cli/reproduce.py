@@ -9,7 +9,10 @@ from pipeline.cli.outcome import show
 
 
 @click.command(
-    "reproduce", cls=Examples, example="pipeline reproduce reproduce/cifar100-resnet32 --set data.download=true"
+    "reproduce",
+    short_help="The paper's tables from images on, deviations told.",
+    cls=Examples,
+    example="pipeline reproduce reproduce/cifar100-resnet32 --set data.download=true",
 )
 @click.argument("configs", nargs=-1, metavar="[CONFIG]…")
 @click.option("--out", type=PATH, default="runs/reproduce", show_default=True, help="Where backbones and features go.")

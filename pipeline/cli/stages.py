@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-@click.command("run", cls=Examples, example="pipeline run digits-lt --seeds 0,1,2")
+@click.command(
+    "run",
+    short_help="Training, features, stage 2 and report in one go.",
+    cls=Examples,
+    example="pipeline run digits-lt --seeds 0,1,2",
+)
 @click.argument("config", required=False)
 @click.option("--out", type=PATH, help="Where the run goes [default: runs/CONFIG-NAME].")
 @click.option(
@@ -70,7 +75,12 @@ def run_command(
     show(result, as_json)
 
 
-@click.command("train-backbone", cls=Examples, example="pipeline train-backbone digits-lt --set backbone.epochs=10")
+@click.command(
+    "train-backbone",
+    short_help="Stage 1: train encoder and classifier, or go on.",
+    cls=Examples,
+    example="pipeline train-backbone digits-lt --set backbone.epochs=10",
+)
 @click.argument("config", required=False)
 @click.option("--out", type=PATH, help="Where checkpoints go [default: runs/CONFIG-NAME/backbone].")
 @click.option(
@@ -116,7 +126,12 @@ def train_command(config, out, tries, seeds, tensorboard, overwrite, on_error, n
     show(result, as_json)
 
 
-@click.command("dump-features", cls=Examples, example="pipeline dump-features digits-lt --views 4")
+@click.command(
+    "dump-features",
+    short_help="Run the encoder once over every image into a store.",
+    cls=Examples,
+    example="pipeline dump-features digits-lt --views 4",
+)
 @click.argument("config", required=False)
 @click.option(
     "--checkpoint",

@@ -1,6 +1,8 @@
 """Images, labels, class names and counts from every supported source."""
 
+import bisect
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -38,7 +40,13 @@ def load_dataset(config: DataConfig) -> Dataset:
         train, test = train.take(keep), train.take(held)
         notes.append(f"no test split: {len(held)} training images were held out as one")
     if config.subset != "none":
+        sizes = np.bincount(train.labels, minlength=classes)
         train, left = _subset(config, train, classes)
+        if config.max_per_class is None and sizes.max() > sizes.min():
+            notes.append(
+                f"data.max_per_class is not set: the smallest class has {sizes.min()} images, so {len(train)} of "
+                f"{sizes.sum()} are kept; set it to keep more of the larger ones"
+            )
         val = val or left
     elif val is None and config.val_per_class:
         keep, held = hold_out(
@@ -71,12 +79,16 @@ def _subset(config: DataConfig, pool: Split, classes: int) -> tuple[Split, Split
         raise ConfigError(
             f"data.subset={config.subset}: the smallest class has {available.min()} images, none left to draw"
         )
-    sizes = class_sizes(classes=classes, largest=largest, imbalance=config.imbalance_factor, shape=config.subset)
+    sizes_of = partial(class_sizes, classes=classes, imbalance=config.imbalance_factor, shape=config.subset)
+    sizes = sizes_of(largest=largest)
     short = np.flatnonzero(sizes > available)
     if len(short):
+        most = bisect.bisect_left(
+            range(1, largest + 1), True, key=lambda n: bool((sizes_of(largest=n) > available).any())
+        )
         raise ConfigError(
             f"data.max_per_class={largest}: class {short[0]} would need {sizes[short[0]]} images and has {available[short[0]]}; "
-            f"set it to {available.min()} or less"
+            + (f"set it to {most} or less" if most else "no size fits: the classes are not in the order of their sizes")
         )
     kept, left = long_tail(pool.labels, sizes, val_per_class=config.val_per_class, seed=config.subset_seed)
     return pool.take(kept), pool.take(left) if len(left) else None

@@ -5,7 +5,7 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.data import load_dataset
 from pipeline.data.images import read_image
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 RANDOM = np.random.default_rng(0)
 
@@ -255,3 +255,22 @@ def test_resizing_arrays(tmp_path):
     )
     dataset = load_dataset(config)
     assert {s.images.shape[1:] for s in dataset.splits.values()} == {(16, 16, 3)}
+
+
+def save_unbalanced(path):
+    labels = np.repeat(np.arange(3), [60, 30, 12])
+    np.savez(path, train_images=np.zeros((len(labels), 4, 4, 3), np.uint8), train_labels=labels)
+
+
+def test_a_subset_that_asks_too_much_is_told_the_most_that_fits(tmp_path):
+    save_unbalanced(tmp_path / "a.npz")
+    asked = {"source": "npz", "path": tmp_path / "a.npz", "subset": "exponential", "imbalance_factor": 10}
+    with pytest.raises(ConfigError, match=r"class 0 would need 4000 images and has 58; set it to 58 or less"):
+        load_dataset(DataConfig(**asked, max_per_class=4000, test_per_class=2))
+    assert load_dataset(DataConfig(**asked, max_per_class=58, test_per_class=2)).counts.tolist() == [58, 18, 5]
+
+
+def test_a_subset_of_unbalanced_data_says_what_it_keeps_if_nobody_said_how_much(tmp_path):
+    save_unbalanced(tmp_path / "a.npz")
+    step = DataConfig(source="npz", path=tmp_path / "a.npz", subset="step", imbalance_factor=2, val_per_class=2)
+    assert any("smallest class has 10 images, so 16 of 82 are kept" in note for note in load_dataset(step).notes)
