@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.backbone.events import accuracies, pace
+from pipeline.backbone.events import pace, short
 
 LINE_EVERY = 3.0  # seconds between two plain progress lines
 
@@ -92,6 +92,8 @@ class TrainingReporter:
             )
         for note in event.notes:
             self.talk.say(f"note: {note}")
+        if event.first_epoch < event.epochs:
+            self.talk.say("accuracies: mean over classes (many/medium/few)")
         if event.first_epoch >= event.epochs:
             self.talk.say("already trained to the end")
         elif event.first_epoch:
@@ -106,13 +108,13 @@ class TrainingReporter:
 
     def _epoch(self, event: Any) -> None:
         line = asdict(event)
-        val = f"  val {text}" if (text := accuracies(line, "val")) else ""
+        val = f"  val {text}" if (text := short(line, "val")) else ""
         self.told = f"  loss {event.loss:.3f}{val}  {pace(line)}"
         if event.epoch < event.epochs and event.seconds < LINE_EVERY and time.monotonic() - self.said_at < LINE_EVERY:
             return  # short epochs: not every one is worth a line, metrics.jsonl has them all
         self.said_at = self.bar.said_at = time.monotonic()
         self.talk.say(
-            f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.4f}  train {accuracies(line, 'train') or '–'}{val}  "
+            f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.3f}  train {short(line, 'train') or '–'}{val}  "
             f"{pace(line)}  {clock(self.left)} left"
             + (f"  ({event.left_out} unreadable images left out)" if event.left_out else "")
         )

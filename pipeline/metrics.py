@@ -28,6 +28,19 @@ def group_means(class_accuracy: np.ndarray, counts: np.ndarray) -> dict[str, flo
     }
 
 
+def scarce(labels: np.ndarray, counts: np.ndarray, *, below: int = 30) -> list[str]:
+    """What a person should know of groups with fewer than `below` test samples of these labels (N,)."""
+    seen = np.bincount(labels, minlength=len(counts))
+    told = []
+    for group, mask in class_groups(counts).items():
+        if 0 < seen[mask].sum() < below:
+            told.append(
+                f"{group} rests on {seen[mask].sum()} test image(s) of {mask.sum()} class(es): its differences and their "
+                "intervals mean little"
+            )
+    return told
+
+
 def sampling_error(class_accuracy: np.ndarray, total: np.ndarray) -> float:
     """Standard error in % of the mean over classes of accuracies (C,) in 0…1, each from total (C,) samples: binomial.
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.metrics import class_groups, confusion, expected_calibration_error, group_means, scores
+from pipeline.metrics import class_groups, confusion, expected_calibration_error, group_means, scarce, scores
 
 COUNTS = np.array([500, 101, 100, 20, 19, 1])
 
@@ -69,3 +69,12 @@ def test_standard_error_by_hand():
 def test_confusion_has_the_truth_in_rows():
     table = confusion(np.array([1, 1, 0]), np.array([0, 1, 2]), 3)
     assert table.tolist() == [[0, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_groups_that_rest_on_few_test_samples_are_told():
+    counts = np.array([200, 150, 50, 10, 5])
+    labels = np.repeat(np.arange(5), [40, 40, 30, 4, 3])
+    assert scarce(labels, counts) == [
+        "few rests on 7 test image(s) of 2 class(es): its differences and their intervals mean little"
+    ]
+    assert scarce(labels[labels < 3], counts) == []  # a group without any has no difference either

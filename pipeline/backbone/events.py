@@ -15,9 +15,17 @@ def accuracies(line: dict[str, Any], split: str) -> str | None:
     return f"{line[f'{split}_accuracy']:.1f}%" + (f" ({found})" if found else "")
 
 
+def short(line: dict[str, Any], split: str) -> str | None:
+    """`41.3% (70.1/40.2/12.9)` of an epoch's train or val, a dash for a group that is empty; None where nothing is."""
+    if line.get(f"{split}_accuracy") is None:
+        return None
+    each = (line.get(f"{split}_{g}") for g in GROUPS)
+    return f"{line[f'{split}_accuracy']:.1f}% ({'/'.join('–' if v is None else f'{v:.1f}' for v in each)})"
+
+
 def pace(line: dict[str, Any]) -> str:
-    """`1,234 images/s, 512 MiB` of an epoch: speed and peak memory, as far as known."""
-    speed = f"{line['images_per_s']:,.0f} images/s, " if line.get("images_per_s") else ""
+    """`1,234 img/s, 512 MiB` of an epoch: speed and peak memory, as far as known."""
+    speed = f"{line['images_per_s']:,.0f} img/s, " if line.get("images_per_s") else ""
     return f"{speed}{line['peak_memory_mb']:,.0f} MiB" if line.get("peak_memory_mb") else speed.removesuffix(", ")
 
 

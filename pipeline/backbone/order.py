@@ -69,10 +69,15 @@ def refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> No
     if math.ceil(batch / group) >= world * parts:
         return
     several = f" in backbone.accumulate={parts} parts each" if parts > 1 else ""
-    together = f" of whole groups of backbone.weaken.group={group} images" if group > 1 else ""
+    together = (
+        f" of whole groups of {group} images that are mixed among themselves (backbone.weaken.group)"
+        if group > 1
+        else ""
+    )
     raise ConfigError(
-        f"backbone.batch_size: the batches of {batch} images are too small for {world} rank(s){several}{together}; "
-        f"take larger batches{', smaller groups' if group > 1 else ''} or fewer ranks"
+        f"backbone.batch_size: batches, equal over an epoch, have {batch} images: too few for {world} rank(s){several}"
+        f"{together}; take batches of {world * parts * group} or more"
+        f"{f', backbone.weaken.group={batch // (world * parts)} or less' * (batch >= world * parts)} or fewer ranks"
     )
 
 

@@ -101,7 +101,8 @@ class Trainer:
         )
         self.mixup = Mixup(settings.mixup, group=settings.weaken.group, seed=settings.seed, device=ranks.device)
         self.group = max(self.weakening.group, self.mixup.group)
-        refuse_empty_shares(len(dataset.train) // self.steps, ranks.world, settings.accumulate, group=self.group)
+        smallest = len(dataset.train) // self.steps
+        ranks.together(lambda: refuse_empty_shares(smallest, ranks.world, settings.accumulate, group=self.group))
         self.transform = input_transform(config.data, settings, dataset.train)
         self.facts = dataset.summary()
         device = ranks.device
@@ -242,9 +243,12 @@ class Trainer:
         if not seen.any():
             raise DataError(f"{self.dataset.name}: not one training image could be read; --on-error fail says why")
         if not math.isfinite(loss):
+            before = (
+                f"{self.folder.last} holds an epoch before" if self.folder.last.exists() else "nothing is saved yet"
+            )
             raise Diverged(
-                f"epoch {self.epoch + 1}: the loss is {loss}; {self.folder.last} holds an epoch before; lower backbone.lr "
-                f"(now {settings.lr}) or set backbone.warmup_epochs, and train with --overwrite"
+                f"epoch {self.epoch + 1}: the loss is {loss}; {before}; lower backbone.lr (now {settings.lr}) "
+                "or set backbone.warmup_epochs, and train with --overwrite"
             )
         seconds = time.perf_counter() - self.epoch_started
         last = self.epoch + 1 == settings.epochs

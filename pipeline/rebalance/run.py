@@ -16,6 +16,7 @@ from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
 from pipeline.heads import heads_file
 from pipeline.memory import free_memory
+from pipeline.metrics import scarce
 from pipeline.provenance import provenance
 from pipeline.rebalance.compare import Comparison, compare
 from pipeline.rebalance.differences import Hits, differences
@@ -31,7 +32,7 @@ from pipeline.rebalance.result import (
     rows_csv,
     trials_csv,
 )
-from pipeline.rebalance.selection import AUTO, Choice, count_lam, parse_lam, refine
+from pipeline.rebalance.selection import AUTO, Choice, at_the_border, count_lam, parse_lam, refine
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import is_comparison, parameters, refuse_double_balancing
 
@@ -113,7 +114,12 @@ def _rebalance(
             "heads": sweep.fitted,
             "total_s": round(time.perf_counter() - started, 3),
         },
-        notes=tuple([*loaded.notes, *notes] + ([CAVEAT] if split == "kfold" else []) + (tuned.notes if tuned else [])),
+        notes=tuple(
+            [*loaded.notes, *notes]
+            + ([CAVEAT] if split == "kfold" else [])
+            + (tuned.notes if tuned else at_the_border(chosen.lam, [s.lam for s in asked]) if split else [])
+            + scarce(test.labels, loaded.features.counts)
+        ),
         out=str(out),
         chosen=tuple(tuned.chosen if tuned else ()),
         trials=tuple(tuned.trials if tuned else ()),

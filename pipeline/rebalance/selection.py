@@ -116,3 +116,12 @@ def _number(part: str, whole: str) -> float:
     if not 0 <= lam <= 1:  # also false for nan
         raise ConfigError(f"--lam {whole!r}: {part.strip() or 'nothing'} is no λ; {FORMS}")
     return lam
+
+
+def at_the_border(lam: float | None, asked: Sequence[float | None]) -> list[str]:
+    """What a person should know of a selected λ beyond which none was asked for; λ ends at 1 by its definition."""
+    others = [other for other in asked if other]
+    if not lam or len(others) < 2 or min(others) < lam < max(others) or lam == 1:
+        return []
+    side = "smallest" if lam == min(others) else "largest"
+    return [f"the selected λ, {lam:g}, is the {side} that was asked for: others beyond it may do as well or better"]

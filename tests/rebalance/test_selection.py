@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.rebalance.folds import stratified_folds
-from pipeline.rebalance.selection import AUTO, count_lam, parse_lam, refine, select
+from pipeline.rebalance.selection import AUTO, at_the_border, count_lam, parse_lam, refine, select
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,12 @@ def test_folds_are_stratified_and_hold_out_no_single_sample(labels, folds):
             assert sizes.max() - sizes.min() <= 1
             assert len(mine) > sizes.max(), "every fold leaves the class something to fit on"
     assert (fold == stratified_folds(labels, folds=folds)).all()
+
+
+@pytest.mark.parametrize(
+    ("lam", "told"), [(0.05, "smallest"), (0.4, "largest"), (0.1, None), (1.0, None), (None, None), (0.0, None)]
+)
+def test_a_selected_lam_at_the_border_of_the_sweep_is_told(lam, told):
+    notes = at_the_border(lam, [None, 0.0, 0.05, 0.1, 0.4, *([1.0] if lam == 1 else [])])
+    assert [told in note for note in notes] == [True] * (told is not None)
+    assert at_the_border(0.05, [0.05]) == []
