@@ -32,10 +32,10 @@ def results_table(document: Mapping[str, Any]) -> Table:
     several = any(len(rows) > 1 for rows in tested.values()) or document["selected"]["n"] > 1
     title = "Test accuracy in %, mean ± std" if several else "Test accuracy in %"
     table = Table(title=title, caption=caption(document), caption_justify="left", title_justify="left", box=box.SIMPLE)
-    table.add_column("head", min_width=18)
+    table.add_column("head", min_width=9)
     for column in COLUMNS:
         table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right", min_width=6)
-    table.add_column("", no_wrap=True)  # narrow terminals fold the others
+    table.add_column("", width=11)  # narrow terminals fold the others
     for i, setting in enumerate(order):
         mark = chosen if setting == selected else "within 1 SE" if setting in near else ""
         cells = [spread(tested[setting], column) for column in COLUMNS]

@@ -285,7 +285,9 @@ def test_a_checkpoint_from_before_weakening_goes_on(tmp_path):
 
 def test_too_few_groups_for_the_parts_of_a_batch(tmp_path):
     tree = digits_tree(accumulate=4, weaken={"strength": 0.5, "group": 32})
-    with pytest.raises(ConfigError, match=r"whole groups of 32 images.* take batches of 128 or more, backbone\.weaken\.group=15"):
+    with pytest.raises(
+        ConfigError, match=r"whole groups of 32 images.* take batches of 128 or more, backbone\.weaken\.group=15"
+    ):
         train_backbone(make_config(tree, "t"), out=tmp_path)
 
 

@@ -1,11 +1,13 @@
 """Stage 2 on small stores: what it writes, what it refuses, and that the test split comes last."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import cache
 from pipeline.config import RebalanceConfig
@@ -405,6 +407,9 @@ def test_the_table_says_what_it_is(swept):
     ):
         assert part in " ".join(text.split()), part
     assert f"{swept.selected['all']:.1f} ± {swept.selected['all_std']:.1f}" in text
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(results_table(swept.to_dict()))
+    assert "◀ selected" in narrow.file.getvalue()
     names = list(results_table(swept.to_dict()).columns[0].cells)
     assert [n.split(" (")[0] for n in names[:4]] == [
         "stage 1",
