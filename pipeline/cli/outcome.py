@@ -101,7 +101,10 @@ def _failed(words: list[str], message: str, code: int, *, told: bool = False) ->
     if not told:
         from pipeline.console import Talk
 
-        Talk().error(message)
+        if code in (TERMINATED, INTERRUPTED):  # as it was told to
+            Talk().say(message)
+        else:
+            Talk().error(message)
     if "--json" in words and not int(os.environ.get("RANK", 0)):
         click.echo(json.dumps({"error": message, "exit_code": code}))
     return _told(code)

@@ -165,6 +165,8 @@ def compare(runs: Sequence[Path], *, out: Path) -> Compared:
     named = dict(zip(_labels(runs), map(trainings, runs), strict=True))
     for run, found in zip(runs, named.values(), strict=True):
         if not found:
+            if not run.is_dir():
+                raise DataError(f"{run}: no such folder; give runs, or the folders of trainings")
             raise DataError(f"{run}: no {FILE} in it; train with --set backbone.diagnose_every=1")
     drawing = draw(named)
     figure = write_durably(out / f"{drawing.name}.png", look.png(drawing.figure))
