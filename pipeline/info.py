@@ -268,7 +268,12 @@ def _results(path: Path) -> Artefact:
 
 
 def _heads(path: Path) -> Artefact:
-    scorers = read_scorers(path)
+    try:
+        scorers = read_scorers(path)
+    except DataError:
+        if path.name == "heads.safetensors":
+            raise
+        return _checkpoint(path)  # says how weights from elsewhere are taken
     heads, weight = [what for what, _ in scorers], scorers[0][1].arrays[0]
     named: dict[str, int] = {}
     for head in heads:
@@ -366,7 +371,7 @@ _FILES: dict[str, Callable[[Path], Artefact]] = {
     "run.json": _run_json,
     "config.json": lambda p: _export(p.parent) if _is_export(p.parent) else _run_json(p),
     "zarr.json": lambda p: _store(p.parent),
-    ".pt": _checkpoint,
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), _checkpoint),
     ".safetensors": _heads,
     ".yaml": _config,
     ".yml": _config,

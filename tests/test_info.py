@@ -110,6 +110,27 @@ def test_anything_else_is_refused_with_what_was_expected(run, tmp_path):
         describe(tmp_path / "results.json")
 
 
+def test_weights_from_elsewhere_are_told_how_they_are_taken(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+    from torch import nn
+
+    layer = nn.Linear(2, 2)
+    torch.save(layer.state_dict(), tmp_path / "sd.pt")
+    torch.save(layer.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(layer.state_dict(), tmp_path / "w.safetensors")
+    torch.save(layer, tmp_path / "whole.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    taken = "weights from elsewhere are taken with `pipeline dump-features CONFIG --checkpoint "
+    wanted = {name: f"{taken}{tmp_path / name}`" for name in ("sd.pt", "old.pth", "w.safetensors")}
+    wanted |= {"whole.pt": "torch.save(s.state_dict(), ", "text.pt": "text.pt: not a PyTorch or safetensors file"}
+    for name, said in wanted.items():
+        with pytest.raises(DataError) as refused:
+            describe(tmp_path / name)
+        assert said in str(refused.value), name
+        assert not any(text in str(refused.value) for text in ("--overwrite", "run it again", "eights only", "\x1b"))
+
+
 def test_verify_reads_every_byte(tmp_path):
     run = made_run(tmp_path / "run", lam="0.1")
     store = run / "features.zarr"

@@ -13,11 +13,13 @@ from torch import nn
 
 from cache import write_durably
 from pipeline.backbone.model import build_model
+from pipeline.backbone.weights import read_file
 from pipeline.config import Config, make_config
 from pipeline.data.transform import Transform
 from pipeline.errors import DataError
 
 FORMAT = 1
+NAMES = ("last.pt", "best.pt", "previous.pt")  # what a training calls its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +81,15 @@ def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises a dozen types for a damaged file
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise Damaged(f"{path}: not a readable checkpoint ({reason}); {_instead(path)}") from error
+        if path.name not in NAMES:
+            raise _from_elsewhere(path) from error
+        changed = isinstance(error, zipfile.BadZipFile) and str(error).startswith("its record")
+        reason = str(error) if changed else "it ends too early or is damaged"
+        raise Damaged(f"{path}: not a readable checkpoint: {reason}; {_instead(path)}") from error
     if not isinstance(state, dict) or not {"format", "model", "config", "transform"} <= state.keys():
-        raise Damaged(
-            f"{path}: a checkpoint, but not one of `pipeline train-backbone`; give the last.pt of a run"
-            + (f"; {_instead(path)}" if previous_of(path).is_file() else "")
-        )
+        if previous_of(path).is_file():
+            raise Damaged(f"{path}: a checkpoint, but not one of `pipeline train-backbone`; {_instead(path)}")
+        raise _from_elsewhere(path)
     if state["format"] != FORMAT:
         raise DataError(
             f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; train again with --overwrite"
@@ -115,6 +119,18 @@ def _instead(path: Path) -> str:
     if path.name == "last.pt" and previous_of(path).is_file():
         return f"the same `pipeline train-backbone` command goes on from {previous_of(path)}, the checkpoint before it"
     return "train again with --overwrite"
+
+
+def _from_elsewhere(path: Path) -> Damaged:
+    """What to say of a file that this program did not write: how its weights are taken, or why they cannot be read."""
+    try:
+        read_file(path)
+    except DataError as error:
+        return Damaged(str(error))
+    return Damaged(
+        f"{path}: not one of `pipeline train-backbone`; weights from elsewhere are taken with "
+        f"`pipeline dump-features CONFIG --checkpoint {path}`"
+    )
 
 
 def _write(state: dict[str, Any], file: BinaryIO) -> None:

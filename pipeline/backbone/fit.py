@@ -19,6 +19,7 @@ ASIDE = re.compile(
     r"^(fc|head|heads|classifier|proj\w*|pred\w*|prototypes|queue\w*|mlp|decoder\w*|loss\w*|criterion|n_averaged|aux\w*)(\.|$)"
     r"|(relative_position_index|relative_coords_table|attn_mask|" + COUNTED + r")$"
 )
+AVERAGED = re.compile(r"(_k|momentum|key)\.")  # of two networks the one that is mostly left out
 SHOWN, TRIED = 3, 24
 TYPICAL = {  # a name in a file → a network of its family
     "layer1.0.conv1.weight": "resnet18",
@@ -58,9 +59,10 @@ def take(tensors: Mapping[str, Tensor], network: nn.Module, *, name: str, path: 
     prefix, others = prefix_of(tensors, wanted)
     if others and all(prefix + key in tensors for key in wanted if not key.endswith(COUNTED)):
         choice = ", ".join(p or "(nothing)" for p in (prefix, *others))
+        spare = next((p for p in (prefix, *others) if AVERAGED.search(p)), others[0])
         raise ConfigError(
             f"{path}: holds {len(others) + 1} networks that fit {name} equally well, behind {choice}; leave out all but one "
-            f"with --key-map FILE, a file of lines such as '^{re.escape(others[0])}': null"
+            f"with --key-map FILE, a file of lines such as '^{re.escape(spare)}': null"
         )
     inside = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     _refuse_distilled(inside, path)

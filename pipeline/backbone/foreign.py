@@ -149,10 +149,17 @@ def refuse_other(backbone: Checkpoint, folder: Path, *, overwrite: bool) -> None
     if not there.get("brought"):
         raise ConfigError(f"{path}: a backbone that was trained here; it is not replaced: choose another --out")
     theirs = there.get("identity", {})
-    other = [f"{key} was {theirs.get(key)}, now {wanted[key]}" for key in wanted if theirs.get(key) != wanted[key]]
+    other = [key for key in wanted if theirs.get(key) != wanted[key]]
     if other and not overwrite:
+        source = there["provenance"].get("made_from", {}).get("checkpoint", "another checkpoint")
+        told = {
+            "weights": "other weights",
+            "head": f"as its head {wanted['head']} instead of {theirs.get('head')}",
+            "transform": "another input transform",
+        }
         raise ConfigError(
-            f"{path}: of another checkpoint: {'; '.join(other)}. Choose another --out, or replace it with --overwrite"
+            f"{path}: keeps the backbone brought along from {source}; what is asked for, from {backbone.path}, has "
+            f"{', '.join(told[key] for key in other)}. Choose another --out, or replace it with --overwrite"
         )
 
 
@@ -293,7 +300,7 @@ def _load(network: nn.Module, encoder: Mapping[str, Tensor], head: Head | None, 
     for name, tensor in encoder.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DataError(
-                f"{path}: {name} holds numbers that are not finite: its training diverged; take an earlier one"
+                f"{path}: {name} holds numbers that are not finite: its training probably diverged; take an earlier one"
             )
     network.load_state_dict(dict(encoder), strict=False)
     layer = classifier(network)

@@ -1,7 +1,9 @@
 """The tensors in anybody's checkpoint file, found without executing anything, under the names a network wants."""
 
 import argparse
+import json
 import re
+import shlex
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +25,7 @@ CONTAINERS = (
     "checkpoint",
 )
 INSIDE = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")  # of a folder, the first there is
+SAVED_AS = ("state_dict", "model_state_dict", "model")  # what training scripts mostly call it
 DEEPEST = 3
 Rename = tuple[re.Pattern[str], str | None]
 
@@ -183,13 +186,37 @@ def _why_not(path: Path, start: bytes, error: Exception) -> str:
             f"wants to run {foreign[1]} when it is loaded: no checkpoint needs that. It was not loaded; do not trust it"
         )
     if foreign and "eights only" in text:
-        take = "s = torch.load(FILE, weights_only=False); torch.save(s['state_dict'], 'weights.pt')"
         return (
             f"holds Python objects beside its tensors ({foreign[1]}), which could run anything and are not loaded here. "
-            f'If you trust where it comes from, take its tensors out and give those: python -c "import torch; {take}" '
-            "(of a whole pickled model: s.state_dict())"
+            f"If you trust where it comes from, take its tensors out and give those:\n{_taking_out(path, foreign[1])}"
         )
-    kind = "safetensors file" if start[8:9] == b"{" or path.suffix == ".safetensors" else "checkpoint"
-    return (
-        f"not a readable {kind} ({text[:160] or type(error).__name__}); it may be cut short: copy or download it again"
-    )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if not start:
+        return "an empty file; copy or download it again"
+    if not start.startswith((b"PK", b"\x80")) and start[8:9] != b"{":
+        return "not a PyTorch or safetensors file"
+    kind = "safetensors file" if start[8:9] == b"{" else "checkpoint"
+    return f"not a readable {kind}: it ends too early or is damaged; copy or download it again"
+
+
+def _taking_out(path: Path, foreign: str) -> str:
+    """The command that saves the tensors of a file whose pickle is, or holds, an object of the class named."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as records:
+            name = next((name for name in records.namelist() if name.endswith("data.pkl")), None)
+            pickled = records.read(name) if name else b""
+    else:
+        with open(path, "rb") as file:
+            pickled = file.read(1 << 16)
+    module, _, kind = foreign.rpartition(".")
+    # the class comes first where the file is that object; as torch saved before 1.6, behind the word module
+    whole = rb"\x80.(?:\(X\x06\0\0\0module(?:q.)?)?c" + re.escape(f"{module}\n{kind}\n".encode())
+    if re.search(whole, pickled, re.DOTALL):
+        tensors = "s.state_dict()"
+    else:
+        held = (key for key in SAVED_AS if len(key).to_bytes(4, "little") + key.encode() in pickled)
+        tensors = f"s[{json.dumps(next(held, SAVED_AS[0]))}]"
+    source, target = (json.dumps(str(p)) for p in (path, path.with_name(f"{path.stem}-weights.pt")))
+    code = f"import torch; s = torch.load({source}, weights_only=False); torch.save({tensors}, {target})"
+    return f"python -c {shlex.quote(code)}"

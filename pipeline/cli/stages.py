@@ -1,5 +1,6 @@
 """From images to features: run, train-backbone, dump-features."""
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -173,6 +174,11 @@ def dump_command(
     extra = _said(views=views, dtype=dtype, on_error=on_error)
     talk, named = take_config(config, sets, told=config is not None or checkpoint is None)
     path = checkpoint or named.run_dir / "backbone" / "last.pt"
+    if checkpoint is not None and not path.exists():
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
+        raise DataError(
+            f"{path}: no such checkpoint; " + (f"did you mean {path.with_name(near[0])}?" if near else "check the path")
+        )
     if not path.exists():
         raise DataError(
             f"{path}: no such checkpoint; make one with `pipeline train-backbone{f' {config}' if config else ''}`"
