@@ -96,12 +96,15 @@ class Parallel:
             learner.model = nn.SyncBatchNorm.convert_sync_batchnorm(learner.model)
         if ranks.world > 1:
             # batch statistics are rank 0's at the next save or validation; training itself never reads them
+            cuda = ranks.device.type == "cuda"
             with warnings.catch_warnings():  # torch 2.15 has another word for broadcast_buffers, which 2.9 lacks
                 warnings.simplefilter("ignore", FutureWarning)
                 self._module = DistributedDataParallel(
                     learner,
-                    device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-                    gradient_as_bucket_view=True,
+                    device_ids=[ranks.device.index] if cuda else None,
+                    # on a CPU views slow each step, and exchanging beside the computation takes its cores
+                    gradient_as_bucket_view=cuda,
+                    bucket_cap_mb=None if cuda else 1024,
                     broadcast_buffers=False,
                 )
         self._call: Callable[..., Tensor] = self._module
