@@ -1,8 +1,5 @@
 """The figures of a report. Each function returns a figure, its caption and the table it shows; none touches a file."""
 
-import csv
-import io
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,41 +7,14 @@ import numpy as np
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
+from pipeline.report.drawing import AFTER, ALONE, BEFORE, TARGET, ZERO, Drawing, class_table, rounded
 from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Backbone, Row, Spread, Study, classes, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-AFTER: Row = {"color": BLUE, "linestyle": "-", "marker": "o"}
-BEFORE: Row = {"color": BLACK, "linestyle": ":"}
-ALONE: Row = {"color": RED, "linestyle": "--"}
-ZERO: Row = {"color": GREEN, "linestyle": "-."}
-TARGET: Row = {"color": ORANGE, "linestyle": (0, (4, 1.5, 1, 1.5, 1, 1.5))}
 NARROW = 0.18  # share of the classes below which a group has no room for its full label
 FEATURES_FOR_A_FIGURE = 2**27  # numbers; a target line is not worth reading more
-
-
-@dataclass(frozen=True, eq=False)
-class Drawing:
-    """One figure with its file name, heading, what it shows in a sentence, and its numbers."""
-
-    name: str
-    title: str
-    caption: str
-    figure: "Figure"
-    table: list[Row]
-
-    @property
-    def csv(self) -> str:
-        """The table as text, a column for every key that any row has."""
-        text = io.StringIO()
-        writer = csv.DictWriter(
-            text, list(dict.fromkeys(key for row in self.table for key in row)), lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows(self.table)
-        return text.getvalue()
 
 
 def draw_all(study: Study) -> list[Drawing]:
@@ -130,7 +100,7 @@ def weight_norms(study: Study) -> Drawing:
         (str(chosen), backbone.norms(chosen), AFTER),
         ("target of the norm term, shifted to the same mean", aim, TARGET),
     ]
-    table: list[Row] = _class_table(study)
+    table: list[Row] = class_table(study)
     figure = look.figure_of(11.5, 4.9)
     axes = figure.subplots()
     look.counts_backdrop(axes, study.counts[order])
@@ -138,7 +108,7 @@ def weight_norms(study: Study) -> Drawing:
         if values is None:
             continue
         for row in table:
-            row[label] = _round(float(values[row["class"]]))
+            row[label] = rounded(float(values[row["class"]]))
         x, y = look.thinned(values[order])
         every = max(1, len(x) // 14)
         axes.plot(x, y, label=label, linewidth=2, markersize=6, markevery=every, markerfacecolor="white", **style)
@@ -196,10 +166,10 @@ def class_change(study: Study) -> Drawing | None:
     if any(v is None for v in (*before, *after)):
         return None
     first, last = np.mean(np.array(before), 0), np.mean(np.array(after), 0)
-    table = _class_table(study)
+    table = class_table(study)
     for row in table:
         a, b = first[row["class"]], last[row["class"]]
-        row |= {study.start.removeprefix("the "): _round(a), "selected": _round(b), "change": _round(b - a)}
+        row |= {study.start.removeprefix("the "): rounded(a), "selected": rounded(b), "change": rounded(b - a)}
     order = study.by_size
     change = (last - first)[order]
     figure = look.figure_of(11.5, 4.6)
@@ -287,13 +257,6 @@ def training_curves(study: Study) -> Drawing | None:
     return Drawing("training", "Stage 1, epoch by epoch", caption, figure, table)
 
 
-def _class_table(study: Study) -> list[Row]:
-    """A row a class, largest first."""
-    names, counts = study.first.store.class_names, study.counts
-    ranked = enumerate(study.by_size.tolist(), 1)
-    return [{"rank": r, "class": c, "name": names[c], "images": int(counts[c])} for r, c in ranked]
-
-
 def _columns_title(column: str, study: Study) -> str:
     if column == "all":
         return f"all {classes(len(study.counts))}"
@@ -314,9 +277,5 @@ def _gain(study: Study) -> str:
 
 
 def _numbers(split: str, column: str, line: str, lam: float | None, value: Spread) -> Row:
-    known = {"mean": _round(value.mean), "std": _round(value.std), "n": value.n}
+    known = {"mean": rounded(value.mean), "std": rounded(value.std), "n": value.n}
     return {"split": split, "classes": column, "line": line, "lam": lam, **known}
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None or np.isnan(value) else round(float(value), 4)

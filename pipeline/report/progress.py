@@ -13,7 +13,7 @@ from cache import write_durably
 from pipeline.errors import DataError
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED
-from pipeline.report.figures import Drawing
+from pipeline.report.drawing import Drawing
 from pipeline.report.source import Row, Spread, spread
 
 if TYPE_CHECKING:

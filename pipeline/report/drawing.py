@@ -1,0 +1,54 @@
+"""What a figure of a report is: a picture, its caption and the numbers it shows; and how its lines are told apart."""
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED
+from pipeline.report.source import Row, Study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AFTER: Row = {"color": BLUE, "linestyle": "-", "marker": "o"}
+BEFORE: Row = {"color": BLACK, "linestyle": ":"}
+ALONE: Row = {"color": RED, "linestyle": "--"}
+ZERO: Row = {"color": GREEN, "linestyle": "-."}
+TARGET: Row = {"color": ORANGE, "linestyle": (0, (4, 1.5, 1, 1.5, 1, 1.5))}
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """One figure with its file name, heading, what it shows in a sentence, and its numbers."""
+
+    name: str
+    title: str
+    caption: str
+    figure: "Figure"
+    table: list[Row]
+
+    @property
+    def csv(self) -> str:
+        """The table as text, a column for every key that any row has."""
+        text = io.StringIO()
+        writer = csv.DictWriter(
+            text, list(dict.fromkeys(key for row in self.table for key in row)), lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(self.table)
+        return text.getvalue()
+
+
+def class_table(study: Study) -> list[Row]:
+    """A row a class, largest first."""
+    names, counts = study.first.store.class_names, study.counts
+    ranked = enumerate(study.by_size.tolist(), 1)
+    return [{"rank": r, "class": c, "name": names[c], "images": int(counts[c])} for r, c in ranked]
+
+
+def rounded(value: float | None) -> float | None:
+    """Four digits for a table; None for nan."""
+    return None if value is None or np.isnan(value) else round(float(value), 4)
