@@ -243,6 +243,14 @@ class RebalanceConfig(Section):
             return ",".join(str(v) for v in value)
         return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
+    @field_validator("method", "seeds", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """One value, or the text one would type after --seeds, is a list too."""
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
     @field_validator("log_base", mode="before")
     @classmethod
     def _log_base_text(cls, value: Any) -> Any:
