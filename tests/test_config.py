@@ -42,7 +42,9 @@ def test_settings_lie_over_the_file_and_types_are_kept(tmp_path):
     assert (config.rebalance.lam, config.rebalance.number) == ("0.1,0.2", False)
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("0,1,2", (0, 1, 2)), ("[3, 4]", (3, 4)), ("5", (5,)), ("'6, 7'", (6, 7))])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("0,1,2", (0, 1, 2)), ("[3, 4]", (3, 4)), ("5", (5,)), ("'6, 7'", (6, 7))]
+)
 def test_seeds_are_set_as_they_are_typed_elsewhere(tmp_path, typed, meant):
     path = write(tmp_path / "a.yaml", "data: {source: digits}\n")
     assert load_config(path, [f"rebalance.seeds={typed}"]).rebalance.seeds == meant
