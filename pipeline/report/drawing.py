@@ -22,13 +22,17 @@ TARGET: Row = {"color": ORANGE, "linestyle": (0, (4, 1.5, 1, 1.5, 1, 1.5))}
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """One figure with its file name, heading, what it shows in a sentence, and its numbers."""
+    """One figure with its file name, heading, what it shows in a sentence, and its numbers.
+
+    chart: the same numbers as a plotly figure (`pipeline.report.chart`), which the page shows where there is JavaScript.
+    """
 
     name: str
     title: str
     caption: str
     figure: "Figure"
     table: list[Row]
+    chart: Row | None = None
 
     @property
     def csv(self) -> str:

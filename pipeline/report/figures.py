@@ -6,7 +6,8 @@ import numpy as np
 
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import axes as look
-from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
+from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, LIGHT, ORANGE, RED, SKY
+from pipeline.report.chart import bars, chart, class_axis, trace
 from pipeline.report.drawing import AFTER, ALONE, BEFORE, TARGET, ZERO, Drawing, class_table, rounded
 from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Backbone, Row, Spread, Study, classes, signed
 
@@ -101,6 +102,7 @@ def weight_norms(study: Study) -> Drawing:
         ("target of the norm term, shifted to the same mean", aim, TARGET),
     ]
     table: list[Row] = class_table(study)
+    traces = [_images_behind(study)]
     figure = look.figure_of(11.5, 4.9)
     axes = figure.subplots()
     look.counts_backdrop(axes, study.counts[order])
@@ -112,7 +114,9 @@ def weight_norms(study: Study) -> Drawing:
         x, y = look.thinned(values[order])
         every = max(1, len(x) // 14)
         axes.plot(x, y, label=label, linewidth=2, markersize=6, markevery=every, markerfacecolor="white", **style)
-    look.class_axis(axes, [store.class_names[c] for c in order], study.counts)
+        traces.append(trace(label, range(1, len(order) + 1), values[order], style, of_classes=True))
+    names = [store.class_names[c] for c in order]
+    look.class_axis(axes, names, study.counts)
     axes.set_ylabel("length of the class vector ‖W‖")
     axes.set_title(_length_title(before[order], lines[2][1], order, start=study.start), pad=10)
     look.legend(figure, np.array([axes]))
@@ -120,7 +124,21 @@ def weight_norms(study: Study) -> Drawing:
     caption = f"Classes from largest to smallest{which}; mean over batch orders. Grey: training images per class."
     if aim is not None:
         caption += " The norm term fixes only differences of lengths: its target is drawn at the mean of the heads."
-    return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table)
+    shown = chart(
+        traces,
+        x=class_axis(names, study.counts),
+        y={"title": "length of the class vector ‖W‖", "rangemode": "tozero", "overlaying": "y2", "tickmode": "auto"},
+        yaxis2={"title": "training images per class", "type": "log", "side": "right", "showgrid": False},
+    )
+    return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table, shown)
+
+
+def _images_behind(study: Study) -> Row:
+    """Training images per class as grey ground, on a second, logarithmic axis."""
+    counts = study.counts[study.by_size]
+    ground: Row = {"yaxis": "y2", "fill": "tozeroy", "fillcolor": LIGHT, "hoverinfo": "skip"}
+    style: Row = {"color": LIGHT, "linewidth": 0}
+    return trace("training images", range(1, len(counts) + 1), counts, style, **ground)
 
 
 def _length_title(before: np.ndarray, after: np.ndarray | None, order: np.ndarray, *, start: str) -> str:
@@ -188,7 +206,8 @@ def class_change(study: Study) -> Drawing | None:
     axes.bar(x[~up], y[~up], width, **worse)
     axes.axhline(0, color=BLACK, linewidth=1)
     _mark_groups(axes, study.counts[order], change)
-    look.class_axis(axes, [study.first.store.class_names[c] for c in order], study.counts)
+    names = [study.first.store.class_names[c] for c in order]
+    look.class_axis(axes, names, study.counts)
     axes.set_ylabel("change of test accuracy\n[percentage points]")
     gain, loss, known = int((change > 0).sum()), int((change < 0).sum()), int(np.isfinite(change).sum())
     mean = signed(float(np.nanmean(change)))
@@ -196,7 +215,24 @@ def class_change(study: Study) -> Drawing | None:
     look.legend(figure, np.array([axes]))
     name = str(study.first.selected) if len(study.backbones) == 1 else "The selected head of each backbone"
     caption = f"{name} less {study.start}, test split, classes from largest to smallest; mean over {study.repeated}."
-    return Drawing("class-change", "What changes for each class", caption, figure, table)
+    rank, better = np.arange(1, len(change) + 1), np.nan_to_num(change) >= 0
+    shown = chart(
+        [
+            bars(f"better than {study.start}", rank, np.where(better, change, np.nan), color=BLUE, of_classes=True),
+            bars(
+                f"worse than {study.start}",
+                rank,
+                np.where(better, np.nan, change),
+                color=RED,
+                pattern="/",
+                of_classes=True,
+            ),
+        ],
+        x=class_axis(names, study.counts),
+        y="change of test accuracy [points]",
+        barmode="overlay",
+    )
+    return Drawing("class-change", "What changes for each class", caption, figure, table, shown)
 
 
 def _mark_groups(axes: "Axes", counts: np.ndarray, change: np.ndarray) -> None:
@@ -223,6 +259,7 @@ def training_curves(study: Study) -> Drawing | None:
         return None
     figure = look.figure_of(11.5, 4.3)
     left, right = figure.subplots(1, 2)
+    traces: list[Row] = []
     styles = [(ORANGE, "--", "s"), (GREEN, "-.", "D"), (RED, ":", "v")]
     lines: list[tuple[str, str, Row]] = [
         ("train_accuracy", "training images (augmented)", {"color": BLACK, "linestyle": "-"}),
@@ -234,12 +271,18 @@ def training_curves(study: Study) -> Drawing | None:
         named = {"alpha": 1.0 if number == 0 else 0.45}
         epochs, losses = zip(*((m["epoch"], m["loss"]) for m in backbone.metrics), strict=True)
         left.plot(epochs, losses, color=BLACK, linewidth=2, marker="o" if len(epochs) == 1 else None, **named)
+        marked: Row = {"color": BLACK, "marker": "o" if len(epochs) == 1 else None}
+        traces.append(trace(f"{backbone.name}, loss", epochs, losses, marked, **_part_of(number, "loss", **named)))
         for key, label, style in lines:
             points = [(m["epoch"], m[key]) for m in backbone.metrics if m.get(key) is not None]
             if points:
                 every = {"markevery": max(1, len(points) // 8), "label": label if number == 0 else None}
                 drawn = {"linewidth": 1.7, "markersize": 5, "markerfacecolor": "white", **style, **every, **named}
-                right.plot(*zip(*points, strict=True), **drawn)
+                x, y = zip(*points, strict=True)
+                right.plot(x, y, **drawn)
+                plain_style = {"linewidth": 1.7, **style, "marker": style.get("marker") if len(x) < 12 else None}
+                second: Row = {"xaxis": "x2", "yaxis": "y2", "text": [backbone.name] * len(x)}
+                traces.append(trace(label, x, y, plain_style, **second, **_part_of(number, label, **named)))
     last = kept[0].metrics[-1]
     val = next((m["val_accuracy"] for m in reversed(kept[0].metrics) if m.get("val_accuracy") is not None), None)
     left.set(title=f"Training loss: {last['loss']:.2f} at the end", ylabel="loss that is minimised")
@@ -254,7 +297,20 @@ def training_curves(study: Study) -> Drawing | None:
         f" One line for each of {len(kept)} backbones." if len(kept) > 1 else ""
     )
     table = [{"backbone": b.name, **line} for b in kept for line in b.metrics]
-    return Drawing("training", "Stage 1, epoch by epoch", caption, figure, table)
+    shown = chart(
+        traces,
+        x="epoch",
+        y={"title": "loss that is minimised", "rangemode": "tozero"},
+        xaxis2={"title": "epoch"},
+        yaxis2={"title": "accuracy [%]", "range": [0, 102]},
+        grid={"rows": 1, "columns": 2, "pattern": "independent"},
+    )
+    return Drawing("training", "Stage 1, epoch by epoch", caption, figure, table, shown)
+
+
+def _part_of(number: int, group: str, *, alpha: float) -> Row:
+    """Keys of a trace of the number-th backbone: one entry in the legend for all backbones, the later ones paler."""
+    return {"opacity": alpha, "legendgroup": group, "showlegend": number == 0}
 
 
 def _columns_title(column: str, study: Study) -> str:

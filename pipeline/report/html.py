@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache import write_durably
 from pipeline.metrics import class_groups
+from pipeline.report import assets
 from pipeline.report.source import (
     BASELINE,
     BOUNDS,
@@ -24,11 +25,10 @@ from pipeline.report.source import (
     read_study,
     signed,
 )
-from pipeline.report.style import CSS
 from pipeline.report.table import DIFFERENCES, difference, differences_caption, labelled, told_parameters
 
 if TYPE_CHECKING:
-    from pipeline.report.figures import Drawing
+    from pipeline.report.drawing import Drawing
 
 TITLES = {"all": "All", "many": "Many", "medium": "Medium", "few": "Few", "ece": "ECE"}
 
@@ -119,10 +119,12 @@ def page(study: Study, lines: Sequence[Line], drawn: Sequence[tuple["Drawing", b
     ]
     head = (
         "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{title} · iwb-pipeline report</title><style>{CSS}</style>"
+        f"<title>{title} · iwb-pipeline report</title>{assets.style()}"
     )
     header = f"<p class=kicker>iwb-pipeline report</p><h1>{title}</h1>{_lead(study)}{_tiles(study, lines)}"
-    body = "\n".join([f"<header>{header}</header><main>", *main, "</main>"])
+    body = "\n".join(
+        [f"<header>{header}</header><main data-run=0>", *main, "</main>", assets.library(), assets.script()]
+    )
     return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n{body}\n</body></html>\n"
 
 
@@ -251,7 +253,11 @@ def _figure(drawing: "Drawing", image: bytes) -> str:
     told = escape(f"{drawing.title}. {drawing.caption} Numbers in {numbers}.")
     caption = f"{escape(drawing.caption)} Numbers: <code>{numbers}</code>."
     drawn = f'<div class=scroll><img src="{source}" alt="{told}"></div>'
-    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+    live = ""
+    if drawing.chart:
+        name = f"chart-{drawing.name}"
+        live = f'<div class=chart data-chart="{name}"></div>{assets.data(name, drawing.chart)}'
+    return f"<figure>{drawn}{live}<figcaption>{caption}</figcaption></figure>"
 
 
 def _data(study: Study) -> str:

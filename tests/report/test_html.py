@@ -13,14 +13,15 @@ from tests.small_run import made_run
 
 def text_of(report):
     """What a reader sees of the page, images and style left out."""
-    page = re.sub(r"<style>.*?</style>|<img[^>]*>", "", report.path.read_text(encoding="utf-8"), flags=re.S)
+    page = re.sub(r"<(style|script).*?</\1>|<img[^>]*>", "", report.path.read_text(encoding="utf-8"), flags=re.S)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
 
 
 def test_the_page_is_one_file_with_its_images_inside(run, tmp_path):
     report = write_report(run, out=tmp_path)
     page = report.path.read_text(encoding="utf-8")
-    assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(r"base64,[^\"]*", "", page))
+    packed = r'base64,[^"]*|(?<=<script type="text/plain" id="plotly">)[^<]*'
+    assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(packed, "", page))
     inside = [base64.b64decode(data) for data in re.findall(r'data:image/png;base64,([^"]+)"', page)]
     assert inside == [path.read_bytes() for path in report.figures]
     assert len(inside) == 4
