@@ -1,35 +1,78 @@
 """Train an image classifier once on unbalanced classes, re-balance it in seconds.
 
-What a command does is one function: train_backbone, dump_features, run_pipeline, write_report and export_model are here,
-`pipeline.rebalance.rebalance` and `pipeline.predict.predict` in the modules that bear their names. `iwb_objective` is the
-loss itself. Nothing heavy is imported before it is used.
+What a command does is one function with a typed result, and all of them are here: `run_pipeline`, `train_backbone`,
+`dump_features`, `rebalance`, … A result prints as the command shows it, and `to_dict()` is the document of its --json.
+`iwb_objective` is the loss itself. Nothing heavy is imported before it is used.
+
+`pipeline.rebalance`, `predict`, `doctor` and `reproduce` are modules as well, which can be called as their function.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache import Cache, open_cache
+    from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
+    from pipeline.backbone.events import TrainResult
+    from pipeline.backbone.foreign import load_foreign
+    from pipeline.backbone.train import train_backbone
+    from pipeline.backbone.tries import TriesResult, try_settings
+    from pipeline.bench.cache import bench_cache
+    from pipeline.bench.rebalance import bench_rebalance
+    from pipeline.bench.train import bench_train
+    from pipeline.config import Config, RebalanceConfig, find_config, load_config, make_config
+    from pipeline.data import Dataset, load_dataset
+    from pipeline.doctor import Diagnosis, doctor
+    from pipeline.dump import DumpResult, dump_features
+    from pipeline.errors import PipelineError
+    from pipeline.export import Exported, export_model
+    from pipeline.info import Artefact, Verified, describe, verify
+    from pipeline.predict import Prediction, predict
+    from pipeline.rebalance.ablation import AblationResult, ablate
+    from pipeline.rebalance.evaluate import EvaluateResult, evaluate
+    from pipeline.rebalance.objective import iwb_objective
+    from pipeline.rebalance.result import RebalanceResult
+    from pipeline.rebalance.run import rebalance
+    from pipeline.report import Report, write_report
+    from pipeline.report.progress import Compared, compare_progress
+    from pipeline.reproduce import Reproduction, reproduce
+    from pipeline.run import RunResult, run_pipeline
 
 _PUBLIC = {
-    "load_config": "pipeline.config",
-    "make_config": "pipeline.config",
-    "load_dataset": "pipeline.data",
-    "train_backbone": "pipeline.backbone.train",
-    "load_checkpoint": "pipeline.backbone.checkpoint",
-    "load_foreign": "pipeline.backbone.foreign",
-    "dump_features": "pipeline.dump",
-    "open_cache": "cache",
-    "iwb_objective": "pipeline.rebalance.objective",
-    "run_pipeline": "pipeline.run",
-    "write_report": "pipeline.report",
-    "export_model": "pipeline.export",
+    "cache": ("Cache", "open_cache"),
+    "pipeline.backbone.checkpoint": ("Checkpoint", "load_checkpoint"),
+    "pipeline.backbone.events": ("TrainResult",),
+    "pipeline.backbone.foreign": ("load_foreign",),
+    "pipeline.backbone.train": ("train_backbone",),
+    "pipeline.backbone.tries": ("TriesResult", "try_settings"),
+    "pipeline.bench.cache": ("bench_cache",),
+    "pipeline.bench.rebalance": ("bench_rebalance",),
+    "pipeline.bench.train": ("bench_train",),
+    "pipeline.config": ("Config", "RebalanceConfig", "find_config", "load_config", "make_config"),
+    "pipeline.data": ("Dataset", "load_dataset"),
+    "pipeline.doctor": ("Diagnosis", "doctor"),
+    "pipeline.dump": ("DumpResult", "dump_features"),
+    "pipeline.errors": ("PipelineError",),
+    "pipeline.export": ("Exported", "export_model"),
+    "pipeline.info": ("Artefact", "Verified", "describe", "verify"),
+    "pipeline.predict": ("Prediction", "predict"),
+    "pipeline.rebalance": ("AblationResult", "EvaluateResult", "RebalanceResult", "ablate", "evaluate", "rebalance"),
+    "pipeline.rebalance.objective": ("iwb_objective",),
+    "pipeline.report": ("Report", "write_report"),
+    "pipeline.report.progress": ("Compared", "compare_progress"),
+    "pipeline.reproduce": ("Reproduction", "reproduce"),
+    "pipeline.run": ("RunResult", "run_pipeline"),
 }
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [*_PUBLIC]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module pipeline has no attribute {name}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    module = importlib.import_module(_MODULE_OF[name])
+    return module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

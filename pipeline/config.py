@@ -356,11 +356,13 @@ def read_tree(path: Path) -> dict:
     return tree
 
 
-def load_config(path: Path, settings: Iterable[str] = ()) -> Config:
+def load_config(path: Path | str | None = None, settings: Iterable[str] = ()) -> Config:
     """The configuration in a YAML file with `a.b=c` settings laid over it; relative data paths are relative to the file.
 
-    Raises ConfigError naming the file, the key and the nearest known key.
+    path: a file, or text or None as `find_config` takes them. Raises ConfigError naming the file, the key and the nearest
+    known key.
     """
+    path = path if isinstance(path, Path) else find_config(path)
     tree = read_tree(path)
     tree.setdefault("name", path.stem)
     if is_stage_2_alone(tree):

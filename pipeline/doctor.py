@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.memory import free_memory
 from pipeline.provenance import LIBRARIES
+from pipeline.shown import Shown, callable_as
 
 SHOWN = (
     *LIBRARIES,
@@ -39,7 +40,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Shown):
     """What `doctor` found; ok is whether every check passed. Sizes in GiB, warnings for a person."""
 
     ok: bool
@@ -257,3 +258,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+callable_as(__name__, doctor)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Loader
 from pipeline.distributed import Ranks, Signals
+from pipeline.dump_source import Source, find_source, source_of
 from pipeline.errors import DataError, PipelineError, Terminated
 from pipeline.killpoint import KillPoint
 from pipeline.method_names import PROBE
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
+from pipeline.shown import Shown
 from pipeline.unreadable import Rows, readable_now, skipped_before, told
 
 OWN_HEAD = "of the backbone"
@@ -42,7 +44,7 @@ WAITING = 2  # encoded chunks that may wait for the disk; with the one being enc
 
 
 @dataclass(frozen=True)
-class DumpResult:
+class DumpResult(Shown):
     """A sealed store. samples: split → N; written: chunks that this call computed, of `chunks` in all.
 
     skipped: split → images that could not be read; their rows are kept, NaN, and left out wherever features are used.
@@ -59,6 +61,7 @@ class DumpResult:
     written: int
     seconds: float
     network: dict[str, Any]
+    dataset: dict[str, Any]
     skipped: dict[str, list[str]]
     head: str = OWN_HEAD
 
@@ -77,13 +80,19 @@ class DumpResult:
 
 
 def dump_features(
-    backbone: Checkpoint,
-    config: Config,
+    backbone: Checkpoint | Path | str,
+    config: Config | None = None,
     *,
-    out: Path | str,
+    out: Path | str | None = None,
+    own_images: bool = False,
+    settings: Sequence[str] = (),
+    model: str | None = None,
+    key_map: Path | None = None,
+    probe: bool = False,
     device: str = "auto",
     overwrite: bool = False,
     report: Callable[[int, int, str], object] = lambda done, total, note: None,
+    say: Callable[[str], object] = lambda line: None,
     images: Dataset | None = None,
     keep_in: Path | None = None,
 ) -> DumpResult:
@@ -91,25 +100,46 @@ def dump_features(
 
     View 0 is the evaluation transform, views 1…V−1 the training augmentation; val and test have view 0 alone. Under
     torchrun the ranks share the work. A backbone without a head for these classes gets a linear probe (probe.py), fitted on
-    the clean training features before the seal. images: the configuration's data set, if it is loaded. keep_in: a
-    folder for the backbone itself, once it is settled that the store is its own. report is called on rank 0 with (images
-    done, images to do, note).
-    Raises DataError (images, or a store made otherwise without overwrite), Terminated (SIGTERM or Ctrl-C: finished
-    chunks are kept and the same call goes on).
+    the clean training features before the seal.
+
+    backbone: a checkpoint's file, of `train_backbone` or of any timm network, or a loaded one. config: images and settings,
+    None for those a checkpoint of `train_backbone` was made with; own_images: its images, with config's sections dump and
+    rebalance. settings: KEY=VALUE laid over. out: a folder or URL, by default features.zarr in the backbone's run. model,
+    key_map, probe: how a checkpoint from elsewhere is taken, as in `load_foreign`; it is then kept in backbone/ beside the
+    store. Of a loaded backbone: images: the configuration's data set, if it is loaded; keep_in: a folder for the backbone
+    itself, once it is settled that the store is its own. report is called on rank 0 with (images done, images to do,
+    note), say with lines on what was taken.
+    Raises DataError (checkpoint, images, or a store made otherwise without overwrite), ConfigError (settings, or a backbone
+    that will not do), Terminated (SIGTERM or Ctrl-C: finished chunks are kept and the same call goes on).
     """
     started = time.perf_counter()
     with distributed.ranks(device) as ranks, Signals() as signals:
-        dataset = ranks.together(lambda: _fitting(images or load_dataset(config.data), backbone))
-        writer = _writer(backbone, config, dataset, out=out, ranks=ranks, overwrite=overwrite)
-        with writer:
-            ranks.together(lambda: keep(backbone, keep_in) if keep_in and ranks.first else None)
-            missing = missing_chunks(writer, ranks, skipping=config.dump.on_error == "skip")
-            mine = [missing[i] for i in owned_chunks(chunks=len(missing), rank=ranks.rank, world=ranks.world)]
-            encoder = Encoder(backbone, config, dataset, device=ranks.device)
-            ranks.together(lambda: write_chunks(writer, encoder, mine, ranks=ranks, stop=signals, report=report))
-            ranks.together(lambda: _obey(signals, out))
-            ranks.together(lambda: _set_head(writer, backbone, config, dataset, ranks=ranks, stop=signals))
-            digest = ranks.together(lambda: _seal(writer, backbone, config, dataset) if ranks.first else "")
+        if isinstance(backbone, Path | str):
+            source = find_source(
+                Path(backbone), config, out=out, own_images=own_images, settings=settings, model=model, key_map=key_map,
+                probe=probe, overwrite=overwrite, ranks=ranks, say=say,
+            )  # fmt: skip
+        else:
+            source = source_of(backbone, config, out=out, images=images, keep_in=keep_in)
+        result = _dump(source, ranks, signals, overwrite=overwrite, report=report)
+    return replace(result, seconds=round(time.perf_counter() - started, 2))
+
+
+def _dump(
+    source: Source, ranks: Ranks, signals: Signals, *, overwrite: bool, report: Callable[[int, int, str], object]
+) -> DumpResult:
+    backbone, config, out, keep_in = source.backbone, source.config, source.out, source.keep_in
+    dataset = ranks.together(lambda: fitting(source.images or load_dataset(config.data), backbone))
+    writer = _writer(backbone, config, dataset, out=out, ranks=ranks, overwrite=overwrite)
+    with writer:
+        ranks.together(lambda: keep(backbone, keep_in) if keep_in and ranks.first else None)
+        missing = missing_chunks(writer, ranks, skipping=config.dump.on_error == "skip")
+        mine = [missing[i] for i in owned_chunks(chunks=len(missing), rank=ranks.rank, world=ranks.world)]
+        encoder = Encoder(backbone, config, dataset, device=ranks.device)
+        ranks.together(lambda: write_chunks(writer, encoder, mine, ranks=ranks, stop=signals, report=report))
+        ranks.together(lambda: _obey(signals, out))
+        ranks.together(lambda: _set_head(writer, backbone, config, dataset, ranks=ranks, stop=signals))
+        digest = ranks.together(lambda: _seal(writer, backbone, config, dataset) if ranks.first else "")
     return DumpResult(
         store=out,
         digest=digest,
@@ -119,8 +149,9 @@ def dump_features(
         dtype=writer.layout.dtype,
         chunks=len(writer.chunks),
         written=len(missing),
-        seconds=round(time.perf_counter() - started, 2),
+        seconds=0.0,
         network=backbone.network,
+        dataset=dataset.summary(),
         skipped={s: [dataset.splits[s].name_of(r) for r in rows] for s, rows in writer.skipped.items()},
         head=PROBE if backbone.probe else OWN_HEAD,
     )
@@ -285,7 +316,7 @@ def _in_background(write: Callable[..., None]) -> Iterator[Callable[..., None]]:
             future.result()
 
 
-def _fitting(dataset: Dataset, backbone: Checkpoint) -> Dataset:
+def fitting(dataset: Dataset, backbone: Checkpoint) -> Dataset:
     """The data set, if the backbone's classes and input size are its own; DataError otherwise."""
     if dataset.class_names != backbone.class_names:
         differing = [(a, b) for a, b in zip(backbone.class_names, dataset.class_names, strict=False) if a != b]

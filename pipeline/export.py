@@ -12,6 +12,7 @@ from pipeline.metrics import class_groups
 from pipeline.provenance import provenance
 from pipeline.report.html import Line, summary
 from pipeline.report.source import BOUNDS, SPLITS, Backbone, Kind, Study, read_study
+from pipeline.shown import Shown
 
 if TYPE_CHECKING:
     from pipeline.backbone.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ STAGE1 = "stage1_head.safetensors"
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Shown):
     """An exported model: its folder, the file timm loads, and which head it carries."""
 
     out: Path

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache import Cache, CacheError, Writer, open_cache, open_writer, verify
+import cache
+from cache import Cache, CacheError, Writer, open_cache, open_writer
 from pipeline.config import find_config, load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.heads import read_scorers
 from pipeline.method_names import PROBE, start_name
 from pipeline.report.source import read_results
+from pipeline.shown import Shown
 
 EXPECTED = (
     "a run's folder, a checkpoint (last.pt), a feature store (features.zarr), results.json, heads.safetensors, run.json, "
@@ -37,7 +39,7 @@ Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artefact(Shown):
     """What `describe` found: the kind of thing, its key facts, and what made it."""
 
     path: Path | str
@@ -60,7 +62,7 @@ class Artefact:
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verified(Shown):
     """A store of which every byte was read and found right; skipped: split → ids of samples without features."""
 
     store: Path | str
@@ -84,10 +86,10 @@ class Verified:
         return "\n".join([whole, *(f"skipped {split}: {_samples(ids)}" for split, ids in self.skipped.items())])
 
 
-def verify_store(path: Path | str) -> Verified:
+def verify(path: Path | str) -> Verified:
     """Reads a whole sealed store against its checksums; DataError lists what is damaged and how to repair it."""
     try:
-        if damaged := verify(path):
+        if damaged := cache.verify(path):
             listed = "\n".join(f"  {damage}" for damage in damaged)
             again = f"repair it: the same `pipeline dump-features … --out {path}` computes just these again"
             raise DataError(f"{path}: {len(damaged)} damaged file(s)\n{listed}\n{again}")

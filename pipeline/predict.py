@@ -26,6 +26,7 @@ from pipeline.distributed import choose_device
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.export import STAGE1, input_facts, matching_checkpoint
 from pipeline.report.source import read_study
+from pipeline.shown import callable_as
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -252,3 +253,6 @@ def _csv(values: Iterable[Any]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="").writerow(values)
     return buffer.getvalue()
+
+
+callable_as(__name__, predict)

@@ -24,12 +24,13 @@ from pipeline.rebalance.backbones import combine
 from pipeline.rebalance.differences import read_hits
 from pipeline.report import write_report
 from pipeline.report.table import results_tables
+from pipeline.shown import Shown
 
 STAGE_1 = ("backbone/metrics.jsonl", "backbone/diagnostics.csv")  # what a report shows of it
 
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(Shown):
     """A finished run: its folder, the results document (DESIGN: rebalance --json), report, and seconds by stage."""
 
     out: Path

@@ -20,7 +20,7 @@ from pipeline.backbone.train import train_backbone
 from pipeline.config import find_config, load_config
 from pipeline.dump import dump_features
 from pipeline.errors import DataError
-from pipeline.info import verify_store
+from pipeline.info import verify
 from pipeline.rebalance.load import load
 from tests.test_dump_kills import chunk_rows, contents
 
@@ -190,7 +190,7 @@ def test_every_corruption_is_found_by_all_and_mended(number, kind, what, backbon
     of_chunk = chunk_rows(whole)
     assert changed, "nothing was damaged"
     with pytest.raises(DataError) as verifying:
-        verify_store(store)
+        verify(store)
     with pytest.raises((DataError, CacheError)) as reading:
         read_as_stage_2_does(store)
     assert reading.value.exit_code == verifying.value.exit_code == 3
@@ -214,7 +214,7 @@ def test_every_corruption_is_found_by_all_and_mended(number, kind, what, backbon
         assert {p: p.stat().st_mtime_ns for p in others} == others
     assert contents(store) == contents(whole)
     assert again.digest == open_cache(whole).digest
-    assert verify_store(store).digest == again.digest
+    assert verify(store).digest == again.digest
 
 
 @pytest.mark.slow

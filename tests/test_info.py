@@ -9,7 +9,7 @@ import pytest
 from pipeline.doctor import _check, doctor
 from pipeline.errors import DataError
 from pipeline.export import export_model
-from pipeline.info import describe, verify_store
+from pipeline.info import describe, verify
 from tests.small_run import digits_run, made_run, made_store
 
 
@@ -134,16 +134,16 @@ def test_weights_from_elsewhere_are_told_how_they_are_taken(tmp_path):
 def test_verify_reads_every_byte(tmp_path):
     run = made_run(tmp_path / "run", lam="0.1")
     store = run / "features.zarr"
-    assert verify_store(store).chunks == 4
-    assert "every checksum holds" in str(verify_store(store))
+    assert verify(store).chunks == 4
+    assert "every checksum holds" in str(verify(store))
     chunk = store / "train" / "features" / "c" / "1" / "0" / "0"
     data = bytearray(chunk.read_bytes())
     data[100] ^= 1
     chunk.write_bytes(data)
     with pytest.raises(DataError, match=r"1 damaged file\(s\)\n  train/features/c/1/0/0(.|\n)*dump-features"):
-        verify_store(store)
+        verify(store)
     with pytest.raises(DataError, match="no such feature store"):
-        verify_store(tmp_path / "nowhere.zarr")
+        verify(tmp_path / "nowhere.zarr")
 
 
 def test_doctor_really_computes_and_says_so():

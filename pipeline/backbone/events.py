@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.shown import Shown
+
 GROUPS = ("many", "medium", "few")
 
 
@@ -83,7 +85,7 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Shown):
     """A finished stage 1."""
 
     checkpoint: Path

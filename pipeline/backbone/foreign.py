@@ -45,8 +45,8 @@ class Beside:
 def load_foreign(
     path: Path,
     config: Config,
-    dataset: Dataset,
     *,
+    dataset: Dataset,
     model: str | None = None,
     key_map: Path | None = None,
     probe: bool = False,
@@ -126,7 +126,9 @@ def bring(
 ) -> tuple[Checkpoint, Dataset]:
     """(load_foreign of the configuration's images; the images), unless the folder it is to be kept in has another one."""
     dataset = ranks.together(lambda: load_dataset(config.data))
-    backbone = ranks.together(lambda: load_foreign(path, config, dataset, model=model, key_map=key_map, probe=probe))
+    backbone = ranks.together(
+        lambda: load_foreign(path, config, dataset=dataset, model=model, key_map=key_map, probe=probe)
+    )
     ranks.together(lambda: refuse_other(backbone, folder, overwrite=overwrite))
     return backbone, dataset
 

@@ -25,6 +25,7 @@ from pipeline.data import load_dataset
 from pipeline.errors import ConfigError, Diverged
 from pipeline.provenance import provenance
 from pipeline.rebalance.selection import Choice, select
+from pipeline.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -49,7 +50,7 @@ class Try:
 
 
 @dataclass(frozen=True)
-class TriesResult:
+class TriesResult(Shown):
     """What `tries.json` says, and where it lies."""
 
     out: Path

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.provenance import provenance
+from pipeline.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Shown):
     """All measures of one run, the machine they hold for and the settings they were made with."""
 
     name: str

@@ -42,9 +42,9 @@ def progress_command(runs, out, as_json, debug):
     RUN is a folder of `pipeline run` or `train-backbone` with backbone.diagnose_every=1; of several, the first is what
     the others are held against.
     """
-    from pipeline.report.progress import compare
+    from pipeline.report.progress import compare_progress
 
-    show(compare(runs, out=out), as_json)
+    show(compare_progress(runs, out=out), as_json)
 
 
 @click.command(
@@ -116,20 +116,20 @@ def predict_command(model, images, top_k, layout, batch_size, compare, device, a
     """
     from rich.console import Console
 
-    from pipeline import predict as predictor
     from pipeline.console import Talk
+    from pipeline.predict import csv_lines, json_lines, predict, table
 
     skipped: list[str] = []
-    rows = predictor.predict(
+    rows = predict(
         model, images, top_k=top_k, batch_size=batch_size, device=device, compare=compare, skipped=skipped.append
     )
     if as_json:
         document = {"predictions": [row.to_dict() for row in rows], "skipped": skipped}
         click.echo(json.dumps(document, indent=1, allow_nan=False))
     elif layout == "table":
-        Console(highlight=False).print(predictor.table(rows))
+        Console(highlight=False).print(table(rows))
     else:
-        for line in predictor.csv_lines(rows) if layout == "csv" else predictor.json_lines(rows):
+        for line in csv_lines(rows) if layout == "csv" else json_lines(rows):
             click.echo(line)
     for reason in skipped:
         Talk().say(f"left out: {reason}")

@@ -4,7 +4,7 @@ import click
 
 from pipeline.cli.options import PATH, Examples, number, settings, shared, whole_numbers, workers
 from pipeline.cli.outcome import relaunched, show
-from pipeline.cli.places import results_folder, store_and_tree
+from pipeline.cli.places import store_and_tree
 from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS
 
@@ -98,6 +98,7 @@ def rebalance_command(store, config, out, nproc, device, sets, as_json, debug, *
     options["method"] = list(options["method"]) or None
     talk, path, tree = store_and_tree(store, config, sets=sets)
     from pipeline.config import lay_over, make_rebalance_config
+    from pipeline.places import results_folder
 
     for key, value in options.items():
         if value is not None:
@@ -143,9 +144,10 @@ def rebalance_command(store, config, out, nproc, device, sets, as_json, debug, *
 def evaluate_command(store, heads, split, as_json, debug):
     """The table of given heads on one split; nothing is fitted and nothing is chosen."""
     talk, path, _ = store_and_tree(store, None)
-    heads = heads or results_folder(path) / "heads.safetensors"
+    from pipeline.places import results_folder
     from pipeline.rebalance import evaluate
 
+    heads = heads or results_folder(path) / "heads.safetensors"
     talk.say(f"store: {path}; heads: {heads}")
     show(evaluate(path, heads, split=split), as_json)
 
@@ -161,10 +163,10 @@ def evaluate_command(store, heads, split, as_json, debug):
 def verify_command(store, as_json, debug):
     """Read a whole feature store against its checksums; exit code 3 and the damaged rows where something is wrong."""
     talk, path, _ = store_and_tree(store, None, settings_from_store=False)
-    from pipeline.info import verify_store
+    from pipeline.info import verify
 
     talk.say(f"store: {path}")
-    show(verify_store(path), as_json)
+    show(verify(path), as_json)
 
 
 COMMANDS = (rebalance_command, evaluate_command, verify_command)

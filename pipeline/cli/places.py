@@ -25,17 +25,6 @@ def take_config(name: str | None, sets: Any, *, told: bool = True) -> "tuple[Tal
     return talk, chosen
 
 
-def results_folder(store: Path | str, kind: str = "rebalance") -> Path:
-    """Where results of a store go: rebalance/ beside a run's features.zarr, NAME-rebalance/ beside another NAME.zarr.
-
-    Those of a store in a bucket go to NAME-rebalance/ in the working folder; NAME of …/cifar/features.zarr is cifar.
-    """
-    if isinstance(store, str):
-        *_, parent, name = store.split("/")
-        return Path(f"{parent if name == 'features.zarr' else Path(name).stem}-{kind}")
-    return store.parent / (kind if store.name == "features.zarr" else f"{store.stem}-{kind}")
-
-
 def run_folder(run: str | None) -> Path:
     """A run's folder from a path, the name of a configuration, or nothing (the default configuration's)."""
     from pipeline.config import find_config, load_config
@@ -60,10 +49,10 @@ def store_and_tree(
 
     Where --config has a rebalance section alone, that is laid over the store's.
     """
-    from cache import open_cache
     from pipeline.config import find_config, is_stage_2_alone, load_config, read_tree
     from pipeline.console import Talk
     from pipeline.errors import DataError
+    from pipeline.places import store_tree
 
     talk, over = Talk(), {}
     path: Path | str
@@ -92,9 +81,5 @@ def store_and_tree(
         return talk, path, named.model_dump(mode="json")
     if not settings_from_store:
         return talk, path, {}
-    opened = open_cache(path)
-    own = dict(opened.provenance.get("config") or {})
-    rebalance = own.get("rebalance", {})
-    if opened.views("train") == 1:
-        rebalance.pop("views", None)  # what was configured cannot be had; what is typed is still refused
-    return talk, path, own | over | {"rebalance": rebalance | over.get("rebalance", {})}
+    own = store_tree(path)
+    return talk, path, own | over | {"rebalance": own["rebalance"] | over.get("rebalance", {})}

@@ -1,7 +1,5 @@
 """reproduce: from images to the paper's tables beside our numbers."""
 
-import json
-
 import click
 
 from pipeline.cli.options import PATH, Examples, settings, shared, whole_numbers
@@ -34,29 +32,20 @@ def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, s
     more; imbalance factor 50; the true ResNet-32; on a GPU then `bench rebalance`. A finished backbone/ or features.zarr of
     the same configuration and images under OUT/NAME/seed-N is taken up. Few, small files to keep: OUT/keep.
     """
-    from cache import write_durably
-    from pipeline.bench.rebalance import bench_rebalance
-    from pipeline.config import find_config, load_config
     from pipeline.console import Talk
-    from pipeline.distributed import choose_device
-    from pipeline.reproduce import PLAN, TABLES, Part, reproduce
+    from pipeline.reproduce import TABLES, plan, reproduce
 
-    talk, given, on_gpu = Talk(), whole_numbers("--seeds", seeds), choose_device(device).type == "cuda"
-    plan = [(name, given or (0,)) for name in configs] or [(name, given or own) for name, own in PLAN]
+    parts = plan(configs, seeds=whole_numbers("--seeds", seeds), sets=sets)
     result = reproduce(
-        [Part(load_config(find_config(name), sets), of_one, name, tuple(sets)) for name, of_one in plan],
+        parts,
         out=out,
         folder=page,
         tables=tuple(tables.split(",")) if tables else TABLES,
-        side_by_side=side_by_side or (2 if on_gpu else 1),
+        side_by_side=side_by_side,
+        bench=not configs,
         device=device,
-        talk=talk,
+        talk=Talk(),
     )
-    bench = out / "keep" / "bench-rebalance.json"
-    if on_gpu and not configs and not bench.is_file():
-        measured = bench_rebalance(device=device, large=True, say=talk.say)
-        write_durably(bench, json.dumps(measured.to_dict(), indent=1, allow_nan=False))
-        talk.say(f"bench rebalance: {bench}")
     show(result, as_json)
 
 

@@ -1,7 +1,6 @@
 """From images to features: run, train-backbone, dump-features."""
 
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,9 +20,6 @@ from pipeline.cli.options import (
 from pipeline.cli.outcome import relaunched, show
 from pipeline.cli.places import take_config
 from pipeline.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from pipeline.config import Config
 
 
 @click.command(
@@ -174,12 +170,7 @@ def dump_command(
     extra = _said(views=views, dtype=dtype, on_error=on_error)
     talk, named = take_config(config, sets, told=config is not None or checkpoint is None)
     path = checkpoint or named.run_dir / "backbone" / "last.pt"
-    if checkpoint is not None and not path.exists():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
-        raise DataError(
-            f"{path}: no such checkpoint; " + (f"did you mean {path.with_name(near[0])}?" if near else "check the path")
-        )
-    if not path.exists():
+    if checkpoint is None and not path.exists():
         raise DataError(
             f"{path}: no such checkpoint; make one with `pipeline train-backbone{f' {config}' if config else ''}`"
         )
@@ -187,63 +178,31 @@ def dump_command(
         raise ConfigError("--key-map and --probe are for a checkpoint from elsewhere: name it with --checkpoint FILE")
     if relaunched(nproc):
         return
-    from cache import open_cache
-    from pipeline.backbone.checkpoint import load_checkpoint
-    from pipeline.backbone.foreign import bring, is_own
     from pipeline.console import describe_dataset
-    from pipeline.distributed import ranks
     from pipeline.dump import dump_features
 
-    with ranks(device) as of_job:
-        if checkpoint is None or (not (key_map or probe) and is_own(path)):
-            backbone, images, folder = load_checkpoint(path), None, None
-            both = bool(config and checkpoint)
-            chosen = _dump_config(named if config else None, backbone.config, both=both, sets=(*sets, *extra))
-            out = out or (path.parent.parent if path.parent.name == "backbone" else path.parent) / "features.zarr"
-            talk.say(f"checkpoint: {path}; store: {out}")
-        else:
-            if config is None:
-                talk.say(f"configuration: {named.name} (its images; name another as CONFIG)")
-            out = out or named.run_dir / "features.zarr"
-            chosen = _dump_config(named, named, both=True, sets=(*sets, *extra))
-            folder = (named.run_dir if isinstance(out, str) else out.parent) / "backbone"
-            model = typed(sets, "backbone.model")
-            backbone, images = bring(
-                path, chosen, folder, model=model, key_map=key_map, probe=probe, overwrite=overwrite, ranks=of_job
-            )
-            chosen = backbone.config
-            talk.say(f"checkpoint: {path}, kept in {folder / 'last.pt'}; store: {out}")
-            talk.notes((backbone.brought or {}).get("notes", ()))
-        with talk.progress("dumping") as bar:
-            result = dump_features(
-                backbone,
-                chosen,
-                out=out,
-                device=device,
-                overwrite=overwrite,
-                report=bar.move,
-                images=images,
-                keep_in=folder,
-            )
-    talk.say(describe_dataset(open_cache(out).provenance["dataset"]))
+    with talk.progress("dumping") as bar:
+        result = dump_features(
+            path,
+            named if config else None,
+            own_images=checkpoint is None,
+            settings=(*sets, *extra),
+            out=out,
+            model=typed(sets, "backbone.model"),
+            key_map=key_map,
+            probe=probe,
+            device=device,
+            overwrite=overwrite,
+            report=bar.move,
+            say=talk.say,
+        )
+    talk.say(describe_dataset(result.dataset))
     show(result, as_json)
 
 
 def _said(**options: Any) -> list[str]:
     """The dump settings that were given as options."""
     return [f"dump.{key}={value}" for key, value in options.items() if value is not None]
-
-
-def _dump_config(named: "Config | None", saved: "Config", *, both: bool, sets: Any) -> "Config":
-    """What is dumped: the checkpoint's images with the named configuration's dump settings; CONFIG's alone with both given."""
-    from pipeline.config import lay_over, make_config
-
-    tree = (named if both and named else saved).model_dump(mode="json")
-    if named and not both:
-        tree |= {"dump": named.dump.model_dump(mode="json"), "rebalance": named.rebalance.model_dump(mode="json")}
-    for setting in sets:
-        lay_over(tree, setting)
-    return make_config(tree, "dump settings")
 
 
 COMMANDS = (run_command, train_command, dump_command)

@@ -12,6 +12,7 @@ from cache import Cache, write_durably
 from pipeline import distributed
 from pipeline.config import RebalanceConfig, Variant
 from pipeline.distributed import Ranks
+from pipeline.places import results_folder
 from pipeline.provenance import provenance
 from pipeline.rebalance.differences import LEVEL, RESAMPLES, paired_difference
 from pipeline.rebalance.folds import CAVEAT
@@ -22,13 +23,14 @@ from pipeline.rebalance.run import fit, hits_of, network_of, refuse_too_many, ro
 from pipeline.rebalance.selection import Choice, count_lam
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import refuse_double_balancing
+from pipeline.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 
 @dataclass(frozen=True)
-class AblationResult:
+class AblationResult(Shown):
     """The table of an ablation and what it was made from.
 
     rows: of each variant its name, what it sets, the chosen setting with chosen_on and within_one_se, the mean and NAME_std
@@ -90,18 +92,20 @@ def ablate(
     store: Cache | Path | str,
     config: RebalanceConfig,
     *,
-    out: Path | str,
+    out: Path | str | None = None,
     device: str = "auto",
     report: Callable[[str], object] = lambda line: None,
 ) -> AblationResult:
     """Fits every variant of the configuration, chooses a setting for each on validation, then tests all of them once.
 
+    out: by default ablations/variants beside the store.
     report is told a line on each. Writes ablation.json, table.csv (a line a variant), heads.csv, run.json and, where a
     variant has several λ, accuracy-lambda.png with its numbers as .csv under out; selection.json holds all choices and is
     written before the test split is read. Raises as `rebalance` does.
     """
     with distributed.ranks(device) as ranks:
-        return _ablate(store, config, Path(out), ranks, report if ranks.first else lambda line: None)
+        folder = Path(out or results_folder(store, "ablations") / "variants")
+        return _ablate(store, config, folder, ranks, report if ranks.first else lambda line: None)
 
 
 def _ablate(

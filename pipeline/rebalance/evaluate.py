@@ -13,17 +13,19 @@ from pipeline.errors import DataError
 from pipeline.heads import read_scorers
 from pipeline.method_names import start_name
 from pipeline.metrics import GROUPS
+from pipeline.places import results_folder
 from pipeline.rebalance.load import read_split
 from pipeline.rebalance.methods import Setting
 from pipeline.rebalance.result import MEASURES, Row, mean_and_std
 from pipeline.rebalance.sweep import score
+from pipeline.shown import Shown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 @dataclass(frozen=True)
-class EvaluateResult:
+class EvaluateResult(Shown):
     """Heads of a file on a split of a store; settings: mean and std of every measure over the seeds of a setting.
 
     left_out: samples without features, because their images could not be read; start: what the baseline is (start_name).
@@ -58,9 +60,10 @@ class EvaluateResult:
         return table
 
 
-def evaluate(store: Path | str, heads: Path, *, split: str = "test") -> EvaluateResult:
+def evaluate(store: Path | str, heads: Path | None = None, *, split: str = "test") -> EvaluateResult:
     """Scores of every head in a heads.safetensors on train, val or test (the clean view) of a store.
 
+    heads: by default those that `rebalance` left beside the store.
     Raises DataError where either file is missing or damaged, or the heads are of another shape than the features.
     """
     try:
@@ -70,6 +73,7 @@ def evaluate(store: Path | str, heads: Path, *, split: str = "test") -> Evaluate
         features = read_split(cache, split)
     except CacheError as error:
         raise DataError(str(error)) from error
+    heads = heads or results_folder(store) / "heads.safetensors"
     described = read_scorers(heads)
     classes, width = described[0][1].arrays[0].shape
     if (classes, width) != (len(cache.counts), cache.width):

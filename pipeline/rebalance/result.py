@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.metrics import Scores
 from pipeline.rebalance.methods import Setting
+from pipeline.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,7 +36,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class RebalanceResult:
+class RebalanceResult(Shown):
     """The table of stage 2 with what it was made from.
 
     baseline and selected are measured on the test split (mean over seeds, NAME_std beside it), after the choice was
@@ -70,13 +71,6 @@ class RebalanceResult:
         from pipeline.report.table import results_tables
 
         return results_tables(self.to_dict())
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120, highlight=False, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
 def mean_and_std(rows: Sequence[Row]) -> dict[str, float | None]:

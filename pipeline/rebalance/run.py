@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.heads import heads_file
 from pipeline.memory import free_memory
 from pipeline.metrics import scarce
+from pipeline.places import results_folder, store_settings
 from pipeline.provenance import provenance
 from pipeline.rebalance.compare import Comparison, compare
 from pipeline.rebalance.differences import Hits, differences
@@ -41,14 +42,15 @@ HEAD_BYTES, COPIES = 4096, 3  # of a head: its rows and scores; its numbers as f
 
 def rebalance(
     store: Cache | Path | str,
-    config: RebalanceConfig,
+    config: RebalanceConfig | None = None,
     *,
-    out: Path | str,
+    out: Path | str | None = None,
     device: str = "auto",
     report: Callable[[str], object] = lambda line: None,
 ) -> RebalanceResult:
     """Fits every head the configuration asks for on the cached features, chooses one on validation, tests once.
 
+    config: by default the store's own; out: by default rebalance/ beside the store.
     Beside what is asked for stand the reference rows: the stage-1 head, the classification loss alone, iwb at λ = 0.
     Where methods compete each is tuned first (tuning.py), and report is told a line on it. Writes results.json,
     results.csv, per_class.csv, heads.safetensors and run.json under out, and trials.csv where methods were tuned;
@@ -57,7 +59,9 @@ def rebalance(
     written to.
     """
     with distributed.ranks(device) as ranks:
-        return _rebalance(store, config, Path(out), ranks, report if ranks.first else lambda line: None)
+        chosen = config or ranks.together(lambda: store_settings(store))
+        folder = Path(out or results_folder(store))
+        return _rebalance(store, chosen, folder, ranks, report if ranks.first else lambda line: None)
 
 
 def _rebalance(

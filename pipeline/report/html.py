@@ -26,6 +26,7 @@ from pipeline.report.source import (
     signed,
 )
 from pipeline.report.table import DIFFERENCES, difference, differences_caption, labelled, told_parameters
+from pipeline.shown import Shown
 
 if TYPE_CHECKING:
     from pipeline.report.drawing import Drawing
@@ -34,7 +35,7 @@ TITLES = {"all": "All", "many": "Many", "medium": "Medium", "few": "Few", "ece":
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """A written report: the page, its figures, and the table on top of it."""
 
     path: Path

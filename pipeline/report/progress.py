@@ -15,6 +15,7 @@ from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED
 from pipeline.report.drawing import Drawing
 from pipeline.report.source import Row, Spread, spread
+from pipeline.shown import Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +72,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Compared(Shown):
     """Measures of several runs, each a spread over its trainings, and the figure that shows them."""
 
     rows: tuple[Row, ...]
@@ -157,7 +158,7 @@ def of_run(run: Path) -> Drawing | None:
     return draw({run.resolve().name: found}) if found else None
 
 
-def compare(runs: Sequence[Path], *, out: Path) -> Compared:
+def compare_progress(runs: Sequence[Path], *, out: Path) -> Compared:
     """Compares the trainings of runs, the first being what the others are held against; writes progress.png and .csv.
 
     Differences are paired by training where a run has those of the first. Raises DataError where a run has none.

@@ -1,12 +1,16 @@
 """From images to the paper's tables: stage 1, features, then every table on them; what is done and still whole stays."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from cache import write_durably
+from pipeline.bench.rebalance import bench_rebalance
+from pipeline.config import Config, load_config
 from pipeline.console import Talk
+from pipeline.distributed import choose_device
 from pipeline.errors import ConfigError
 from pipeline.reproduce import page
 from pipeline.reproduce.backbone import TABLES, Backbone, Progress
@@ -14,6 +18,7 @@ from pipeline.reproduce.bundle import keep
 from pipeline.reproduce.rows import Row, over_backbones
 from pipeline.reproduce.side import train_side_by_side
 from pipeline.run import Ledger, with_seed
+from pipeline.shown import Shown
 
 PLAN = (  # what is most valuable first
     ("reproduce/cifar100-if100", (0,)),
@@ -38,8 +43,17 @@ class Part:
         return " ".join([self.name, *(f"--set {s}" for s in self.sets)])
 
 
-@dataclass
-class Reproduction:
+def plan(names: Sequence[str] = (), *, seeds: tuple[int, ...] | None = None, sets: Sequence[str] = ()) -> list[Part]:
+    """The parts of named configurations, one backbone each unless seeds say more; without names the whole plan.
+
+    Raises ConfigError for a name or setting that is wrong.
+    """
+    asked = [(name, (0,)) for name in names] or PLAN
+    return [Part(load_config(name, sets), seeds or own, name, tuple(sets)) for name, own in asked]
+
+
+@dataclass(frozen=True)
+class Reproduction(Shown):
     """The finished tables: rows as in reproduction.json by configuration, the two files, and what to keep.
 
     deviations: in what each configuration departs from the paper. seconds: by step. redone: the steps that this call did;
@@ -66,23 +80,27 @@ class Reproduction:
 
 
 def reproduce(
-    parts: Sequence[Part],
+    parts: Sequence[Part] | None = None,
     *,
-    out: Path,
+    out: Path = Path("runs/reproduce"),
     folder: Path | None = None,
     tables: Sequence[str] = TABLES,
-    side_by_side: int = 1,
+    side_by_side: int | None = None,
+    bench: bool = False,
     device: str = "auto",
     talk: Talk | None = None,
 ) -> Reproduction:
-    """Does every part in order: its backbones under out/CONFIG-NAME/seed-N (backbone/, features.zarr), the tables on them.
+    """Does every part in order, by default the whole plan: its backbones, and the tables on them.
 
-    Whatever is there and made from the same inputs stays: a finished training or store of the same configuration and
-    images is taken up. After each backbone reproduction.json and .md in `folder` (default: out) hold what there is, and
-    out/keep what should be kept. side_by_side: how many backbones train at once, each in a process of its own.
+    Backbones lie under out/CONFIG-NAME/seed-N (backbone/, features.zarr). Whatever is there and made from the same
+    inputs stays: a finished training or store of the same configuration and images is taken up. After each backbone
+    reproduction.json and .md in `folder` (default: out) hold what there is, and out/keep what should be kept.
+    side_by_side: how many backbones train at once, each in a process of its own, by default two on a GPU, else one.
+    bench: on a GPU also the speed of stage 2, once.
     Raises what the stages raise; everything finished stays.
     """
-    talk, folder = talk or Talk(quiet=True), folder or out
+    talk, folder, on_gpu = talk or Talk(quiet=True), folder or out, choose_device(device).type == "cuda"
+    parts, side_by_side = plan() if parts is None else parts, side_by_side or (2 if on_gpu else 1)
     if unknown := [t for t in tables if t not in TABLES]:
         raise ConfigError(f"--tables {','.join(unknown)}: unknown; known: {', '.join(TABLES)}")
     steps = ("train-backbone", "dump-features", *tables)
@@ -107,6 +125,11 @@ def reproduce(
             found.rows[name] = over_backbones(each, command=f"pipeline reproduce {part.words} --seeds {done}")
             page.write(folder, found.rows[name], {name: found.deviations[name]})
             keep(backbone.place, found.kept / f"{name}-seed-{seed}", documents=tables)
-        found.seconds |= {f"{name}/{step}": entry["seconds"] for step, entry in ledger.stages.items()}
-        found.redone += [f"{name}/{step}" for step in ledger.redone]
+        found.seconds.update((f"{name}/{step}", entry["seconds"]) for step, entry in ledger.stages.items())
+        found.redone.extend(f"{name}/{step}" for step in ledger.redone)
+    file = found.kept / "bench-rebalance.json"
+    if bench and on_gpu and not file.is_file():
+        measured = bench_rebalance(device=device, large=True, say=talk.say)
+        write_durably(file, json.dumps(measured.to_dict(), indent=1, allow_nan=False))
+        talk.say(f"bench rebalance: {file}")
     return found

@@ -10,7 +10,7 @@ import pytest
 from pipeline.cli import invoke
 from pipeline.errors import DataError
 from pipeline.report import write_report
-from pipeline.report.progress import compare, draw, halves, of_run, read_progress, trainings
+from pipeline.report.progress import compare_progress, draw, halves, of_run, read_progress, trainings
 from tests.small_run import COUNTS
 
 HEADER = "epoch,class,images,measured,accuracy,gradient\n"
@@ -84,7 +84,7 @@ def test_runs_are_compared_training_by_training(tmp_path):
         row["accuracy"] = float(row["accuracy"]) + (1.5 if row["class"] == "0" else 0)
     path = tmp_path / "weak" / "seed-1" / "backbone" / "diagnostics.csv"
     path.write_text(HEADER + "".join(",".join(str(v) for v in row.values()) + "\n" for row in rows), encoding="utf-8")
-    done = compare([tmp_path / "plain", tmp_path / "weak"], out=tmp_path / "out")
+    done = compare_progress([tmp_path / "plain", tmp_path / "weak"], out=tmp_path / "out")
     plain, weak = done.rows
     assert (plain["run"], plain["n"], plain["gap"]["mean"], plain["gap"]["std"]) == ("plain", 3, 5, 0)
     assert weak["gap"]["less_first"]["mean"] == pytest.approx(0.5 / 3)  # one of three, class 0 of three major ones

@@ -3,11 +3,11 @@
 import pytest
 
 from pipeline.config import find_config, load_config, read_tree, shipped_configs
-from pipeline.reproduce import PLAN
 from pipeline.reproduce.backbone import ABLATIONS, Progress, settings_of
 from pipeline.reproduce.page import with_section
 from pipeline.reproduce.paper import IF50, IF100, deviations, published_of, variant_accuracies
 from pipeline.reproduce.rows import difference, merged, over_backbones
+from pipeline.reproduce.run import PLAN
 
 
 def a_row(config="a", name="IWB + CB", **ours):
