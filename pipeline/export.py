@@ -10,7 +10,7 @@ from cache import write_durably
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics import class_groups
 from pipeline.provenance import provenance
-from pipeline.report.html import Line, summary
+from pipeline.report.sections import Line, summary
 from pipeline.report.source import BOUNDS, SPLITS, Backbone, Kind, Study, read_study
 from pipeline.shown import Shown
 

@@ -61,7 +61,7 @@ def trace(
     if marker:
         edge = {"color": style.get("markeredgecolor", style["color"]), "width": 1.5}
         fill = style.get("markerfacecolor", style["color"])
-        size = style.get("markersize", 6) * 1.3
+        size = style.get("markersize", 6) * (1.3 if len(found["x"]) <= 60 else 0.6)
         found["marker"] = {"symbol": SYMBOLS.get(marker, "circle"), "size": size, "color": fill, "line": edge}
     return found | ({"meta": "classes"} if of_classes else {}) | more
 

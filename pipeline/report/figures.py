@@ -9,6 +9,7 @@ from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, LIGHT, ORANGE, RED, SKY
 from pipeline.report.chart import bars, chart, class_axis, trace
 from pipeline.report.drawing import AFTER, ALONE, BEFORE, TARGET, ZERO, Drawing, class_table, rounded
+from pipeline.report.explorer import lambda_chart
 from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Backbone, Row, Spread, Study, classes, signed
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def accuracy_against_lambda(study: Study) -> Drawing | None:
         f"{kind.method_name} with {kind.loss_name}; mean ± one standard deviation over {study.repeated}. {how}; "
         "test was evaluated afterwards and selected nothing."
     )
-    return Drawing("accuracy-lambda", "Accuracy against λ", caption, figure, table)
+    return Drawing("accuracy-lambda", "Accuracy against λ", caption, figure, table, lambda_chart(study, table))
 
 
 def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[Row]:
@@ -128,7 +129,7 @@ def weight_norms(study: Study) -> Drawing:
         traces,
         x=class_axis(names, study.counts),
         y={"title": "length of the class vector ‖W‖", "rangemode": "tozero", "overlaying": "y2", "tickmode": "auto"},
-        yaxis2={"title": "training images per class", "type": "log", "side": "right", "showgrid": False},
+        yaxis2={"title": "training images per class", "type": "log", "dtick": 1, "side": "right", "showgrid": False},
     )
     return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table, shown)
 
@@ -272,7 +273,7 @@ def training_curves(study: Study) -> Drawing | None:
         epochs, losses = zip(*((m["epoch"], m["loss"]) for m in backbone.metrics), strict=True)
         left.plot(epochs, losses, color=BLACK, linewidth=2, marker="o" if len(epochs) == 1 else None, **named)
         marked: Row = {"color": BLACK, "marker": "o" if len(epochs) == 1 else None}
-        traces.append(trace(f"{backbone.name}, loss", epochs, losses, marked, **_part_of(number, "loss", **named)))
+        traces.append(trace("training loss", epochs, losses, marked, **_part_of(number, "loss", **named)))
         for key, label, style in lines:
             points = [(m["epoch"], m[key]) for m in backbone.metrics if m.get(key) is not None]
             if points:

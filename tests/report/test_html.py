@@ -6,7 +6,7 @@ import json
 import re
 
 from pipeline.report import write_report
-from pipeline.report.html import summary
+from pipeline.report.sections import summary
 from pipeline.report.source import Kind, read_study
 from tests.small_run import made_run
 

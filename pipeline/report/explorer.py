@@ -1,0 +1,173 @@
+"""Accuracy against λ in the page: a chart of all groups, and a slider over the λ that were tried."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.metrics import class_groups
+from pipeline.report import assets
+from pipeline.report.axes import BLACK, BLUE, GREEN, LAMBDA_TICKS, ORANGE, RED
+from pipeline.report.chart import bars, chart, plain, trace
+from pipeline.report.sections import TITLES
+from pipeline.report.source import COLUMNS, SPLITS, Row, Study, classes
+
+GROUP_STYLES: dict[str, Row] = {
+    "all": {"color": BLACK, "linestyle": "-", "marker": "o"},
+    "many": {"color": ORANGE, "linestyle": "--", "marker": "s"},
+    "medium": {"color": GREEN, "linestyle": "-.", "marker": "D"},
+    "few": {"color": RED, "linestyle": ":", "marker": "v"},
+}
+BARS = [(BLACK, "."), (RED, "/"), (BLUE, ""), (ORANGE, "x")]  # before, the loss alone, chosen, at the slider
+STAR: Row = {"color": ORANGE, "marker": "*", "markersize": 11, "markeredgecolor": BLACK, "linestyle": "none"}
+
+
+def places(lams: Sequence[float], before: int) -> tuple[list[float], list[float]]:
+    """(where `before` references stand, where the λ stand) on a line: logarithmic where the positive λ span a decade.
+
+    λ = 0, which has no logarithm, stands one step below the smallest, and the references below that.
+    """
+    positive = [lam for lam in lams if lam > 0]
+    wide = len(positive) > 1 and positive[-1] >= 10 * positive[0]
+    scale = np.log10(positive) if wide else np.array(positive, dtype=float)
+    step = float(scale[-1] - scale[0]) / 8 or 0.25
+    where = ([float(scale[0]) - step] if 0.0 in lams else []) + scale.tolist()
+    return [where[0] - step * (before - i) for i in range(before)], where
+
+
+def lambda_chart(study: Study, table: Sequence[Row]) -> Row:
+    """Every group over λ, the references at its left; one split shown at a time, test first. table: the figure's."""
+    lams, references = _lams(table), _references(table)
+    aside, where = places(lams, len(references))
+    splits, columns = list(dict.fromkeys(r["split"] for r in table)), list(dict.fromkeys(r["classes"] for r in table))
+    traces = []
+    for split in splits:
+        shown: Row = {"meta": {"split": split}, "visible": split == splits[-1]}
+        for column in columns:
+            mine = [r for r in table if (r["split"], r["classes"]) == (split, column)]
+            if not mine:
+                continue
+            by_line, by_lam = {r["line"]: r for r in mine}, {r["lam"]: r for r in mine if r["lam"] is not None}
+            rows = [row for name in references for row in (by_line.get(name), None)] + [by_lam.get(lam) for lam in lams]
+            told = [_told(row, column) if row else None for row in rows]
+            error = {"type": "data", "array": plain([row and row["std"] for row in rows]), "thickness": 1, "width": 3}
+            traces.append(
+                trace(
+                    column,
+                    [*(x for place in aside for x in (place, None)), *where],
+                    [row and row["mean"] for row in rows],
+                    GROUP_STYLES[column],
+                    error_y=error | {"color": GROUP_STYLES[column]["color"]},
+                    text=plain(told),
+                    hovertemplate="%{text}<extra></extra>",
+                    connectgaps=False,
+                    legendgroup=column,
+                    **shown,
+                )
+            )
+        if study.chosen_on:
+            chosen = [r for r in table if r["split"] == split and r["lam"] in {k.lam for k in study.selected}]
+            x, y = [where[lams.index(r["lam"])] for r in chosen], [r["mean"] for r in chosen]
+            traces.append(trace(f"chosen on {SPLITS[study.choosing_split]}", x, y, STAR, hoverinfo="skip", **shown))
+    ticks = _ticks(where)
+    names = [study.start.removeprefix("the "), "loss alone"]
+    axis: Row = {
+        "title": "λ, scale of the target norms",
+        "tickvals": [*aside, *(where[i] for i in ticks)],
+        "ticktext": plain([*names[: len(aside)], *(f"{lams[i]:.2g}" for i in ticks)]),
+        "zeroline": False,
+    }
+    return chart(traces, x=axis, y="accuracy [%]", height=460)
+
+
+def explorer(study: Study, table: Sequence[Row], key: str) -> str:
+    """The slider with what it moves; hidden until the page's script drives it. key: tells runs on a page apart."""
+    lams, references = _lams(table), _references(table)
+    splits = {s: SPLITS[s] for s in dict.fromkeys(r["split"] for r in table)}
+    sizes = {g: int(m.sum()) for g, m in class_groups(study.counts).items()} | {"all": len(study.counts)}
+    columns = [c for c in COLUMNS if any(r["classes"] == c for r in table)]
+    chosen = sorted({lams.index(k.lam) for k in study.selected if k.lam in lams})
+    values = {
+        split: {
+            column: {
+                "references": [_number(table, split, column, line=name) for name in references],
+                "lams": [_number(table, split, column, lam=lam) for lam in lams],
+            }
+            for column in columns
+        }
+        for split in splits
+    }
+    colours = [
+        bars(name, [], [], color=color, pattern=pattern) for name, (color, pattern) in zip("1234", BARS, strict=True)
+    ]
+    data = {
+        "lams": lams,
+        "places": places(lams, len(references))[1],
+        "chosen": chosen,
+        "references": plain(references),
+        "groups": [[c, TITLES[c], classes(sizes[c])] for c in columns],
+        "splits": splits,
+        "values": values,
+        "start": study.start,
+        "choice": _choice(study, lams, chosen),
+        "bars": chart(colours, x={"fixedrange": True}, y={"title": "accuracy [%]", "range": [0, 102]}, height=340),
+    }
+    start = chosen[-1] if chosen else len(lams) - 1
+    radios = "".join(
+        f"<label><input type=radio name=split-{key} value={split}{' checked' if split == list(splits)[-1] else ''}> "
+        f"{name}{' (not selected on)' if split == 'test' else ''}</label>"
+        for split, name in splits.items()
+    )
+    tiles = "".join(
+        f"<div class=tile data-group={c}><span>{TITLES[c]} ({classes(sizes[c])})</span><b></b><em></em></div>"
+        for c in columns
+    )
+    back = f"<button type=button>back to λ = {lams[start]:g}</button>" if chosen else ""
+    return (
+        f'<div class=explorer data-explorer="explorer-{key}" hidden>'
+        f"<div class=choose><label for=lam-{key}>λ</label>"
+        f"<input type=range id=lam-{key} min=0 max={len(lams) - 1} step=1 value={start} aria-describedby=told-{key}>"
+        f"<output for=lam-{key}></output>{back}</div>"
+        f"<fieldset><legend>accuracy on</legend>{radios}</fieldset>"
+        f"<div class=tiles>{tiles}</div><p class=note id=told-{key}></p>"
+        f"<div class=chart role=img aria-label='accuracy of each group, as in the tiles above'></div></div>"
+        f"{assets.data(f'explorer-{key}', data)}"
+    )
+
+
+def _choice(study: Study, lams: Sequence[float], chosen: Sequence[int]) -> str:
+    if not study.chosen_on or not chosen:
+        return "No λ of these was chosen: one setting was given." if not study.chosen_on else ""
+    which = ", ".join(f"{lams[i]:g}" for i in chosen)
+    whose = " by the backbones, each for itself," if len(chosen) > 1 else ""
+    return f"λ = {which} was chosen{whose} on {SPLITS[study.choosing_split]} alone, before test was looked at."
+
+
+def _lams(table: Sequence[Row]) -> list[float]:
+    return sorted({r["lam"] for r in table if r["lam"] is not None})
+
+
+def _references(table: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(r["line"] for r in table if r["lam"] is None))
+
+
+def _number(table: Sequence[Row], split: str, column: str, **which: object) -> list[float | None]:
+    """[mean, std] of a row of the figure's table."""
+    for row in table:
+        if row["split"] == split and row["classes"] == column and which.items() <= row.items():
+            return [row["mean"], row["std"]]
+    return [None, None]
+
+
+def _ticks(where: Sequence[float]) -> list[int]:
+    """Which of the places get a label: the first, the last, and of the others those far enough from their neighbours."""
+    apart, last, found = LAMBDA_TICKS * (where[-1] - where[0]), len(where) - 1, [0]
+    for i in range(1, last):
+        if where[i] - where[found[-1]] >= apart and where[last] - where[i] >= apart:
+            found.append(i)
+    return [*found, last] if last else found
+
+
+def _told(row: Row, column: str) -> str:
+    value = f"{row['mean']:.1f}" + (f" ± {row['std']:.1f}" if row["std"] is not None else "")
+    line = row["line"] if row["lam"] in (None, 0.0) else f"{row['line']}, λ = {row['lam']:g}"
+    return f"{column}, {line}: {value} % (n = {row['n']})"

@@ -1,0 +1,267 @@
+"""The written parts of a run's page: headline, tables, data and what made it, as HTML."""
+
+import datetime
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from pipeline.metrics import class_groups
+from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Kind, Row, Spread, Study, classes, signed
+from pipeline.report.table import DIFFERENCES, difference, differences_caption, labelled, told_parameters
+
+TITLES = {"all": "All", "many": "Many", "medium": "Medium", "few": "Few", "ece": "ECE"}
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One line of the main table."""
+
+    name: str
+    selected: bool
+    cells: dict[str, Spread]
+
+    def to_dict(self) -> Row:
+        numbers = {column: cell.mean for column, cell in self.cells.items()}
+        spreads = {f"{column}_std": cell.std for column, cell in self.cells.items()}
+        return {"name": self.name, "selected": self.selected, "n": self.cells["all"].n, **numbers, **spreads}
+
+
+def summary(study: Study, also: Kind | None = None) -> list[Line]:
+    """The main table: stage 1, the loss alone, λ = 0, the selected head, `also`; on the test split."""
+    alone = study.first.alone
+    lines: list[tuple[str, Kind | Sequence[Kind]]] = [
+        ("Stage 1 as trained" if study.start == "stage 1" else "Linear probe on the encoder", BASELINE),
+        (f"{_sentence(alone.loss_name)} alone", alone),
+        ("Norms pulled together (λ = 0)", study.at(0.0)),
+        (_selected_name(study), study.selected),
+    ]
+    if also is not None:
+        lines.append((f"{also} (given)", also))
+    table = []
+    for name, kinds in lines:
+        cells = {column: study.spread(kinds, "test", column) for column in (*COLUMNS, "ece")}
+        known = {column: cell for column, cell in cells.items() if cell is not None}
+        if known:
+            table.append(Line(name, kinds == study.selected, known))
+    return table
+
+
+def result(study: Study, lines: Sequence[Line]) -> str:
+    """The main table, and what is to be known of it."""
+    return _table(study, lines) + choice(study) + _near(study) + _norm_term(study)
+
+
+def lead(study: Study) -> str:
+    network = study.first.network
+    named = (
+        f"{escape(network['network'])}, {network['parameters']:,} parameters, {network['feature_width']}-d features; "
+        if network
+        else ""
+    )
+    return (
+        f"<p class=lead>{named}{len(study.counts):,} classes, {study.counts.sum():,} training images. Top-1 accuracy "
+        f"on test, a group's accuracy being the mean over its classes; {escape(study.repeated)}.</p>"
+    )
+
+
+def tiles(study: Study, lines: Sequence[Line]) -> str:
+    """The selected head's numbers, large, with what they were before stage 2."""
+    before, after, shown = lines[0], lines[-1], []
+    for column in COLUMNS:
+        a, b = (line.cells[column].mean for line in (before, after))
+        if a is not None and b is not None:
+            name = TITLES[column] + (f" ({BOUNDS[column]} images)" if column in BOUNDS else "")
+            sign, mark = ("up", "▲") if b > a else ("down", "▼")
+            change = f"<em class={sign}>{mark} {abs(b - a):.1f} against {study.start}</em>"
+            if not round(b - a, 1):
+                change = f"<em>as with {study.start}</em>"
+            shown.append(f"<div class=tile><span>{name}</span><b>{b:.1f}<small> %</small></b>{change}</div>")
+    return f"<div class=tiles>{''.join(shown)}</div>"
+
+
+def _table(study: Study, lines: Sequence[Line]) -> str:
+    sizes = {g: int(m.sum()) for g, m in class_groups(study.counts).items()} | {"all": len(study.counts)}
+    below = {column: classes(size) for column, size in sizes.items()} | {"ece": "calibration error"}
+    order = ("many", "medium", "few", "all", "ece")
+    shown = [c for c in order if any(line.cells[c].mean is not None for line in lines)]
+    head = "".join(f"<th>{TITLES[c]}<small>{below[c]}</small></th>" for c in shown)
+    body = []
+    for line in lines:
+        cells = "".join(f"<td>{_cell(line.cells[c])}</td>" for c in shown)
+        body.append(f"<tr{' class=chosen' if line.selected else ''}><th>{escape(line.name)}</th>{cells}</tr>")
+    note = "All numbers in %. Test split, evaluated after the choice was made; not selected on."
+    if any(cell.std is not None for line in lines for cell in line.cells.values()):
+        only = "" if len(study.backbones) > 1 else ", which says nothing of another training of the network"
+        note += f" ± is one standard deviation over {escape(study.repeated)}{only}."
+    table = f"<table class=main><thead><tr><th>Head</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f"<div class=scroll>{table}</div><p class=note>{note}</p>{_differences(study)}"
+
+
+def _differences(study: Study) -> str:
+    """The selected head less others on the same test samples; nothing where nothing was compared."""
+    found = study.document.get("differences") or {"rows": ()}
+    rows = labelled(found["rows"], study.start.removeprefix("the "))
+    shown = [c for c in DIFFERENCES if any(row[c] for _, row in rows)]
+    if not rows:
+        return ""
+    head = "".join(f"<th>{TITLES[c]}</th>" for c in shown)
+    body = "".join(
+        f"<tr><th>less {escape(label)}</th>{''.join(f'<td>{difference(row[c])}</td>' for c in shown)}</tr>"
+        for label, row in rows
+    )
+    table = f"<table class=main><thead><tr><th>The selected head</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    note = f"Points, with 95 % intervals. {differences_caption(found)}"
+    return f"<div class=scroll>{table}</div><p class=note>{note}</p>"
+
+
+def choice(study: Study) -> str:
+    """Which λ was chosen, on what, out of which."""
+    each = [f"{k.lam:g}" for k in study.selected if k.lam is not None]
+    if not each:
+        return ""
+    if study.chosen_on is None:
+        return f"<p>λ = {each[0]} was given, not chosen.</p>"
+    zero = [0.0] if any(k.lam == 0 for k in study.selected) else []
+    tried = ", ".join(f"{lam:g}" for lam in [*zero, *study.lams])
+    where = "the validation split" if study.chosen_on == "val" else "held-out folds of the training features"
+    how = f"on {where} among {tried}, the test split unseen"
+    if len(set(each)) == 1:
+        alike = "by the mean over backbones " if len(each) > 1 else ""
+        return f"<p><strong>λ = {each[0]}</strong> was chosen {alike}{how}.</p>"
+    listed = ", ".join(f"{b.name}: {lam}" for b, lam in zip(study.backbones, each, strict=True))
+    return f"<p>Each backbone chose its own λ {how}: <strong>{escape(listed)}</strong>.</p>"
+
+
+def methods(study: Study) -> str:
+    """What each tuned method was given and chose, and what that is worth on test."""
+    shown = [c for c in DIFFERENCES if study.spread(BASELINE, "test", c)]
+    titles = ["trials", "chosen", f"All on {SPLITS[study.choosing_split]}", *(f"{TITLES[c]} on test" for c in shown)]
+    head = "".join(f"<th>{escape(t)}</th>" for t in titles)
+    body = []
+    for c in study.document["chosen"]:
+        kinds = [Kind(c["method"], c["loss"], b.tuned_lam(c["method"])) for b in study.backbones]
+        cells = [str(c["trials"]), escape(told_parameters(c)), f"{c['score']:.1f}"]
+        cells += [_cell(spread) if (spread := study.spread(kinds, "test", column)) else "–" for column in shown]
+        mark = " class=chosen" if kinds == study.selected else ""
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        body.append(f"<tr{mark}><th>{escape(c['method'])}</th>{row}</tr>")
+    notes = " ".join(f"{note[0].upper()}{note[1:]}." for note in study.document.get("notes", ()))
+    table = f"<table class=main><thead><tr><th>Method</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f"<div class=scroll>{table}</div><p class=note>{escape(notes)} All trials are in trials.csv.</p>"
+
+
+def _near(study: Study) -> str:
+    """How sure the choice is: what lies within one standard error of it."""
+    lams = [f"{s['lam']:g}" for s in study.document.get("within_one_se", ()) if s.get("lam") is not None]
+    if len(lams) < 2:
+        return ""
+    return f"<p>Within one standard error of the best on the same split: λ = {', '.join(lams)}.</p>"
+
+
+def _norm_term(study: Study) -> str:
+    """What the norm term adds to its loss, said apart from what the loss alone gives."""
+    if study.first.selected.lam is None:
+        return ""
+    parts, alone = [], study.first.alone
+    for column in COLUMNS:
+        without, added = (study.spread(k, "test", column) for k in (alone, study.selected))
+        if without and added and without.mean is not None and added.mean is not None:
+            parts.append(f"{column} {signed(added.mean - without.mean)}")
+    return f"<p>The norm term itself, against {alone.loss_name} alone: {', '.join(parts)} points.</p>" if parts else ""
+
+
+def data(study: Study) -> str:
+    store, counts, data = study.first.store, study.counts, study.first.training.get("dataset", {})
+    groups = [f"{int(m.sum()):,} {g} ({BOUNDS[g]} images)" for g, m in class_groups(counts).items()]
+    lines = [
+        ("Images", ", ".join(f"{store.rows(s):,} {s}" for s in store.splits if store.rows(s))),
+        ("Classes", f"{len(counts):,}: {', '.join(groups)}"),
+        ("Images per class", f"{counts.max():,} … {counts.min():,}, imbalance {counts.max() / counts.min():.4g}"),
+        ("Source", data.get("name")),
+        ("Fingerprint", data.get("fingerprint")),
+        ("Fingerprint covers", data.get("fingerprint_covers")),
+        *(("Note", note) for note in [*data.get("notes", ()), *study.first.results.get("notes", ())]),
+    ]
+    return _facts(lines)
+
+
+def made(study: Study) -> str:
+    first, store = study.first, study.first.store
+    stage1, dump, stage2 = first.training, store.provenance, first.rebalancing
+    views = f"{store.views('train')} view(s) of each training image, {store.dtype}, digest {store.digest[:16]}"
+    lines: list[tuple[str, Any]] = [("Features", views), ("Repeated", study.repeated)]
+    if n := first.network:
+        text = f"{n['network']}, {n['parameters']:,} parameters, features {n['feature_width']} wide"
+        lines.insert(0, ("Network", text))
+    if first.metrics:
+        took = _clock(sum(m.get("seconds", 0) for m in first.metrics))
+        where = f"{stage1.get('device', 'unknown device')}, {stage1.get('ranks', 1)} rank(s)"
+        lines.append(("Stage 1", f"{first.metrics[-1]['epoch']} epochs in {took} on {where}"))
+    times = [f"{stage} {_clock(entry['seconds'])}" for stage, entry in study.stages.items() if "seconds" in entry]
+    lines.append(("Times", ", ".join(times)))
+    timing = first.results.get("timing", {})
+    if timing.get("heads"):
+        text = f"{timing['heads']} heads fitted in {timing['fit_s']:.1f} s, features loaded in {timing['load_s']:.1f} s"
+        lines.append(("Stage 2", text))
+    trained = "Stage 1" if stage1.get("command") == "train-backbone" else "Backbone"
+    for name, made in ((trained, stage1), ("Dump", dump), ("Stage 2", stage2)):
+        if made.get("argv"):
+            when = (made.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
+            lines.append((f"{name} command", " ".join(made["argv"])))
+            lines.append((f"{name} made", f"{when}; git {made.get('git') or 'unknown'}; {made.get('platform', '')}"))
+    versions: Row = next((m["versions"] for m in (stage2, dump, stage1) if m.get("versions")), {})
+    lines.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
+    config = dump.get("config") or stage1.get("config")
+    if not config:
+        return _facts(lines)
+    text = escape(json.dumps(config, indent=1, ensure_ascii=False))
+    return f"{_facts(lines)}<details><summary>Configuration</summary><pre>{text}</pre></details>"
+
+
+def every_head(study: Study) -> str:
+    """All rows of all backbones, folded away."""
+    names = ["backbone", "method", "loss", "λ", "seed", "split", "many", "medium", "few", "all", "ECE"]
+    splits = SPLITS | {"test": "test, not selected on"}
+    body = []
+    for backbone in study.backbones:
+        for row in backbone.rows:
+            facts = [row["method"], row.get("loss"), row.get("lam"), row.get("seed"), splits.get(row["split"])]
+            told = ("–" if f is None else f"{f:g}" if isinstance(f, float) else str(f) for f in facts)
+            texts = [backbone.name, *told]
+            numbers = [row.get(column) for column in ("many", "medium", "few", "all", "ece")]
+            texts += ["–" if n is None else f"{n:.1f}" for n in numbers]
+            body.append(f"<tr>{''.join(f'<td>{escape(t)}</td>' for t in texts)}</tr>")
+    head = "".join(f"<th>{n}</th>" for n in names)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    summary = f"<summary>{len(body):,} rows, as in results.json</summary>"
+    return f"<details>{summary}<div class='scroll tall'>{table}</div></details>"
+
+
+def _facts(lines: Iterable[tuple[str, Any]]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>' for k, v in lines if v)}</dl>"
+
+
+def _cell(value: Spread) -> str:
+    if value.mean is None:
+        return "–"
+    return f"{value.mean:.1f}" + (f"<small> ± {value.std:.1f}</small>" if value.std is not None else "")
+
+
+def _selected_name(study: Study) -> str:
+    how = f"chosen on {SPLITS[study.choosing_split]}" if study.chosen_on else "given"
+    lams = {k.lam for k in study.selected if k.lam is not None}
+    if not lams:
+        return study.first.selected.method_name
+    if len(lams) == 1:
+        return f"{study.first.selected} ({how})"
+    return f"{study.first.selected.method_name}, λ of each backbone ({how})"
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
