@@ -35,6 +35,10 @@ class Linear:
         w, b = (torch.as_tensor(a, device=x.device, dtype=x.dtype) for a in self.arrays)
         return torch.addmm(b, x, w.T)
 
+    def array_logits(self, x: np.ndarray) -> np.ndarray:
+        """(M, C) of features (M, D), without torch."""
+        return x @ self.weight.T + self.bias
+
 
 @dataclass(frozen=True, eq=False)
 class Gated:
@@ -58,6 +62,11 @@ class Gated:
         gate = torch.as_tensor(self.gate, device=x.device, dtype=x.dtype)
         return self.first.logits(x) + (x @ gate[:-1] + gate[-1]).sigmoid()[:, None] * self.second.logits(x)
 
+    def array_logits(self, x: np.ndarray) -> np.ndarray:
+        """(M, C) of features (M, D), without torch."""
+        opened = (1 + np.tanh((x @ self.gate[:-1] + self.gate[-1]) / 2)) / 2  # σ that never overflows
+        return self.first.array_logits(x) + opened[:, None] * self.second.array_logits(x)
+
 
 Scorer = Linear | Gated
 
@@ -79,6 +88,19 @@ def predict(head: Scorer, inputs: "Tensor") -> tuple[np.ndarray, np.ndarray]:
             classes.append(top.indices)
             probabilities.append((top.values - logits.logsumexp(1)).exp())
     return torch.cat(classes).cpu().numpy(), torch.cat(probabilities).cpu().numpy()
+
+
+def predict_array(head: Scorer, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `predict` gives, of an array of features (M, D) in float32 and without torch."""
+    classes, probabilities = np.empty(len(features), np.int64), np.empty(len(features), np.float32)
+    step = max(1, LOGITS_AT_ONCE // len(head.arrays[1]))
+    for start in range(0, len(features), step):
+        rows = slice(start, start + step)
+        logits = head.array_logits(features[rows])
+        classes[rows] = logits.argmax(1)
+        logits -= logits.max(1, keepdims=True)
+        probabilities[rows] = 1 / np.exp(logits, out=logits).sum(1)
+    return classes, probabilities
 
 
 def heads_file(heads: Sequence[tuple[dict[str, Any], Scorer]], facts: Mapping[str, Any]) -> bytes:

@@ -96,15 +96,23 @@ def scores_of(predicted: np.ndarray, confidence: np.ndarray, labels: np.ndarray,
     )
 
 
-def expected_calibration_error(confidence: np.ndarray, hit: np.ndarray, *, bins: int = 15) -> float:
-    """ECE in %: |accuracy − confidence| of equally wide confidence bins, weighted by their samples (Guo et al., ICML
-    2017).
+def confidence_bins(
+    confidence: np.ndarray, hit: np.ndarray, *, bins: int = 15
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(samples, right ones, sum of confidences), each (bins,), of equally wide bins of confidence.
 
     confidence (M,): probability of the predicted class; hit (M,): whether it was right. A bin holds its upper edge.
     """
     which = np.clip(np.ceil(np.asarray(confidence, np.float64) * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(which, hit, bins) - np.bincount(which, confidence, bins)
-    return float(100 * np.abs(gap).sum() / max(len(hit), 1))
+    return np.bincount(which, minlength=bins), np.bincount(which, hit, bins), np.bincount(which, confidence, bins)
+
+
+def expected_calibration_error(confidence: np.ndarray, hit: np.ndarray, *, bins: int = 15) -> float:
+    """ECE in %: |accuracy − confidence| of the bins of confidence_bins, weighted by their samples (Guo et al., ICML
+    2017).
+    """
+    _, right, sure = confidence_bins(confidence, hit, bins=bins)
+    return float(100 * np.abs(right - sure).sum() / max(len(hit), 1))
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

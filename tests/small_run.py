@@ -23,12 +23,14 @@ def digits_run(backbone: Path) -> Path:
     return run
 
 
-def made_run(run: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "test"), store=None, **settings) -> Path:
+def made_run(
+    run: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "test"), store=None, absent=None, **settings
+) -> Path:
     """A run on normally distributed features, its stage-1 head short for small classes; rebalanced for real."""
     from pipeline.config import RebalanceConfig
     from pipeline.rebalance import rebalance
 
-    made_store(store or run / "features.zarr", seed=seed, names=names, counts=counts, splits=splits)
+    made_store(store or run / "features.zarr", seed=seed, names=names, counts=counts, splits=splits, absent=absent)
     settings = {"lam": "0.05,0.1,1", "seeds": (0, 1), "epochs": 2, "lr": 0.02, **settings}
     rebalance(store or run / "features.zarr", RebalanceConfig.model_validate(settings), out=run / "rebalance")
     lines = [
@@ -48,9 +50,21 @@ def made_run(run: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "t
 
 
 def made_store(
-    path: Path, *, seed=0, names=NAMES, counts=COUNTS, splits=("val", "test"), seal=True, views=2, config=None
+    path: Path,
+    *,
+    seed=0,
+    names=NAMES,
+    counts=COUNTS,
+    splits=("val", "test"),
+    seal=True,
+    views=2,
+    config=None,
+    absent=None,
 ) -> Path:
-    """A store of features (N, 8) around one centre a class; config: what its provenance says of its configuration."""
+    """A store of features (N, 8) around one centre a class; config: what its provenance says of its configuration.
+
+    absent: rows of splits that have no features.
+    """
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(len(counts), 8))
     labels = {"train": np.repeat(np.arange(len(counts)), counts)}
@@ -73,7 +87,8 @@ def made_store(
     ) as writer:
         for chunk in writer.missing()[: None if seal else 1]:
             y = labels[chunk.split][chunk.start : chunk.stop]
-            writer.write(chunk, (centres[y] + rng.normal(size=(len(y), 8))).astype(np.float32))
+            lost = [row - chunk.start for row in (absent or {}).get(chunk.split, ()) if chunk.start <= row < chunk.stop]
+            writer.write(chunk, (centres[y] + rng.normal(size=(len(y), 8))).astype(np.float32), absent=lost)
         if seal:
             writer.seal()
     return path

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
+PURPLE = "#CC79A7"
 GREY, LIGHT = "#5f6368", "#e3e6ea"
 BINS = 120  # more classes than this are averaged in neighbours of equal size
 LAMBDA_TICKS = 0.06  # of an axis of the page: labels closer than this run into each other
@@ -72,15 +73,20 @@ def legend(figure: "Figure", grid: np.ndarray) -> None:
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             known.setdefault(label, handle)
-    place: Any = {"loc": "outside lower center", "ncols": _columns(list(known)), "fontsize": 10.5, "handlelength": 3}
+    place: Any = {
+        "loc": "outside lower center",
+        "ncols": _columns(list(known), figure.get_figwidth()),
+        "fontsize": 10.5,
+        "handlelength": 3,
+    }
     figure.legend(list(known.values()), list(known), **place)
 
 
-def _columns(labels: Sequence[str]) -> int:
-    """As many as fit beside each other, five at most: a figure of 11.5 inches has room for 165 letters, a line for 8."""
+def _columns(labels: Sequence[str], width: float) -> int:
+    """As many as fit beside each other, five at most: an inch has room for 12 letters, a line takes 10."""
     for columns in range(min(len(labels), 5), 1, -1):
         each = np.array_split(np.array([len(label) for label in labels]), columns)
-        if sum(lengths.max() + 8 for lengths in each) <= 165:
+        if sum(lengths.max() + 10 for lengths in each) <= 12 * width:
             return columns
     return 1
 

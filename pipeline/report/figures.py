@@ -6,23 +6,37 @@ import numpy as np
 
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import axes as look
-from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, LIGHT, ORANGE, RED, SKY
+from pipeline.report.answers import read_compared
+from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
 from pipeline.report.chart import bars, chart, class_axis, trace
-from pipeline.report.drawing import AFTER, ALONE, BEFORE, TARGET, ZERO, Drawing, class_table, rounded
+from pipeline.report.confusion import confusion_between_groups
+from pipeline.report.drawing import AFTER, ALONE, BEFORE, ZERO, Drawing, class_table, rounded
 from pipeline.report.explorer import lambda_chart
-from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Backbone, Row, Spread, Study, classes, signed
+from pipeline.report.geometry import feature_geometry
+from pipeline.report.norms import norm_against_size, weight_norms
+from pipeline.report.reliability import reliability_diagram
+from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, classes, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NARROW = 0.18  # share of the classes below which a group has no room for its full label
-FEATURES_FOR_A_FIGURE = 2**27  # numbers; a target line is not worth reading more
 
 
 def draw_all(study: Study) -> list[Drawing]:
     """Every figure there is data for, in the order of the page."""
     with look.style():
-        drawn = [accuracy_against_lambda(study), weight_norms(study), class_change(study), training_curves(study)]
+        compared = read_compared(study)
+        drawn = [
+            accuracy_against_lambda(study),
+            weight_norms(study),
+            norm_against_size(study),
+            class_change(study),
+            confusion_between_groups(study, compared),
+            reliability_diagram(study, compared),
+            feature_geometry([study]),
+            training_curves(study),
+        ]
     return [d for d in drawn if d is not None]
 
 
@@ -88,94 +102,6 @@ def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[R
             label = f"chosen on {SPLITS[study.choosing_split]}"
             axes.plot([lam], [y[list(known).index(lam)]], marker="*", label=label, **star)
     return table + [_numbers(split, column, name, lam, s) for lam, s in known.items()]
-
-
-def weight_norms(study: Study) -> Drawing:
-    """Length of every class vector before and after, largest class first, of the first backbone."""
-    backbone, order = study.first, study.by_size
-    chosen, store = backbone.selected, backbone.store
-    before = np.linalg.norm(store.classifier[0].astype(np.float64), axis=1)
-    aim = target_norms(backbone)
-    lines: list[tuple[str, np.ndarray | None, Row]] = [
-        (study.start.removeprefix("the "), before, BEFORE | {"marker": "s"}),
-        (f"{backbone.alone.loss_name} alone", backbone.norms(backbone.alone), ALONE | {"marker": "^"}),
-        (str(chosen), backbone.norms(chosen), AFTER),
-        ("target of the norm term, shifted to the same mean", aim, TARGET),
-    ]
-    table: list[Row] = class_table(study)
-    traces = [_images_behind(study)]
-    figure = look.figure_of(11.5, 4.9)
-    axes = figure.subplots()
-    look.counts_backdrop(axes, study.counts[order])
-    for label, values, style in lines:
-        if values is None:
-            continue
-        for row in table:
-            row[label] = rounded(float(values[row["class"]]))
-        x, y = look.thinned(values[order])
-        every = max(1, len(x) // 14)
-        axes.plot(x, y, label=label, linewidth=2, markersize=6, markevery=every, markerfacecolor="white", **style)
-        traces.append(trace(label, range(1, len(order) + 1), values[order], style, of_classes=True))
-    names = [store.class_names[c] for c in order]
-    look.class_axis(axes, names, study.counts)
-    axes.set_ylabel("length of the class vector ‖W‖")
-    axes.set_title(_length_title(before[order], lines[2][1], order, start=study.start), pad=10)
-    look.legend(figure, np.array([axes]))
-    which = f", first of {len(study.backbones)} backbones ({backbone.name})" if len(study.backbones) > 1 else ""
-    caption = f"Classes from largest to smallest{which}; mean over batch orders. Grey: training images per class."
-    if aim is not None:
-        caption += " The norm term fixes only differences of lengths: its target is drawn at the mean of the heads."
-    shown = chart(
-        traces,
-        x=class_axis(names, study.counts),
-        y={"title": "length of the class vector ‖W‖", "rangemode": "tozero", "overlaying": "y2", "tickmode": "auto"},
-        yaxis2={"title": "training images per class", "type": "log", "dtick": 1, "side": "right", "showgrid": False},
-    )
-    return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table, shown)
-
-
-def _images_behind(study: Study) -> Row:
-    """Training images per class as grey ground, on a second, logarithmic axis."""
-    counts = study.counts[study.by_size]
-    ground: Row = {"yaxis": "y2", "fill": "tozeroy", "fillcolor": LIGHT, "hoverinfo": "skip"}
-    style: Row = {"color": LIGHT, "linewidth": 0}
-    return trace("training images", range(1, len(counts) + 1), counts, style, **ground)
-
-
-def _length_title(before: np.ndarray, after: np.ndarray | None, order: np.ndarray, *, start: str) -> str:
-    tenth = max(1, len(order) // 10)
-    text = "The smallest class against the largest"
-    if tenth > 1:
-        text = f"The {tenth} smallest classes against the {tenth} largest"
-    whose = "their" if tenth > 1 else "its"
-    when = f"after {start}" if start == "stage 1" else f"in {start}"
-    text += f": {before[-tenth:].mean() / before[:tenth].mean():.2f} of {whose} length {when}"
-    if after is None:
-        return text
-    return text + f", {after[order[-tenth:]].mean() / after[order[:tenth]].mean():.2f} rebalanced"
-
-
-def target_norms(backbone: Backbone) -> np.ndarray | None:
-    """(C,) batch mean of P = λ·NC·HC for the selected head, shifted to the mean of its norms. [IWB paper, Eq. 3–7]
-
-    None where another target was used than number × vector hardness, or there are too many features for a figure.
-    """
-    store, chosen, rule = backbone.store, backbone.selected, backbone.results.get("settings", {})
-    heads, weight, _ = backbone.heads
-    mine = [i for i, head in enumerate(heads) if chosen.matches(head)]
-    usual = {"hardness": "vector", "number": True, "divergence": "kl"}
-    if chosen.lam is None or not mine or any(rule.get(key, value) != value for key, value in usual.items()):
-        return None
-    if store.rows("train") * store.width > FEATURES_FOR_A_FIGURE:
-        return None
-    features = store.read("train", 0)[store.valid("train")].astype(np.float32)
-    unit = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-30)).mean(0)
-    vectors = weight[mine[0]]
-    norms = np.linalg.norm(vectors, axis=1)
-    hardness = (1 - vectors @ unit / np.maximum(norms, 1e-30)) / 2
-    log = np.log if rule.get("log_base", "2") == "e" else np.log2
-    aim = chosen.lam * log(store.counts.sum() / (store.counts + 1)) * hardness
-    return aim - aim.mean() + norms.mean()
 
 
 def class_change(study: Study) -> Drawing | None:

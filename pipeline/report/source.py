@@ -15,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.heads import Linear, read_scorers
 from pipeline.method_names import PROBE, start_name
 from pipeline.metrics import GROUPS
+from pipeline.report.dispersion import Directions, read_directions
 
 COLUMNS = ("all", *GROUPS)
 BOUNDS = {"many": "> 100", "medium": "20–100", "few": "< 20"}
@@ -96,6 +97,11 @@ class Backbone:
     def heads(self) -> tuple[list[Row], np.ndarray, np.ndarray]:
         """(what each head is, weight (H, C, D), bias (H, C)) of heads.safetensors."""
         return read_heads(self.results_path.with_name("heads.safetensors"))
+
+    @cached_property
+    def directions(self) -> dict[str, Directions | None]:
+        """Of the clean features of training and test; None where there are none, or too many."""
+        return {split: read_directions(self.store, split) for split in ("train", "test")}
 
     def tuned_lam(self, method: str) -> float | None:
         """The λ that stands for a method where methods were tuned."""

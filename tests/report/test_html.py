@@ -24,7 +24,7 @@ def test_the_page_is_one_file_with_its_images_inside(run, tmp_path):
     assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(packed, "", page))
     inside = [base64.b64decode(data) for data in re.findall(r'data:image/png;base64,([^"]+)"', page)]
     assert inside == [path.read_bytes() for path in report.figures]
-    assert len(inside) == 4
+    assert len(inside) == 8
     assert set(re.findall(r'src="([a-z]+):', page)) == {"data"}
 
 

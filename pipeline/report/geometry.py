@@ -1,0 +1,296 @@
+"""How features lie: a map of head and tail classes, and how far the features of a class scatter, in training and test."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cache import Cache
+from pipeline.metrics import GROUPS, class_groups
+from pipeline.report import axes as look
+from pipeline.report.axes import BLACK, BLUE, GREY, RED
+from pipeline.report.drawing import Drawing, rounded
+from pipeline.report.source import BOUNDS, Row, Spread, Study, spread
+from pipeline.seeds import derive
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CLASSES_IN_A_MAP = 10  # half of them the largest, half the smallest
+SAMPLES_OF_A_CLASS = 100
+LEAST_IN_A_MAP = 8  # samples; fewer have no neighbourhoods
+MAPS_IN_A_LINE = 4
+SHADES = {  # of the classes in a map, largest first; head and tail differ in their marks too
+    "largest": ("#08306b", "#0b559f", "#2b7bba", "#539ecd", "#89bedc"),
+    "smallest": ("#7f2704", "#b93d02", "#e5590a", "#fd8c3b", "#fdb97d"),
+}
+MEASURES: dict[str, Row] = {
+    "training images": {"color": BLACK, "linestyle": ":", "marker": "s", "hatch": "////", "fill": "white"},
+    "test images": {"color": BLUE, "linestyle": "-", "marker": "o", "hatch": "", "fill": BLUE},
+    "test images around the training mean": {
+        "color": RED,
+        "linestyle": "--",
+        "marker": "^",
+        "hatch": "....",
+        "fill": "white",
+    },
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """Test samples in two dimensions: their rows in the store, classes (n,) and places (n, 2)."""
+
+    rows: np.ndarray
+    labels: np.ndarray
+    places: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """What is measured of one run: per class and by group."""
+
+    study: Study
+    called: str
+
+    @property
+    def imbalance(self) -> float:
+        return float(self.study.counts.max() / self.study.counts.min())
+
+    @cached_property
+    def of_classes(self) -> dict[str, list[np.ndarray]]:
+        """Dispersions (C,), one for every backbone, of each of MEASURES that could be measured."""
+        found: dict[str, list[np.ndarray]] = {name: [] for name in MEASURES}
+        for backbone in self.study.backbones:
+            train, test = backbone.directions["train"], backbone.directions["test"]
+            each = (
+                train.dispersion if train else None,
+                test.dispersion if test else None,
+                test.around(train) if test and train else None,
+            )
+            for name, values in zip(MEASURES, each, strict=True):
+                if values is not None:
+                    found[name].append(values)
+        return {name: of for name, of in found.items() if len(of) == len(self.study.backbones)}
+
+    def of_group(self, measure: str, group: str) -> Spread:
+        """Mean over the classes of a group; its spread is over backbones."""
+        return spread([_mean_of(values, class_groups(self.study.counts)[group]) for values in self.of_classes[measure]])
+
+    @cached_property
+    def map(self) -> Map | None:
+        return map_of(self.study.first.store, *ends(self.study.counts))
+
+
+def feature_geometry(studies: Sequence[Study], names: Sequence[str] | None = None) -> Drawing | None:
+    """A map of test features, and dispersions by group: of one run, or of several side by side by imbalance factor.
+
+    names: what the runs are called, their folders' names by default. None where no run has test features.
+    """
+    called = names or [study.folder.resolve().name for study in studies]
+    runs = [Geometry(study, name) for study, name in zip(studies, called, strict=True)]
+    runs = sorted((run for run in runs if "test images" in run.of_classes), key=lambda run: run.imbalance)
+    if not runs:
+        return None
+    groups = [g for g in GROUPS if any(class_groups(run.study.counts)[g].any() for run in runs)]
+    if len(runs) == 1:
+        figure = look.figure_of(11.5, 5.4)
+        panels = list(figure.subplots(1, 2, width_ratios=(1.2, 1)))
+        _bars(panels[1], runs[0], groups)
+    else:
+        lines = -(-len(runs) // MAPS_IN_A_LINE)
+        across = -(-len(runs) // lines)
+        figure = look.figure_of(11.5, 3.7 * lines + 3.6)
+        grid = figure.add_gridspec(lines + 1, 12)
+        width = 12 // across
+        places = [(i // across, slice(i % across * width, (i % across + 1) * width)) for i in range(len(runs))]
+        panels = [figure.add_subplot(grid[line, columns]) for line, columns in places]
+        each = 12 // len(groups)
+        for i, group in enumerate(groups):
+            axes = figure.add_subplot(grid[lines, slice(i * each, (i + 1) * each)], sharey=panels[-1] if i else None)
+            _lines(axes, runs, group, first=i == 0)
+            panels.append(axes)
+    for axes, run in zip(panels, runs, strict=False):
+        _draw_map(axes, run, alone=len(runs) == 1)
+    figure.suptitle(_title(runs, groups), x=0.01, ha="left", fontsize=13)
+    look.legend(figure, np.array(panels))
+    return Drawing("feature-geometry", "How the features lie", _caption(runs), figure, _table(runs, groups))
+
+
+def ends(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest and the smallest classes, as many of each, largest first."""
+    order = np.argsort(-counts, kind="stable")
+    each = min(CLASSES_IN_A_MAP // 2, len(counts) // 2)
+    return order[:each], order[len(order) - each :]
+
+
+def map_of(store: Cache, head: np.ndarray, tail: np.ndarray) -> Map | None:
+    """t-SNE of test features of two sets of classes, scaled to length 1, at most SAMPLES_OF_A_CLASS of each.
+
+    The sample and the map are functions of the store alone. None where there are too few samples for one.
+    """
+    labels, valid = store.labels("test"), store.valid("test")
+    taken = []
+    for c in (*head, *tail):
+        rows = np.flatnonzero((labels == c) & valid)
+        random = np.random.default_rng(derive(0, "feature map", int(c)))
+        taken.append(np.sort(random.permutation(rows)[:SAMPLES_OF_A_CLASS]))
+    rows = np.concatenate(taken) if taken else np.empty(0, np.int64)
+    if len(rows) < LEAST_IN_A_MAP or store.width < 2:
+        return None
+    return Map(rows, labels[rows], embedded(store.read_rows("test", rows).astype(np.float32)))
+
+
+def embedded(features: np.ndarray) -> np.ndarray:
+    """(n, 2) places of features (n, D), scaled to length 1: t-SNE from their principal components, the same every time."""
+    from sklearn.manifold import TSNE
+
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-30)
+    if not np.ptp(unit, axis=0).any():
+        return np.zeros((len(unit), 2))
+    perplexity = min(30.0, (len(unit) - 1) / 3)
+    return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(unit).astype(np.float64)
+
+
+def _draw_map(axes: "Axes", run: Geometry, *, alone: bool) -> None:
+    """Points of head and tail classes; each class is named at the middle of its points."""
+    from matplotlib.patheffects import withStroke
+
+    head, tail = ends(run.study.counts)
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.set_title(f"Test features (t-SNE){'' if alone else f', IF {run.imbalance:.3g}'}")
+    if run.map is None:
+        axes.text(0.5, 0.5, "too few test samples", transform=axes.transAxes, ha="center", color=GREY)
+        return
+    for part, size in ((head, "largest"), (tail, "smallest")):
+        for c, color in zip(part, SHADES[size], strict=False):
+            of = run.map.places[run.map.labels == c]
+            face: Row = (
+                {"marker": "o", "facecolor": color} if size == "largest" else {"marker": "^", "facecolor": "white"}
+            )
+            axes.scatter(of[:, 0], of[:, 1], 14 if alone else 8, alpha=0.8, edgecolor=color, linewidth=0.8, **face)
+        middle = SHADES[size][len(part) // 2]
+        label = f"{len(part)} {size} classes" if len(part) > 1 else f"the {size} class"
+        shown: Row = {"marker": face["marker"], "markerfacecolor": middle if size == "largest" else "white"}
+        axes.plot([], [], linestyle="none", color=middle, label=label, **shown)
+    for c in (*head, *tail):
+        of = run.map.places[run.map.labels == c]
+        if len(of):
+            name = run.study.first.store.class_names[c]
+            short = name if len(name) <= 14 else name[:13] + "…"
+            letters: Row = {"ha": "center", "va": "center", "fontsize": 9.5 if alone else 7.5, "color": BLACK}
+            x, y = np.median(of, axis=0)
+            told = axes.text(x, y, short, **letters)
+            told.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
+def _bars(axes: "Axes", run: Geometry, groups: Sequence[str]) -> None:
+    """Dispersion by group, a bar for everything that was measured."""
+    known = [g for g in groups if class_groups(run.study.counts)[g].any()]
+    place, width = np.arange(len(known)), 0.8 / len(run.of_classes)
+    for number, measure in enumerate(run.of_classes):
+        spreads = [run.of_group(measure, group) for group in known]
+        heights = np.array([np.nan if s.mean is None else s.mean for s in spreads])
+        error = np.array([s.std or 0.0 for s in spreads])
+        style, x = MEASURES[measure], place + (number - (len(run.of_classes) - 1) / 2) * width
+        filled: Row = {"color": style["fill"], "edgecolor": style["color"], "hatch": style["hatch"], "linewidth": 0.8}
+        axes.bar(x, heights, 0.9 * width, yerr=error if error.any() else None, capsize=3, label=measure, **filled)
+        for at, height, above in zip(x, heights, error, strict=True):
+            if np.isfinite(height):
+                axes.text(at, height + above, f"{height:.3f}", ha="center", va="bottom", fontsize=9, color=GREY)
+    axes.set_xticks(place, [f"{g}\n{BOUNDS[g]} images" for g in known])
+    axes.grid(visible=False, axis="x")
+    axes.margins(y=0.1)
+    axes.set(title="Dispersion within a class", ylabel="1 − mean cosine to the class mean")
+
+
+def _lines(axes: "Axes", runs: Sequence[Geometry], group: str, *, first: bool) -> None:
+    """Dispersion of a group in every run, by imbalance factor."""
+    place = np.arange(len(runs))
+    for measure, style in MEASURES.items():
+        spreads = [run.of_group(measure, group) if measure in run.of_classes else Spread(None, None, 0) for run in runs]
+        y = np.array([np.nan if s.mean is None else s.mean for s in spreads])
+        error = np.array([s.std or 0.0 for s in spreads])
+        drawn: Row = {key: style[key] for key in ("color", "linestyle", "marker")}
+        drawn |= {"markerfacecolor": style["fill"], "linewidth": 1.8, "capsize": 3, "label": measure}
+        if np.isfinite(y).any():
+            axes.errorbar(place, y, error if error.any() else None, **drawn)
+    factors = [f"{run.imbalance:.3g}" for run in runs]
+    told = (
+        factors if len(set(factors)) == len(runs) else [f"{f}\n{r.called}" for f, r in zip(factors, runs, strict=True)]
+    )
+    axes.set_xticks(place, told)
+    axes.set_xlim(-0.3, len(runs) - 0.7)
+    axes.set(title=f"{group}: {BOUNDS[group]} images", xlabel="imbalance factor")
+    if first:
+        axes.set_ylabel("dispersion within a class\n1 − mean cosine to the mean")
+
+
+def _title(runs: Sequence[Geometry], groups: Sequence[str]) -> str:
+    """The smallest classes of the most unbalanced run: training against test."""
+    run = runs[-1]
+    known = [g for g in groups if class_groups(run.study.counts)[g].any()]
+    parts = [run.of_group(m, known[-1]).mean for m in MEASURES if m in run.of_classes]
+    at = f" at imbalance {run.imbalance:.3g}" if len(runs) > 1 else ""
+    if len(parts) < 2 or parts[0] is None or parts[1] is None:
+        return "How far features of a class scatter"
+    return f"Features of {known[-1]}-shot classes scatter by {parts[0]:.3f} in training, {parts[1]:.3f} on test{at}"
+
+
+def _caption(runs: Sequence[Geometry]) -> str:
+    drawn = [run for run in runs if run.map is not None]
+    text = (
+        "Map: t-SNE of clean test features scaled to length 1, from their principal components, at most "
+        f"{SAMPLES_OF_A_CLASS} samples a class (n = {', '.join(f'{len(run.map.rows):,}' for run in drawn if run.map)}). "
+        "It keeps neighbours, not distances: it shows which classes mix; how wide a cloud is, and how far it lies from "
+        "another, it does not show. "
+        if drawn
+        else ""
+    )
+    several = [run for run in runs if len(run.study.backbones) > 1]
+    first = (
+        f" The map is of the first backbone; ± is one standard deviation over {several[0].study.repeated}."
+        if several
+        else ""
+    )
+    return (
+        f"{text}Dispersion is measured in all dimensions: one less the mean cosine of the clean features of a class to their "
+        "mean direction, mean over the classes of a group. A mean lies nearer to few samples than to many; that is "
+        f"corrected for (1 − √ of the mean cosine of two samples), so that 5 images and 100 compare.{first}"
+    )
+
+
+def _table(runs: Sequence[Geometry], groups: Sequence[str]) -> list[Row]:
+    """Dispersions by group and by class, then the points of the maps; told apart by `row`."""
+    table: list[Row] = []
+    for run in runs:
+        for group in groups:
+            inside = class_groups(run.study.counts)[group]
+            for measure in run.of_classes if inside.any() else ():
+                found = run.of_group(measure, group)
+                line: Row = {"row": "group", "run": run.called, "imbalance": rounded(run.imbalance), "group": group}
+                line |= {"classes": int(inside.sum()), "of": measure, "dispersion": rounded(found.mean)}
+                table.append(line | {"std": rounded(found.std), "n": found.n})
+    for run in runs:
+        names, counts = run.study.first.store.class_names, run.study.counts
+        for c in run.study.by_size:
+            line = {"row": "class", "run": run.called, "class": int(c), "name": names[c], "images": int(counts[c])}
+            for measure, of in run.of_classes.items():
+                table.append(line | {"of": measure, "dispersion": rounded(_mean_of(np.array([v[c] for v in of])))})
+    for run in runs:
+        if run.map is not None:
+            ids, names = run.study.first.store.ids("test"), run.study.first.store.class_names
+            for row, c, (x, y) in zip(run.map.rows, run.map.labels, run.map.places, strict=True):
+                line = {"row": "point", "run": run.called, "class": int(c), "name": names[c], "id": int(ids[row])}
+                table.append(line | {"x": rounded(x), "y": rounded(y)})
+    return table
+
+
+def _mean_of(values: np.ndarray, inside: np.ndarray | slice = slice(None)) -> float | None:
+    """Mean of what is known inside a mask; None where nothing is."""
+    known = values[inside]
+    known = known[np.isfinite(known)]
+    return float(known.mean()) if len(known) else None

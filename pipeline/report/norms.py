@@ -1,0 +1,219 @@
+"""The lengths of class vectors: by class before and after, beside other methods' and the target; and against class size."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.report import axes as look
+from pipeline.report.axes import BLACK, BLUE, GREEN, LIGHT, ORANGE, PURPLE
+from pipeline.report.chart import chart, class_axis, plain, trace
+from pipeline.report.drawing import AFTER, ALONE, BEFORE, TARGET, Drawing, class_table, rounded
+from pipeline.report.lengths import log_base, maxnorm, number_of, target_norms, target_of, tau_norm
+from pipeline.report.source import Row, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TAU_NORM: Row = {"color": GREEN, "linestyle": "-.", "marker": "v"}
+MAXNORM: Row = {"color": PURPLE, "linestyle": (0, (1, 1)), "marker": "D"}
+
+
+def weight_norms(study: Study) -> Drawing:
+    """Length of every class vector before and after and with other methods, largest class first, of the first backbone."""
+    backbone, order = study.first, study.by_size
+    chosen, store = backbone.selected, backbone.store
+    before = np.linalg.norm(store.classifier[0].astype(np.float64), axis=1)
+    aim = target_norms(backbone, target_of(backbone))
+    others = {
+        kind: other for kind, other in (("tau-norm", tau_norm(backbone)), ("maxnorm", maxnorm(backbone))) if other
+    }
+    lines: list[tuple[str, np.ndarray | None, Row]] = [
+        (study.start.removeprefix("the "), before, BEFORE | {"marker": "s"}),
+        (f"{backbone.alone.loss_name} alone", backbone.norms(backbone.alone), ALONE | {"marker": "^"}),
+        *((other.name, other.norms, TAU_NORM if kind == "tau-norm" else MAXNORM) for kind, other in others.items()),
+        (str(chosen), backbone.norms(chosen), AFTER),
+        ("target P of the norm term, at the same mean", aim, TARGET),
+    ]
+    table: list[Row] = class_table(study)
+    traces = [_images_behind(study)]
+    figure = look.figure_of(11.5, 5.2)
+    axes = figure.subplots()
+    look.counts_backdrop(axes, study.counts[order])
+    for number, (label, values, style) in enumerate(lines):
+        if values is None:
+            continue
+        for row in table:
+            row[label] = rounded(float(values[row["class"]]))
+        x, y = look.thinned(values[order])
+        every = max(1, len(x) // 14)
+        marks: Row = {"markersize": 6, "markevery": (number * every // len(lines), every), "markerfacecolor": "white"}
+        axes.plot(x, y, label=label, linewidth=2, **marks, **style)
+        traces.append(trace(label, range(1, len(order) + 1), values[order], style, of_classes=True))
+    names = [store.class_names[c] for c in order]
+    look.class_axis(axes, names, study.counts)
+    axes.set_ylabel("length of the class vector ‖W‖")
+    axes.set_title(_length_title(before[order], backbone.norms(chosen), order, start=study.start), pad=10)
+    look.legend(figure, np.array([axes]))
+    caption = (
+        f"Classes from largest to smallest{_which(study)}; mean over batch orders. Grey: training images per class."
+    )
+    if aim is not None:
+        caption += " The norm term fixes only differences of lengths: its target is drawn at the mean of the heads."
+    caption = " ".join([caption, *(other.told for other in others.values())])
+    if "maxnorm" not in others:
+        caption += " MaxNorm is not drawn: it is not among the heads of this run, and fitting it would take minutes."
+    shown = chart(
+        traces,
+        x=class_axis(names, study.counts),
+        y={"title": "length of the class vector ‖W‖", "rangemode": "tozero", "overlaying": "y2", "tickmode": "auto"},
+        yaxis2={"title": "training images per class", "type": "log", "dtick": 1, "side": "right", "showgrid": False},
+    )
+    return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table, shown)
+
+
+def _images_behind(study: Study) -> Row:
+    """Training images per class as grey ground, on a second, logarithmic axis."""
+    counts = study.counts[study.by_size]
+    ground: Row = {"yaxis": "y2", "fill": "tozeroy", "fillcolor": LIGHT, "hoverinfo": "skip"}
+    style: Row = {"color": LIGHT, "linewidth": 0}
+    return trace("training images", range(1, len(counts) + 1), counts, style, **ground)
+
+
+def _length_title(before: np.ndarray, after: np.ndarray | None, order: np.ndarray, *, start: str) -> str:
+    tenth = max(1, len(order) // 10)
+    text = "The smallest class against the largest"
+    if tenth > 1:
+        text = f"The {tenth} smallest classes against the {tenth} largest"
+    whose = "their" if tenth > 1 else "its"
+    when = f"after {start}" if start == "stage 1" else f"in {start}"
+    text += f": {before[-tenth:].mean() / before[:tenth].mean():.2f} of {whose} length {when}"
+    if after is None:
+        return text
+    return text + f", {after[order[-tenth:]].mean() / after[order[:tenth]].mean():.2f} rebalanced"
+
+
+def norm_against_size(study: Study) -> Drawing:
+    """Length of class vectors against the logarithm of class size, before and after; and the target over λ."""
+    backbone = study.first
+    size = np.log(study.counts.astype(np.float64))
+    before = np.linalg.norm(backbone.store.classifier[0].astype(np.float64), axis=1)
+    norms = {study.start.removeprefix("the "): before}
+    if (after := backbone.norms(backbone.selected)) is not None:
+        norms[str(backbone.selected)] = after
+    number, target, base = number_of(backbone), target_of(backbone), log_base(backbone)
+    aims = {"number coefficient NC": number}
+    if target is not None:
+        aims["NC · HC, the target P over λ"] = number * target.hardness
+    looks: list[Row] = [{"color": BLACK, "marker": "s", "markerfacecolor": "white"}, {"color": BLUE, "marker": "o"}]
+    aimed: list[Row] = [{"color": GREEN, "marker": "v", "markerfacecolor": "white"}, {"color": ORANGE, "marker": "D"}]
+
+    figure = look.figure_of(11.5, 4.6)
+    left, right = figure.subplots(1, 2)
+    _points(left, size, norms, looks)
+    for values, style, line in zip(norms.values(), looks, (":", "-"), strict=False):
+        if np.ptp(size) > 0:
+            slope, level = np.polyfit(size, values, 1)
+            reach = np.array([size.min(), size.max()])
+            left.plot(np.exp(reach), level + slope * reach, color=style["color"], linestyle=line, linewidth=1.8)
+    _points(right, size, aims, aimed)
+    for axes in (left, right):
+        _images_axis(axes, study.counts)
+    left.set(ylabel="length of the class vector ‖W‖", title=_told(size, norms))
+    ends_of = (
+        f"{number[study.by_size[0]]:.1f} for the largest class to {number[study.by_size[-1]]:.1f} for the smallest"
+    )
+    right.set(ylabel=f"coefficient (logarithm to base {base})", title=f"NC goes from {ends_of}")
+    look.legend(figure, np.array([left, right]))
+    table = class_table(study)
+    for row in table:
+        c = row["class"]
+        row |= {name: rounded(values[c]) for name, values in {"ln N": size, **norms, **aims}.items()}
+    hardness = (
+        ", HC the mean over the clean training features of (1 − cosine to the class vector) / 2" if target else ""
+    )
+    caption = (
+        f"A point a class ({len(size):,}){_which(study)}; lines are least squares. r is Pearson's correlation of ln N with "
+        f"‖W‖, ρ Spearman's; N are the class's training images. Right: what the target is made of, P = λ · NC · HC; "
+        f"NC = log(ΣN / (N + 1)){hardness}."
+    )
+    correlations: list[Row] = [
+        {"name": f"correlation of ln N with {name}", "pearson": rounded(pearson(size, values))}
+        | {"spearman": rounded(spearman(size, values))}
+        for name, values in norms.items()
+    ]
+    pairs = list(zip(norms.items(), looks, strict=False)), list(zip(aims.items(), aimed, strict=False))
+    title = "Length of the class vectors against class size"
+    return Drawing("norm-size", title, caption, figure, correlations + table, _size_chart(study, *pairs, base=base))
+
+
+Styled = list[tuple[tuple[str, np.ndarray], Row]]
+
+
+def _size_chart(study: Study, norms: Styled, aims: Styled, *, base: str) -> Row:
+    """Both panels; hovering tells the class and its images."""
+    names, counts = study.first.store.class_names, study.counts
+    named = plain([f"{name}, {images:,} images" for name, images in zip(names, counts.tolist(), strict=True)])
+    told: Row = {"text": named, "hovertemplate": "%{text}<br>%{y:.4~g}<extra>%{fullData.name}</extra>"}
+    beside: Row = {"xaxis": "x2", "yaxis": "y2"}
+    traces = [trace(name, counts, of, style | {"linestyle": "none"}, **told) for (name, of), style in norms]
+    traces += [trace(name, counts, of, style | {"linestyle": "none"}, **told, **beside) for (name, of), style in aims]
+    images: Row = {"title": "training images of the class", "type": "log"}
+    return chart(
+        traces,
+        x=images,
+        y="length of the class vector ‖W‖",
+        xaxis2=images,
+        yaxis2={"title": f"coefficient (logarithm to base {base})", "rangemode": "tozero"},
+        grid={"rows": 1, "columns": 2, "pattern": "independent"},
+    )
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Correlation of two arrays; None where one of them does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    length = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / length if length > 1e-12 else None
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Correlation of the ranks of two arrays, equal values sharing their mean rank."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, which, times = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(times) - (times - 1) / 2)[which]
+
+
+def _told(size: np.ndarray, norms: dict[str, np.ndarray]) -> str:
+    """Both correlations, before → after."""
+    parts = []
+    for name, of in (("r", pearson), ("ρ", spearman)):
+        found = [of(size, values) for values in norms.values()]
+        told = ["–" if v is None else f"{v:+.2f}".replace("-", "−") for v in found]
+        parts.append(f"{name} {' → '.join(told)}")
+    return f"Length against size: {', '.join(parts)}"
+
+
+def _points(axes: "Axes", size: np.ndarray, of: dict[str, np.ndarray], looks: list[Row]) -> None:
+    """A mark a class; smaller and paler where there are many."""
+    small = len(size) > 500
+    drawn: Row = {"linestyle": "none", "markersize": 2.5 if small else 5.5, "alpha": 0.4 if small else 0.85}
+    for (name, values), style in zip(of.items(), looks, strict=False):
+        axes.plot(np.exp(size), values, label=name, **drawn, **style)
+
+
+def _images_axis(axes: "Axes", counts: np.ndarray) -> None:
+    """Training images on a logarithmic axis, written out."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("training images of the class, N")
+
+
+def _which(study: Study) -> str:
+    """Whose heads these are where there are several backbones."""
+    several = len(study.backbones) > 1
+    return f", first of {len(study.backbones)} backbones ({study.first.name})" if several else ""
