@@ -1,35 +1,55 @@
 # syntax=docker/dockerfile:1
-# Any image with Python 3.11 or newer and its venv module will do; torch's wheels bring CUDA, the host brings the driver.
+# The program with all that a GPU host needs but the driver, which the host brings: docs/docker.md
 #   docker build -t iwb-pipeline .
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD":/work iwb-pipeline run digits-lt
+#   docker run --rm --gpus all --shm-size 8g --user "$(id -u):$(id -g)" -v "$PWD":/work iwb-pipeline run digits-lt
+# Any Debian or Ubuntu image with Python 3.11 or newer and its venv module will do as a base.
 ARG BASE_IMAGE=python:3.12-slim
 
-# the program's wheel with its compiled kernel; without a compiler the wheel still works, its fits on a CPU are slower
-FROM ${BASE_IMAGE} AS wheel
-RUN (apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev) || echo "no C compiler: building without the kernel"
+# gcc stays in the image: Triton, by which GPUs rebalance and torch.compile works, compiles its launcher where it runs.
+# tini is process 1, which is given only signals it asked for: Python alone, told to stop while it imports torch, goes on.
+FROM ${BASE_IMAGE} AS base
+# hadolint ignore=DL3008,SC2046
+RUN headers=$(python3 -c "import sysconfig; print(sysconfig.get_path('include'))") \
+ && apt-get update \
+ && apt-get install -y --no-install-recommends gcc libc6-dev tini $(test -e "$headers/Python.h" || echo python3-dev) \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /usr/bin/*-lto-dump-* \
+ && install -d -m 1777 /work /cache
+
+# the program's wheel with its compiled kernel, and the list of what it needs; both leave this stage, nothing else does
+FROM base AS wheel
 COPY pyproject.toml LICENSE README.md /src/
 COPY pipeline /src/pipeline
 COPY cache /src/cache
 COPY configs /src/configs
 RUN python3 -m venv /build && /build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheel /src
+ARG EXTRAS="s3"
+RUN python3 -c "import sys, tomllib; project = tomllib.load(open('/src/pyproject.toml', 'rb'))['project']; \
+    print(*project['dependencies'], *(line for name in sys.argv[1:] for line in project['optional-dependencies'][name]), sep='\n')" \
+    ${EXTRAS} > /requirements.txt
 
-FROM ${BASE_IMAGE}
+FROM base
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
-
-# dependencies first: several GB that change seldom
-COPY pyproject.toml /src/
+# dependencies first: several GB that change only with that list; what only linking and their own tests use goes at once
+COPY --from=wheel /requirements.txt /opt/venv/requirements.txt
 RUN python3 -m venv /opt/venv \
- && python -c "import tomllib; print(*tomllib.load(open('/src/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /src/requirements.txt \
- && pip install -r /src/requirements.txt
+ && pip install -r /opt/venv/requirements.txt \
+ && find /opt/venv \( -name '*.a' -o -type d -name tests \) -prune -exec rm -r {} +
 
-COPY --from=wheel /wheel /wheel
-RUN pip install --no-deps /wheel/*.whl
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-deps /wheel/*.whl && pip check
 
-# runs as any uid (docker run --user): everything it writes goes to /work, caches to /tmp
-ENV HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/tmp/huggingface TORCH_HOME=/tmp/torch
-RUN mkdir -p /work && chmod 1777 /work
+# any uid will do, also one without a name or a home: what it makes goes to /work, what is made to be quicker next time to /cache
+ENV HOME=/cache USER=pipeline MPLCONFIGDIR=/cache/matplotlib HF_HOME=/cache/huggingface TORCH_HOME=/cache/torch \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor TRITON_CACHE_DIR=/cache/triton CUDA_CACHE_PATH=/cache/cuda
 USER 1000:1000
 WORKDIR /work
-ENTRYPOINT ["pipeline"]
+ENTRYPOINT ["tini", "--", "pipeline"]
 CMD ["--help"]
+
+ARG REVISION=
+ENV PIPELINE_REVISION=${REVISION}
+LABEL org.opencontainers.image.title="iwb-pipeline" \
+      org.opencontainers.image.description="Train an image classifier once on unbalanced classes, re-balance it in seconds" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${REVISION}"

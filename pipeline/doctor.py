@@ -26,7 +26,8 @@ SHOWN = (
     "pillow",
     "google-crc32c",
 )
-LITTLE_DISK, LITTLE_MEMORY = 2.0, 2.0  # GiB
+LITTLE_DISK, LITTLE_MEMORY, LITTLE_SHARED = 2.0, 2.0, 1.0  # GiB
+SHARED = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Diagnosis(Shown):
     threads: int
     cores: int
     memory_free_gib: float | None
+    shared_memory_free_gib: float | None
     disk_free_gib: float
     folder: str
     checks: tuple[Check, ...]
@@ -64,13 +66,14 @@ class Diagnosis(Shown):
 
     def __str__(self) -> str:
         memory = "unknown" if self.memory_free_gib is None else f"{self.memory_free_gib:.1f} GiB"
+        shared = "" if self.shared_memory_free_gib is None else f", shared memory {self.shared_memory_free_gib:.2f} GiB"
         facts = {
             "python": f"{self.python}, {self.platform}",
             "versions": ", ".join(f"{name} {version or 'missing'}" for name, version in self.versions.items()),
             "devices": ", ".join(self.devices),
             "takes": f"{self.device}, {self.precision}: {self.why}",
             "threads": f"{self.threads} of {self.cores} cores",
-            "free": f"memory {memory}, disk {self.disk_free_gib:.1f} GiB in {self.folder}",
+            "free": f"memory {memory}{shared}, disk {self.disk_free_gib:.1f} GiB in {self.folder}",
         }
         lines = [f"{name:<9} {text}" for name, text in facts.items()]
         lines += [f"{'ok' if c.ok else 'FAILED':<9} {c.name}: {c.said} ({c.seconds:.2f} s)" for c in self.checks]
@@ -93,6 +96,7 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         checks.append(_check("stage 2", lambda: _run_stage2(device)))
     free, disk = free_memory(), shutil.disk_usage(folder).free / 2**30
     memory = None if free is None else free / 2**30
+    shared = shutil.disk_usage(SHARED).free / 2**30 if SHARED.exists() else None
     return Diagnosis(
         ok=all(check.ok for check in checks),
         python=platform.python_version(),
@@ -105,10 +109,11 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         threads=threads,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_free_gib=memory,
+        shared_memory_free_gib=shared,
         disk_free_gib=disk,
         folder=str(folder),
         checks=tuple(checks),
-        warnings=(*_warnings(memory, disk, folder), *_without_kernel(device)),
+        warnings=(*_warnings(memory, shared, disk, folder), *_without_kernel(device)),
     )
 
 
@@ -232,12 +237,17 @@ def _check(name: str, work: Callable[[], str]) -> Check:
     return Check(name, ok, round(time.perf_counter() - started, 3), said)
 
 
-def _warnings(memory: float | None, disk: float, folder: Path) -> list[str]:
+def _warnings(memory: float | None, shared: float | None, disk: float, folder: Path) -> list[str]:
     found = []
     if disk < LITTLE_DISK:
         found.append(f"only {disk:.1f} GiB of disk are free in {folder}")
     if memory is not None and memory < LITTLE_MEMORY:
         found.append(f"only {memory:.1f} GiB of memory are free")
+    if shared is not None and shared < LITTLE_SHARED:
+        found.append(
+            f"only {shared:.2f} GiB of shared memory are free in {SHARED}, where image loaders hand over batches and GPUs "
+            "gradients; of a container it is set by --shm-size 8g"
+        )
     if not os.access(folder, os.W_OK):
         found.append(f"{folder} cannot be written to; give --out")
     return found
@@ -246,6 +256,17 @@ def _warnings(memory: float | None, disk: float, folder: Path) -> list[str]:
 def _without_kernel(device: str) -> list[str]:
     from pipeline.rebalance.native import instruction_sets
 
+    if device.startswith("cuda"):
+        import torch
+
+        from pipeline.rebalance.by_stacks import why_no_kernel
+
+        reason = why_no_kernel(torch.device(device))
+        return (
+            [f"stage 2 fits heads without its GPU kernel, which needs gcc and Python's headers: {reason}"]
+            if reason
+            else []
+        )
     if instruction_sets() or device != "cpu":
         return []
     return [

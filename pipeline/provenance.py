@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -24,10 +25,11 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Commit of the source tree this package runs from, `+` behind it where files differ; None outside a checkout."""
+    """Commit of the source tree this package runs from, `+` behind it where files differ; outside a checkout what
+    PIPELINE_REVISION says, as in an image, or None."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("PIPELINE_REVISION") or None
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
         dirty = subprocess.run(

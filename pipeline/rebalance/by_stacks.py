@@ -1,6 +1,6 @@
 """All heads of a job by tensor operations: on a GPU, over several ranks, and where the kernel was not built."""
 
-import importlib.util
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,9 +75,22 @@ def fit_by_stacks(
 
 
 def fuses(device: torch.device, dtype: torch.dtype, ranks: Ranks | None) -> bool:
-    """Whether steps end with a kernel of our own: Triton comes with torch for GPUs, on most systems."""
-    possible = device.type == "cuda" and dtype == torch.float32 and not ranks
-    return possible and importlib.util.find_spec("triton") is not None
+    """Whether steps end with a kernel of our own, on a GPU that runs them."""
+    return device.type == "cuda" and dtype == torch.float32 and not ranks and why_no_kernel(device) is None
+
+
+@functools.cache
+def why_no_kernel(device: torch.device) -> str | None:
+    """Why kernels of our own do not run on a device, if so: Triton comes with torch for GPUs, on most systems, and compiles
+    what starts a kernel with a C compiler and Python's headers, which a system may lack."""
+    try:
+        from pipeline.rebalance.fused import update
+
+        two, one = torch.ones(1, 2, device=device), torch.ones(1, device=device)
+        update(two, two.clone(), one, one.clone(), one[0], weight_decay=0.0)
+    except Exception as error:  # whatever it is, single operations do the same
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 @torch.no_grad()  # which is a setting of each thread
