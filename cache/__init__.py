@@ -6,8 +6,8 @@ zarr makes and writes the files; chunks are read straight into the caller's memo
 torch nor zarr.
 """
 
-from cache.create import Split, create_store
-from cache.files import write_durably
+from cache.create import Foreseen, Split, create_store, foresee_store
+from cache.files import refuse_unwritable, write_durably
 from cache.layout import CacheError, Chunk, Layout, Unlockable, chunk_rows, owned_chunks
 from cache.lock import Lock
 from cache.place import is_url, locate
@@ -23,6 +23,7 @@ __all__ = [
     "Chunk",
     "Damage",
     "Exported",
+    "Foreseen",
     "Layout",
     "Lock",
     "Split",
@@ -31,11 +32,13 @@ __all__ = [
     "chunk_rows",
     "create_store",
     "export",
+    "foresee_store",
     "is_url",
     "locate",
     "open_cache",
     "open_writer",
     "owned_chunks",
+    "refuse_unwritable",
     "stream_order",
     "verify",
     "write_durably",

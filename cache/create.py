@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cache import store
 from cache.chunks import Torn, checksum, read_chunk
-from cache.layout import STORED, CacheError, Layout, canonical, chunk_rows
+from cache.files import refuse_unwritable
+from cache.layout import STORED, CacheError, Chunk, Layout, canonical, chunk_rows
+from cache.lock import Lock
 from cache.objects import ABSENT, LEASE, Objects
 from cache.place import Local, Place, locate
 from cache.root import Root, read_root, reopened
@@ -55,6 +57,83 @@ def create_store(
     the store's lock until it is closed.
     Raises CacheError for another fingerprint (naming the fields), a second writer, or a path that is no feature store.
     """
+    place, root, contents = _wanted(
+        path, splits=splits, width=width, dtype=dtype, weight=weight, bias=bias, class_names=class_names, counts=counts,
+        fingerprint=fingerprint, provenance=provenance, rows_per_chunk=rows_per_chunk,
+    )  # fmt: skip
+    if place.occupied() and not overwrite:
+        return _continue(place, root, contents, retry or {})
+    if isinstance(place, Objects):
+        return _make_of_objects(place, root, contents, overwrite)
+    with place.refusals():
+        place.remove()
+        place.build(lambda building: _make(building, root, contents))
+    return Writer(place, root, place.lock().take())
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What `create_store` would find: `new`, or a store that is `sealed`, `open`, `damaged` or to be `replaced`.
+
+    layout: of the store that is wanted; missing: its chunks of features that are still to be written.
+    """
+
+    state: Literal["new", "sealed", "open", "damaged", "replaced"]
+    layout: Layout
+    missing: tuple[Chunk, ...]
+
+
+def foresee_store(
+    path: Path | str,
+    *,
+    overwrite: bool = False,
+    retry: Mapping[str, Collection[int]] | None = None,
+    skipping: bool = True,
+    **wanted: Any,
+) -> Foreseen:
+    """What `create_store` would do with the same arguments, and refuse: it raises the same. Nothing is written.
+
+    skipping: as `Writer.missing` has it; wanted: the other arguments of `create_store`. A store in a bucket that another
+    process writes is not noticed.
+    """
+    place, root, contents = _wanted(path, **wanted)
+    every = tuple(root.layout.chunks())
+    if isinstance(place, Local):
+        Lock(place.path).refuse_held()
+        if place.path.is_file() or (overwrite and place.occupied()):
+            place.refuse_removal()
+        with place.refusals():
+            refuse_unwritable(place.path)
+    if not place.occupied():
+        return Foreseen("new", root.layout, every)
+    if overwrite:
+        return Foreseen("replaced", root.layout, every)
+    there = read_root(place)
+    if there.state == REMOVING:
+        return Foreseen("new", root.layout, every)
+    _refuse_other(place, there, root, contents)
+    if there.sealed:
+        lost = set(_to_open(place, there, contents, retry or {}))
+        missing = tuple(chunk for chunk in every if (chunk.array, chunk.key) in lost)
+        return Foreseen("damaged" if lost else "sealed", there.layout, missing)
+    return Foreseen("open", there.layout, tuple(Writer(place, there, None).missing(skipping=skipping)))
+
+
+def _wanted(
+    path: Path | str,
+    *,
+    splits: Mapping[str, Split],
+    width: int,
+    dtype: str,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    class_names: list[str] | tuple[str, ...],
+    counts: ArrayLike,
+    fingerprint: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    rows_per_chunk: int | None = None,
+) -> tuple[Place, Root, dict[str, NDArray]]:
+    """Where the store that is wanted goes, its root, and its contents as far as they are known."""
     place = locate(path)
     layout = Layout(
         tuple((name, split.views, len(np.asarray(split.labels))) for name, split in splits.items()),
@@ -73,14 +152,7 @@ def create_store(
     contents = _contents(layout, splits, weight, bias)
     if not counts_agree(contents["train/labels"], root.counts):
         raise CacheError(f"{place}: counts do not agree with the training labels")
-    if place.occupied() and not overwrite:
-        return _continue(place, root, contents, retry or {})
-    if isinstance(place, Objects):
-        return _make_of_objects(place, root, contents, overwrite)
-    with place.refusals():
-        place.remove()
-        place.build(lambda building: _make(building, root, contents))
-    return Writer(place, root, place.lock().take())
+    return place, root, contents
 
 
 def _contents(

@@ -1,5 +1,6 @@
 """Durable files: a name holds either the old content or the whole new one, also after a power cut."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -33,6 +34,19 @@ def write_durably(path: Path | str, content: bytes | str | Callable[[BinaryIO], 
         raise
     fsync(path.parent)
     return path
+
+
+def refuse_unwritable(folder: Path | str) -> None:
+    """Raises the OSError that making this folder, or a file in it, would meet; nothing is changed."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        code = errno.EEXIST if there == folder else errno.ENOTDIR
+    elif os.access(there, os.W_OK | os.X_OK):
+        return
+    else:
+        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+    raise OSError(code, os.strerror(code), str(folder))
 
 
 def fsync_tree(path: Path) -> None:

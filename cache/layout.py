@@ -8,6 +8,7 @@ from typing import Any
 
 FORMAT = 1
 CHUNK_BYTES = 16 * 2**20
+CHECKSUM_BYTES = 4  # behind the numbers of each chunk
 CHUNK_ROWS = 8192  # narrow features: no more rows than this are encoded again when a chunk is lost
 
 # zarr has no bfloat16: its bits are stored as uint16, named in the array's attributes
@@ -128,6 +129,11 @@ class Layout:
     @property
     def arrays(self) -> list[Array]:
         return [self.features(split) for split, _, _ in self.splits] + self.small()
+
+    @property
+    def bytes(self) -> int:
+        """What all chunks take on disk: whole ones, though the last may be partly filled, each with its checksum."""
+        return sum(len(array.keys) * (array.chunk_bytes + CHECKSUM_BYTES) for array in self.arrays)
 
     @property
     def groups(self) -> list[str]:

@@ -35,10 +35,9 @@ class Lock:
                         f"{self._store}: this file system cannot lock files ({error.strerror}); mount it with locks, or "
                         "dump into a local folder and copy the sealed store"
                     ) from error
-                owner = os.pread(descriptor, 100, 0).decode(errors="replace") or "unknown"
+                held = self._held_by(descriptor)
                 os.close(descriptor)
-                message = f"{self._store}: another process is writing it ({owner}); wait for it or stop it"
-                raise CacheError(message) from None
+                raise held from None
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._file).st_ino == os.fstat(descriptor).st_ino:
                     self._descriptor = descriptor
@@ -48,6 +47,25 @@ class Lock:
         os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         _held.add(self._descriptor)
         return self
+
+    def refuse_held(self) -> None:
+        """CacheError, as `take` raises it, where another process holds it; nothing is changed."""
+        try:
+            descriptor = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._held_by(descriptor) from None
+        except OSError:  # a file system without locks, which is told when one is taken
+            pass
+        finally:
+            os.close(descriptor)
+
+    def _held_by(self, descriptor: int) -> CacheError:
+        owner = os.pread(descriptor, 100, 0).decode(errors="replace") or "unknown"
+        return CacheError(f"{self._store}: another process is writing it ({owner}); wait for it or stop it")
 
     def confirm(self) -> None:
         """Nothing to do: the system keeps the lock as long as we live."""

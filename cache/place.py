@@ -125,6 +125,11 @@ class Local:
                 raise
         fsync(path.parent)
 
+    def refuse_removal(self) -> None:
+        """CacheError where what lies here is no store, which is not taken away."""
+        if not (self.path / "zarr.json").is_file():
+            raise CacheError(f"{self}: not a feature store (it has no zarr.json); remove it or choose another --out")
+
     def remove(self) -> None:
         """Takes a store, or an empty folder, away; a kill half-way leaves no half store under its name."""
         path = self.path
@@ -137,8 +142,7 @@ class Local:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
             return
-        if not (path / "zarr.json").is_file():
-            raise CacheError(f"{path}: not a feature store (it has no zarr.json); remove it or choose another --out")
+        self.refuse_removal()
         with Lock(path):
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".building"))
             os.rename(path, aside)

@@ -17,6 +17,7 @@ from pipeline.errors import INTERRUPTED, TERMINATED, ConfigError, Elsewhere, Los
 
 GO_ON, SAVE, STOP = 0, 1, 2
 WAIT = datetime.timedelta(days=1)  # ranks wait for the slowest one; torchrun ends those whose fellow died
+CROWD = 4  # processes a core: slow, but some try on a laptop what is to run on a cluster
 AGAIN_AFTER = 2.0  # seconds; torchrun, `timeout` and Ctrl-C in a terminal all send the same signal twice
 
 T = TypeVar("T")
@@ -109,6 +110,26 @@ def choose_device(name: str = "auto") -> torch.device:
     elif device.type != "cpu":
         raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     return device
+
+
+def refuse_too_many(nproc: int, device: str = "auto") -> None:
+    """ConfigError where a host has too few GPUs, or far too few cores, for so many processes."""
+    if choose_device(device).type == "cuda":
+        if nproc > torch.cuda.device_count():
+            raise ConfigError(
+                f"--nproc {nproc}: there are {torch.cuda.device_count()} GPUs; use --nproc of at most that many"
+            )
+        return
+    cores = usable_cores()
+    if nproc > CROWD * cores:
+        raise ConfigError(
+            f"--nproc {nproc}: this host lends {cores} core(s) and no GPU, and every process needs one; take --nproc {cores}"
+        )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; a cluster's scheduler lends a part of the host."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

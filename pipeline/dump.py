@@ -292,7 +292,7 @@ def write_chunks(
         with point.around(str(number), size=writer.layout.features(chunk.split).chunk_bytes):
             writer.write(chunk, features, absent=absent, name=encoder.name_of(chunk.split))
 
-    with _as_data_error(), _in_background(write) as put:
+    with as_data_error(), _in_background(write) as put:
         for number, (chunk, features, absent) in enumerate(encoder.chunks(wanted, stop), start=1):
             put(number, chunk, features, absent)
             done += chunk.rows
@@ -337,55 +337,63 @@ def _writer(
     backbone: Checkpoint, config: Config, dataset: Dataset, *, out: Path | str, ranks: Ranks, overwrite: bool
 ) -> Writer:
     """Rank 0 makes or takes up the store, then the others join."""
-    head = classifier(backbone.model)
-    weight, bias = (None, None) if backbone.probe else _arrays(head)
 
     def create() -> Writer | None:
         if not ranks.first:
             return None
-        skipped = {} if overwrite else skipped_before(out, dataset)
-        retry = readable_now(skipped, dataset, store=out, may_skip=config.dump.on_error == "skip")
-        with _as_data_error():
+        with as_data_error():
             return cache.create_store(
                 out,
-                splits={
-                    name: cache.Split(config.dump.views if name == "train" else 1, split.labels, split.ids)
-                    for name, split in dataset.splits.items()
-                },
-                width=head.in_features,
-                dtype=config.dump.dtype,
-                weight=weight,
-                bias=bias,
-                class_names=dataset.class_names,
-                counts=dataset.counts,
-                fingerprint=fingerprint(backbone, config, dataset, skipped=skipped),
-                provenance=provenance(
-                    command="dump-features",
-                    config=config.model_dump(mode="json"),
-                    device=str(ranks.device),
-                    precision=str(encoding_precision(ranks.device)).removeprefix("torch."),
-                    ranks=ranks.world,
-                    threads=torch.get_num_threads(),
-                    seed=config.dump.seed,
-                    dataset=dataset.summary(),
-                    network=backbone.network,
-                    made_from={
-                        "checkpoint": str(backbone.path),
-                        "weights": backbone.weights_digest,
-                        "epoch": backbone.epoch,
-                        **(backbone.brought or {}),
-                    },
-                ),
                 overwrite=overwrite,
-                retry=retry,
+                **store_of(backbone, config, dataset, out=out, ranks=ranks, overwrite=overwrite),
             )
 
     def join() -> Writer:
-        with _as_data_error():
+        with as_data_error():
             return cache.open_writer(out)
 
     made = ranks.together(create)
     return ranks.together(lambda: made or join())
+
+
+def store_of(
+    backbone: Checkpoint, config: Config, dataset: Dataset, *, out: Path | str, ranks: Ranks, overwrite: bool
+) -> dict[str, Any]:
+    """What `cache.create_store` is given; DataError where images that were skipped may not be skipped again."""
+    head = classifier(backbone.model)
+    weight, bias = (None, None) if backbone.probe else _arrays(head)
+    skipped = {} if overwrite else skipped_before(out, dataset)
+    return {
+        "splits": {
+            name: cache.Split(config.dump.views if name == "train" else 1, split.labels, split.ids)
+            for name, split in dataset.splits.items()
+        },
+        "width": head.in_features,
+        "dtype": config.dump.dtype,
+        "weight": weight,
+        "bias": bias,
+        "class_names": dataset.class_names,
+        "counts": dataset.counts,
+        "fingerprint": fingerprint(backbone, config, dataset, skipped=skipped),
+        "provenance": provenance(
+            command="dump-features",
+            config=config.model_dump(mode="json"),
+            device=str(ranks.device),
+            precision=str(encoding_precision(ranks.device)).removeprefix("torch."),
+            ranks=ranks.world,
+            threads=torch.get_num_threads(),
+            seed=config.dump.seed,
+            dataset=dataset.summary(),
+            network=backbone.network,
+            made_from={
+                "checkpoint": str(backbone.path),
+                "weights": backbone.weights_digest,
+                "epoch": backbone.epoch,
+                **(backbone.brought or {}),
+            },
+        ),
+        "retry": readable_now(skipped, dataset, store=out, may_skip=config.dump.on_error == "skip"),
+    }
 
 
 def _arrays(head: torch.nn.Linear) -> tuple[np.ndarray, np.ndarray]:
@@ -416,7 +424,7 @@ def _set_head(
             if there.any():
                 yield features[there].to(ranks.device).float(), truth[there].to(ranks.device)
 
-    with _as_data_error():
+    with as_data_error():
         found = probe.fit_probe(
             blocks, classes=layout.classes, width=layout.width, stop=lambda: _obey(stop, writer.place.where)
         )
@@ -425,7 +433,7 @@ def _set_head(
 
 def _seal(writer: Writer, backbone: Checkpoint, config: Config, dataset: Dataset) -> str:
     point = KillPoint(os.environ.get("PIPELINE_KILL_AT"), rank=0)
-    with _as_data_error(), point.around("seal", size=1024):  # its one file is larger
+    with as_data_error(), point.around("seal", size=1024):  # its one file is larger
         return writer.seal(lambda skipped: fingerprint(backbone, config, dataset, skipped=skipped))
 
 
@@ -437,7 +445,7 @@ def _obey(signals: Signals, out: Path | str) -> None:
 
 
 @contextmanager
-def _as_data_error() -> Iterator[None]:
+def as_data_error() -> Iterator[None]:
     """What the store says, as the error that ends a command."""
     try:
         yield

@@ -35,6 +35,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pipeline.console import Talk
+from pipeline.distributed import usable_cores
 from pipeline.errors import INTERRUPTED, OK, TERMINATED, PipelineError
 from pipeline.hosts import TOLD, Job, Seat, meet
 
@@ -48,7 +49,7 @@ def launch(job: Job, arguments: Sequence[str]) -> int:
     Raises PipelineError for what no worker could tell: it was killed, or another host is gone, closed the job, or never came.
     """
     logging.disable(logging.ERROR)  # torchrun's own words; the worker that failed has said why
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // job.nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // job.nproc)))
     talk = Talk()
     seat = meet(job.endpoint, patience=job.patience, say=talk.say) if job.endpoint else Seat("127.0.0.1", True)
     host, port = job.endpoint or ("127.0.0.1", 0)  # a container may not know its own name
@@ -222,11 +223,6 @@ def _c10d(parameters: RendezvousParameters) -> DynamicRendezvousHandler:
         parameters.config["is_host"] = False  # another process of this host was quicker
         backend, store = create_backend(parameters)
     return create_handler(store, backend, parameters)
-
-
-def _cores() -> int:
-    """Cores that this process may use; a cluster's scheduler lends a part of the host."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _name(job: Job, arguments: Sequence[str]) -> str:

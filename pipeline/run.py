@@ -128,20 +128,16 @@ def run_pipeline(
     Raises what the stages raise; everything finished stays.
     """
     talk = talk or Talk(quiet=True)
-    if brought and seeds:
-        raise ConfigError(
-            "--seeds trains one backbone a seed, --checkpoint is one that is there: leave one of them away"
-        )
-    places = {out / f"seed-{s}": with_seed(config, s) for s in seeds} if seeds else {out: config}
+    places = places_of(config, out, seeds, brought)
     with distributed.ranks(device) as ranks:
-        ranks.together(lambda: _refuse_other_kind(out, seeds))
-        ranks.together(lambda: _reach(store))
+        ranks.together(lambda: refuse_other_kind(out, seeds))
+        ranks.together(lambda: reach(store))
         ledger = Ledger(out / "run.json")
         documents = [
             _one_backbone(
                 c,
                 p,
-                _store_of(p, store, named=bool(seeds)),
+                store_of_seed(p, store, named=bool(seeds)),
                 ledger,
                 ranks,
                 device,
@@ -167,14 +163,23 @@ def run_pipeline(
         return RunResult(out, results, report, pictures, seconds, tuple(ledger.redone))
 
 
-def _refuse_other_kind(out: Path, seeds: Sequence[int] | None) -> None:
+def places_of(config: Config, out: Path, seeds: Sequence[int] | None, brought: Brought | None) -> dict[Path, Config]:
+    """Folder of each backbone → its configuration; ConfigError where one is brought and several are to be trained."""
+    if brought and seeds:
+        raise ConfigError(
+            "--seeds trains one backbone a seed, --checkpoint is one that is there: leave one of them away"
+        )
+    return {out / f"seed-{s}": with_seed(config, s) for s in seeds} if seeds else {out: config}
+
+
+def refuse_other_kind(out: Path, seeds: Sequence[int] | None) -> None:
     if seeds and (out / "backbone" / "last.pt").exists():
         raise ConfigError(f"{out} holds a run of one backbone; take another --out for --seeds, or leave --seeds away")
     if not seeds and any(out.glob("seed-*/backbone/last.pt")):
         raise ConfigError(f"{out} holds a run of several backbones; give its --seeds again, or take another --out")
 
 
-def _reach(store: Path | str | None) -> None:
+def reach(store: Path | str | None) -> None:
     """Looks at a store elsewhere, so that a wrong name or missing credentials are told before hours of training."""
     if store is None or not is_url(store):
         return
@@ -186,7 +191,7 @@ def _reach(store: Path | str | None) -> None:
         raise ending from error
 
 
-def _store_of(out: Path, store: Path | str | None, *, named: bool) -> Path | str:
+def store_of_seed(out: Path, store: Path | str | None, *, named: bool) -> Path | str:
     """Where a backbone's features go: features.zarr in its folder, or what was asked for, with several seed-N below it."""
     if store is None:
         return out / "features.zarr"

@@ -103,28 +103,39 @@ class TrainingFolder:
         found = self._whole_last()
         return found and found[0]
 
+    def foresee(self, *, overwrite: bool) -> tuple[dict[str, Any] | None, str]:
+        """(the state that `take_up` would go on from, why that is not last.pt's if so); raises as it does, changes nothing."""
+        found, why = (None, "") if overwrite else self._found()
+        return found and found[0], why
+
     def _mended(self, overwrite: bool) -> Found | None:
         if overwrite:
             for name in (self.last.name, self.previous.name, "best.pt", "metrics.jsonl", "diagnostics.csv"):
                 (self.path / name).unlink(missing_ok=True)
-        try:
-            if self.last.is_file() or not self.previous.is_file():
-                return self._whole_last()
-            why = f"{self.last} is missing"
-        except checkpoint.Damaged as error:
-            why = str(error).partition("; ")[0]
-            if not self.previous.is_file():
-                raise
-        try:
-            found = self._of_this_training(self.previous)
-        except checkpoint.Damaged as error:
-            raise DataError(f"{why}, and so is the one before it: {error}") from error
+        found, why = self._found()
+        if found is None or not why:
+            return found
         kept = f"; it is kept as {self._set_aside().name}" if self.last.is_file() else ""
         checkpoint.name_also(self.previous, self.last)
         state = found[0]
         at = f"epoch {state['epoch']}" + (f", step {state['step_in_epoch']}" if state["step_in_epoch"] else "")
         self.notes.append(f"{why}{kept}. Going on from {self.previous.name}, which is of {at}")
         return found
+
+    def _found(self) -> tuple[Found | None, str]:
+        """(what last.pt or, where that is damaged or gone, previous.pt holds; what is wrong with last.pt, else nothing)."""
+        try:
+            if self.last.is_file() or not self.previous.is_file():
+                return self._whole_last(), ""
+            why = f"{self.last} is missing"
+        except checkpoint.Damaged as error:
+            why = str(error).partition("; ")[0]
+            if not self.previous.is_file():
+                raise
+        try:
+            return self._of_this_training(self.previous), why
+        except checkpoint.Damaged as error:
+            raise DataError(f"{why}, and so is the one before it: {error}") from error
 
     def _whole_last(self) -> Found | None:
         return self._of_this_training(self.last) if self.last.is_file() else None

@@ -117,7 +117,7 @@ def try_settings(
     talk, seeds = talk or Talk(quiet=True), tuple(seeds or (config.backbone.seed,))
     tries = grid(config, options)
     with distributed.ranks(device) as ranks:
-        ranks.together(lambda: _refuse_without_validation(config))
+        ranks.together(lambda: refuse_without_validation(config))
         runs: list[list[dict[str, Any]]] = []
         facts: dict[str, Any] = {}
         for number, (one, seed) in enumerate(itertools.product(tries, seeds)):
@@ -212,7 +212,7 @@ def _notes(tries: Sequence[Try], best: int, near: set[int], choice: Choice) -> l
     return found
 
 
-def _refuse_without_validation(config: Config) -> None:
+def refuse_without_validation(config: Config) -> None:
     if load_dataset(config.data).val is None:
         raise ConfigError(
             "--try and --seeds compare by validation accuracy, and these data have no validation split; hold images out "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import PATH, STORE, Examples, shared
+from pipeline.cli.options import PATH, STORE, Examples, dry_run, shared
 from pipeline.cli.outcome import show
 from pipeline.cli.places import is_store, run_folder
 from pipeline.errors import FAILED
@@ -19,9 +19,15 @@ from pipeline.errors import FAILED
 )
 @click.argument("run", required=False)
 @click.option("--out", type=PATH, help="Where report.html and figures/ go [default: the run].")
+@dry_run
 @shared
-def report_command(run, out, as_json, debug):
+def report_command(run, out, dry_run, as_json, debug):
     """One self-contained HTML page of a run, and its figures as PNG with their numbers as CSV."""
+    if dry_run:
+        from pipeline.plan.after import plan_report
+
+        show(plan_report(run_folder(run), out=out), as_json)
+        return
     from pipeline.report import write_report
 
     show(write_report(run_folder(run), out=out), as_json)
@@ -35,13 +41,19 @@ def report_command(run, out, as_json, debug):
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=PATH)
 @click.option("--out", type=PATH, default=Path("progress"), show_default=True, help="Where progress.png and .csv go.")
+@dry_run
 @shared
-def progress_command(runs, out, as_json, debug):
+def progress_command(runs, out, dry_run, as_json, debug):
     """How evenly the classes of trainings come along: spread of training accuracy and gradient ratio, as a figure.
 
     RUN is a folder of `pipeline run` or `train-backbone` with backbone.diagnose_every=1; of several, the first is what
     the others are held against.
     """
+    if dry_run:
+        from pipeline.plan.after import plan_progress
+
+        show(plan_progress(runs, out=out), as_json)
+        return
     from pipeline.report.progress import compare_progress
 
     show(compare_progress(runs, out=out), as_json)
@@ -63,8 +75,9 @@ def progress_command(runs, out, as_json, debug):
 @click.option("--out", type=PATH, required=True, help="The folder to make.")
 @click.option("--lam", type=float, help="Take the head of this λ instead of the selected one.")
 @click.option("--method", metavar="NAME", help="Take the head of this method instead of the selected one.")
+@dry_run
 @shared
-def export_command(run, kind, out, lam, method, as_json, debug):
+def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
     """The whole model with the rebalanced head, its configuration and a model card, as a folder.
 
     Or, where RUN is a feature store (…/features.zarr), its features, labels and classifier as plain files.
@@ -76,6 +89,11 @@ def export_command(run, kind, out, lam, method, as_json, debug):
             raise click.UsageError(
                 f"{run} is a feature store: it goes --to npy or safetensors, without --lam or --method"
             )
+        if dry_run:
+            from pipeline.plan.after import plan_export
+
+            show(plan_export(run, to=kind, out=out), as_json)
+            return
         show(cache.export(run, out, format=kind or "npy"), as_json)
         return
     if kind == "npy":
@@ -84,6 +102,11 @@ def export_command(run, kind, out, lam, method, as_json, debug):
 
     if lam is not None and method is not None:
         raise click.UsageError("--lam is of iwb: give it without --method")
+    if dry_run:
+        from pipeline.plan.after import plan_export
+
+        show(plan_export(run_folder(run), to=kind, out=out, lam=lam, method=method), as_json)
+        return
     show(export_model(run_folder(run), to=kind or "timm", out=out, lam=lam, method=method), as_json)
 
 

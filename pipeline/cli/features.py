@@ -2,8 +2,8 @@
 
 import click
 
-from pipeline.cli.options import PATH, Examples, number, settings, shared, whole_numbers, workers
-from pipeline.cli.outcome import relaunched, show
+from pipeline.cli.options import PATH, Examples, dry_run, number, settings, shared, whole_numbers, workers
+from pipeline.cli.outcome import processes, relaunched, show
 from pipeline.cli.places import store_and_tree
 from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS
@@ -83,10 +83,11 @@ from pipeline.method_names import METHODS
     type=click.Choice(["rows", "heads"]),
     help="With several processes: share each batch, or the heads [default: rows].",
 )
+@dry_run
 @workers
 @settings
 @shared
-def rebalance_command(store, config, out, nproc, device, sets, as_json, debug, **options):
+def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json, debug, **options):
     """Fit the classifier on the cached features: class-balanced loss + KL(weight norms ‖ target P), many λ in one pass.
 
     STORE is a feature store, a run's folder, or the name of a configuration whose run has one. Where methods compete, every
@@ -111,18 +112,20 @@ def rebalance_command(store, config, out, nproc, device, sets, as_json, debug, *
             f"{', '.join(fixed)}: the variants of --config {config} say this themselves, and their names would be wrong; "
             "leave it away, or write variants of your own"
         )
+    variants = f"{len(chosen.variants)} variants; " if chosen.variants else ""
+    own = results_folder(path, "ablations") / tree.get("name", "variants") if variants else results_folder(path)
+    if dry_run:
+        from pipeline.plan import plan_rebalance
+
+        show(plan_rebalance(path, chosen, out=out or own, device=device, world=processes(nproc, device)), as_json)
+        return
     if relaunched(nproc):
         return
     from pipeline.rebalance import ablate, rebalance
 
-    if chosen.variants:
-        out = out or results_folder(path, "ablations") / tree.get("name", "variants")
-        talk.say(f"store: {path}; {len(chosen.variants)} variants; results: {out}")
-        show(ablate(path, chosen, out=out, device=device, report=talk.say), as_json)
-        return
-    out = out or results_folder(path)
-    talk.say(f"store: {path}; results: {out}")
-    show(rebalance(path, chosen, out=out, device=device, report=talk.say), as_json)
+    talk.say(f"store: {path}; {variants}results: {out or own}")
+    fit = ablate if variants else rebalance
+    show(fit(path, chosen, out=out or own, device=device, report=talk.say), as_json)
 
 
 @click.command(

@@ -70,6 +70,13 @@ def shared(command: Any) -> Any:
     )
 
 
+def dry_run(command: Any) -> Any:
+    """--dry-run, of every command that writes."""
+    return click.option(
+        "--dry-run", is_flag=True, help="Check all, say what would be done and written, and write nothing."
+    )(command)
+
+
 def settings(command: Any) -> Any:
     """--set, of every command that takes a configuration."""
     return click.option(

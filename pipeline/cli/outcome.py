@@ -39,12 +39,23 @@ def relaunched(nproc: int) -> bool:
     if not job.several and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a rank that somebody else has started
         return False
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: a host without a name is no news
+    from pipeline.distributed import refuse_too_many
     from pipeline.launch import launch
 
+    refuse_too_many(job.nproc, context.params.get("device", "auto"))
     code = launch(job, without_job(context.obj))
     if code:
         raise click.exceptions.Exit(code)
     return True
+
+
+def processes(nproc: int, device: str) -> int:
+    """How many processes the command would run in, on all hosts; ConfigError where its options ask for what is not there."""
+    job = job_of(click.get_current_context(), nproc=nproc)
+    from pipeline.distributed import refuse_too_many
+
+    refuse_too_many(job.nproc, device)
+    return max(job.nodes[1] * job.nproc, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def exit_code(command: click.Command, words: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import click
 
-from pipeline.cli.options import PATH, Examples, settings, shared, whole_numbers
+from pipeline.cli.options import PATH, Examples, dry_run, settings, shared, whole_numbers
 from pipeline.cli.outcome import show
 
 
@@ -23,9 +23,10 @@ from pipeline.cli.outcome import show
     help="Backbones trained at once, which small images on a large GPU want [default: 2 on a GPU, else 1].",
 )
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
+@dry_run
 @settings
 @shared
-def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, sets, as_json, debug):
+def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, dry_run, sets, as_json, debug):
     """The paper's tables from images on, every deviation told; resumes where it stopped.
 
     Without CONFIG: the whole plan for a GPU, most valuable first: CIFAR100-LT on the ResNet-34, one backbone, then two
@@ -36,11 +37,17 @@ def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, s
     from pipeline.reproduce import TABLES, plan, reproduce
 
     parts = plan(configs, seeds=whole_numbers("--seeds", seeds), sets=sets)
+    wanted = tuple(tables.split(",")) if tables else TABLES
+    if dry_run:
+        from pipeline.plan import plan_reproduce
+
+        show(plan_reproduce(parts, out=out, folder=page, tables=wanted, device=device), as_json)
+        return
     result = reproduce(
         parts,
         out=out,
         folder=page,
-        tables=tuple(tables.split(",")) if tables else TABLES,
+        tables=wanted,
         side_by_side=side_by_side,
         bench=not configs,
         device=device,

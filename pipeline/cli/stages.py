@@ -8,6 +8,7 @@ from pipeline.cli.options import (
     PATH,
     STORE,
     Examples,
+    dry_run,
     key_map,
     on_error,
     probe,
@@ -17,7 +18,7 @@ from pipeline.cli.options import (
     whole_numbers,
     workers,
 )
-from pipeline.cli.outcome import relaunched, show
+from pipeline.cli.outcome import processes, relaunched, show
 from pipeline.cli.places import take_config
 from pipeline.errors import ConfigError, DataError
 
@@ -42,11 +43,26 @@ from pipeline.errors import ConfigError, DataError
 @probe
 @click.option("--overwrite", is_flag=True, help="Start the run anew.")
 @on_error
+@dry_run
 @workers
 @settings
 @shared
 def run_command(
-    config, out, store, seeds, checkpoint, key_map, probe, overwrite, on_error, nproc, device, sets, as_json, debug
+    config,
+    out,
+    store,
+    seeds,
+    checkpoint,
+    key_map,
+    probe,
+    overwrite,
+    on_error,
+    dry_run,
+    nproc,
+    device,
+    sets,
+    as_json,
+    debug,
 ):
     """Stage 1, feature dump, rebalancing and report in one go; resumes where it stopped.
 
@@ -55,20 +71,19 @@ def run_command(
     talk, chosen = take_config(config, (*sets, *_said(on_error=on_error)))
     if checkpoint is None and (key_map or probe):
         raise ConfigError("--key-map and --probe are for a checkpoint from elsewhere: name it with --checkpoint FILE")
-    if relaunched(nproc):
+    where: Any = {"out": out or chosen.run_dir, "store": store, "seeds": whole_numbers("--seeds", seeds)}
+    where |= {"device": device, "overwrite": overwrite}
+    if not dry_run and relaunched(nproc):
         return
     from pipeline.run import Brought, run_pipeline
 
-    result = run_pipeline(
-        chosen,
-        out=out or chosen.run_dir,
-        store=store,
-        seeds=whole_numbers("--seeds", seeds),
-        brought=Brought(checkpoint, typed(sets, "backbone.model"), key_map, probe) if checkpoint else None,
-        device=device,
-        overwrite=overwrite,
-        talk=talk,
-    )
+    brought = Brought(checkpoint, typed(sets, "backbone.model"), key_map, probe) if checkpoint else None
+    if dry_run:
+        from pipeline.plan import plan_run
+
+        show(plan_run(chosen, brought=brought, world=processes(nproc, device), **where), as_json)
+        return
+    result = run_pipeline(chosen, brought=brought, talk=talk, **where)
     show(result, as_json)
 
 
@@ -91,10 +106,13 @@ def run_command(
 @click.option("--tensorboard", is_flag=True, help="Write event files for TensorBoard beside the checkpoints too.")
 @click.option("--overwrite", is_flag=True, help="Start anew instead of continuing the checkpoint there.")
 @on_error
+@dry_run
 @workers
 @settings
 @shared
-def train_command(config, out, tries, seeds, tensorboard, overwrite, on_error, nproc, device, sets, as_json, debug):
+def train_command(
+    config, out, tries, seeds, tensorboard, overwrite, on_error, dry_run, nproc, device, sets, as_json, debug
+):
     """Stage 1: train an encoder and classifier; continues a checkpoint of the same configuration.
 
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
@@ -104,22 +122,29 @@ def train_command(config, out, tries, seeds, tensorboard, overwrite, on_error, n
     talk, chosen = take_config(
         config, (*sets, *_said(on_error=on_error), *(["backbone.tensorboard=true"] if tensorboard else []))
     )
+    numbers = whole_numbers("--seeds", seeds)
+    where: Any = {"out": out or chosen.run_dir / "backbone", "device": device, "overwrite": overwrite}
+    if dry_run:
+        from pipeline.plan import plan_training, plan_tries
+
+        world = processes(nproc, device)
+        if tries or seeds:
+            show(plan_tries(chosen, tries, seeds=numbers, world=world, **where), as_json)
+        else:
+            show(plan_training(chosen, world=world, **where), as_json)
+        return
     if relaunched(nproc):
+        return
+    if tries or seeds:
+        from pipeline.backbone.tries import try_settings
+
+        show(try_settings(chosen, tries, seeds=numbers, talk=talk, **where), as_json)
         return
     from pipeline.backbone.train import train_backbone
     from pipeline.console import TrainingReporter
 
-    out = out or chosen.run_dir / "backbone"
-    if tries or seeds:
-        from pipeline.backbone.tries import try_settings
-
-        numbers = whole_numbers("--seeds", seeds)
-        show(
-            try_settings(chosen, tries, out=out, seeds=numbers, device=device, overwrite=overwrite, talk=talk), as_json
-        )
-        return
     with talk.progress("training") as bar:
-        result = train_backbone(chosen, out=out, device=device, overwrite=overwrite, report=TrainingReporter(talk, bar))
+        result = train_backbone(chosen, report=TrainingReporter(talk, bar), **where)
     show(result, as_json)
 
 
@@ -156,11 +181,26 @@ def train_command(config, out, tries, seeds, tensorboard, overwrite, on_error, n
 )
 @click.option("--overwrite", is_flag=True, help="Dump anew over a store made from something else.")
 @on_error
+@dry_run
 @workers
 @settings
 @shared
 def dump_command(
-    config, checkpoint, key_map, probe, out, views, dtype, overwrite, on_error, nproc, device, sets, as_json, debug
+    config,
+    checkpoint,
+    key_map,
+    probe,
+    out,
+    views,
+    dtype,
+    overwrite,
+    on_error,
+    dry_run,
+    nproc,
+    device,
+    sets,
+    as_json,
+    debug,
 ):
     """Run the frozen encoder once over every sample into a zarr store; called again it finishes, verifies or repairs it.
 
@@ -176,26 +216,30 @@ def dump_command(
         )
     if checkpoint is None and (key_map or probe):
         raise ConfigError("--key-map and --probe are for a checkpoint from elsewhere: name it with --checkpoint FILE")
+    made_from: Any = {
+        "config": named if config else None,
+        "own_images": checkpoint is None,
+        "settings": (*sets, *extra),
+        "out": out,
+        "model": typed(sets, "backbone.model"),
+        "key_map": key_map,
+        "probe": probe,
+        "device": device,
+        "overwrite": overwrite,
+        "say": talk.say,
+    }
+    if dry_run:
+        from pipeline.plan import plan_dump
+
+        show(plan_dump(path, world=processes(nproc, device), **made_from), as_json)
+        return
     if relaunched(nproc):
         return
     from pipeline.console import describe_dataset
     from pipeline.dump import dump_features
 
     with talk.progress("dumping") as bar:
-        result = dump_features(
-            path,
-            named if config else None,
-            own_images=checkpoint is None,
-            settings=(*sets, *extra),
-            out=out,
-            model=typed(sets, "backbone.model"),
-            key_map=key_map,
-            probe=probe,
-            device=device,
-            overwrite=overwrite,
-            report=bar.move,
-            say=talk.say,
-        )
+        result = dump_features(path, report=bar.move, **made_from)
     talk.say(describe_dataset(result.dataset))
     show(result, as_json)
 

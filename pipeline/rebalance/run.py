@@ -68,16 +68,7 @@ def _rebalance(
     store: Cache | Path | str, config: RebalanceConfig, out: Path, ranks: Ranks, report: Callable[[str], object]
 ) -> RebalanceResult:
     started = time.perf_counter()
-
-    def prepare() -> tuple[Loaded, RebalanceConfig, list[str]]:
-        count_lam(config.lam), candidates(config, ())  # a typing error is told before anything is read
-        refuse_double_balancing(config)
-        loaded = load(store, augmented=config.views == "augmented", memory_bytes=config.memory_bytes)
-        possible, notes = with_possible_views(config, loaded)
-        refuse_too_many(possible, loaded)
-        return loaded, possible, notes
-
-    loaded, config, notes = ranks.together(prepare)
+    loaded, config, notes = ranks.together(lambda: prepare(store, config))
     load_seconds = time.perf_counter() - started
 
     sweep, asked, split, tuned = fit(loaded, config, ranks, report, beside=references(config))
@@ -134,6 +125,30 @@ def _rebalance(
     return result
 
 
+def prepare(store: Cache | Path | str, config: RebalanceConfig) -> tuple[Loaded, RebalanceConfig, list[str]]:
+    """(the store's features, the configuration with the views there are, notes), once nothing speaks against fitting.
+
+    Raises ConfigError and DataError as `rebalance` does.
+    """
+    count_lam(config.lam), candidates(config, ())  # a typing error is told before anything is read
+    refuse_double_balancing(config)
+    loaded = load(store, augmented=config.views == "augmented", memory_bytes=config.memory_bytes)
+    possible, notes = with_possible_views(config, loaded)
+    refuse_too_many(possible, loaded)
+    return loaded, possible, notes
+
+
+def choosing_split(config: RebalanceConfig, asked: Sequence[Setting], loaded: Loaded) -> str | None:
+    """What a setting is chosen on, None where there is but one; ConfigError where the store has no validation split."""
+    split = config.select_on if len(asked) > 1 or is_comparison(config) else None
+    if split == "val" and loaded.val is None:
+        raise ConfigError(
+            f"{loaded.store.path}: no validation split to choose on; choose over folds of the training features with "
+            "--select-on kfold, or give a single λ such as --lam 0.1"
+        )
+    return split
+
+
 def write_choice(out: Path, choice: Any, ranks: Ranks) -> None:
     """selection.json, on the disk before any rank goes on: what is read after this cannot have chosen."""
     text = json.dumps(choice, indent=1)
@@ -152,12 +167,7 @@ def fit(
     tuning found)."""
     lams = parse_lam(config.lam)
     asked = candidates(config, AUTO if lams is None else lams)
-    split = config.select_on if len(asked) > 1 or is_comparison(config) else None
-    if split == "val" and loaded.val is None:
-        raise ConfigError(
-            f"{loaded.store.path}: no validation split to choose on; choose over folds of the training features with "
-            "--select-on kfold, or give a single λ such as --lam 0.1"
-        )
+    split = choosing_split(config, asked, loaded)
     sweep = Sweep(loaded.features, loaded.val, config, ranks, folds=split == "kfold")
     if split and is_comparison(config):
         tuned = compare(sweep, config, split, report)

@@ -52,6 +52,11 @@ def plan(names: Sequence[str] = (), *, seeds: tuple[int, ...] | None = None, set
     return [Part(load_config(name, sets), seeds or own, name, tuple(sets)) for name, own in asked]
 
 
+def refuse_unknown(tables: Sequence[str]) -> None:
+    if unknown := [t for t in tables if t not in TABLES]:
+        raise ConfigError(f"--tables {','.join(unknown)}: unknown; known: {', '.join(TABLES)}")
+
+
 @dataclass(frozen=True)
 class Reproduction(Shown):
     """The finished tables: rows as in reproduction.json by configuration, the two files, and what to keep.
@@ -101,8 +106,7 @@ def reproduce(
     """
     talk, folder, on_gpu = talk or Talk(quiet=True), folder or out, choose_device(device).type == "cuda"
     parts, side_by_side = plan() if parts is None else parts, side_by_side or (2 if on_gpu else 1)
-    if unknown := [t for t in tables if t not in TABLES]:
-        raise ConfigError(f"--tables {','.join(unknown)}: unknown; known: {', '.join(TABLES)}")
+    refuse_unknown(tables)
     steps = ("train-backbone", "dump-features", *tables)
     progress = Progress([f"{p.config.name}/{step}" for p in parts for _ in p.seeds for step in steps], talk)
     found = Reproduction(folder / "reproduction.json", folder / "reproduction.md", out / "keep")

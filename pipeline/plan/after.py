@@ -1,0 +1,99 @@
+"""Plans of what is made of a run: report, progress, export."""
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import cache
+from cache import CacheError
+from pipeline.errors import ConfigError, DataError
+from pipeline.plan.plan import Plan, Write, refuse_room
+from pipeline.report.progress import FILE, trainings
+from pipeline.report.source import Kind, Study, read_study
+
+
+def plan_report(run: Path, *, out: Path | None = None) -> Plan:
+    """What `write_report` would do; raises what it would raise before it draws."""
+    study, folder = read_study(run), out or run
+    for backbone in study.backbones:
+        _ = backbone.heads
+    refuse_room(folder)
+    rows = sum(len(backbone.rows) for backbone in study.backbones)
+    return Plan(
+        "report",
+        {},
+        {"run": f"{run}: {len(study.backbones)} backbone(s), {rows:,} rows; selected: {study.first.selected}"},
+        {"run": str(run), "backbones": len(study.backbones), "rows": rows},
+        tuple(Write(folder / name, None, _state(folder / name)) for name in ("report.html", "figures")),
+    )
+
+
+def plan_progress(runs: Sequence[Path], *, out: Path) -> Plan:
+    """What `compare_progress` would do; raises what it would raise before it draws."""
+    found = {run: trainings(run) for run in runs}
+    for run, of_run in found.items():
+        if not of_run:
+            why = "no such folder; give runs, or the folders of trainings" if not run.is_dir() else f"no {FILE} in it; "
+            raise DataError(
+                f"{run}: {why}" + ("" if not run.is_dir() else "train with --set backbone.diagnose_every=1")
+            )
+    refuse_room(out)
+    facts = {"compares": ", ".join(f"{run} ({len(of_run)} training(s))" for run, of_run in found.items())}
+    writes = tuple(Write(out / name, None, _state(out / name)) for name in ("progress.png", "progress.csv"))
+    return Plan("progress", {}, facts, {"runs": [str(run) for run in runs]}, writes)
+
+
+def plan_export(
+    run: Path | str, *, to: str | None = None, out: Path, lam: float | None = None, method: str | None = None
+) -> Plan:
+    """What `export_model`, or of a store `cache.export`, would do; raises what it would raise before it writes."""
+    if "://" in str(run) or (Path(run) / "zarr.json").is_file():
+        return _of_store(run, to or "npy", out)
+    from pipeline.backbone.model import network_facts
+    from pipeline.export import matching_checkpoint
+    from pipeline.plan.stage1 import model_bytes
+
+    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
+        raise ConfigError(f"{out}: is not empty and holds no exported model; take another --out")
+    study = read_study(Path(run))
+    kind = _kind(study, lam, method)
+    study.first.head_number(kind)
+    checkpoint = matching_checkpoint(study.first)
+    refuse_room(out)
+    network = network_facts(checkpoint.config.backbone, checkpoint.model)
+    told = f"{network['network']}, {network['parameters']:,} parameters, {len(checkpoint.class_names):,} classes"
+    head = {"method": kind.method, "lam": kind.lam}
+    facts = {"model": f"{told}; weights of {checkpoint.path}", "head": f"{kind} of {study.first.results_path}"}
+    numbers: dict[str, Any] = {"run": str(run), "to": to or "timm", "network": network, "head": head}
+    return Plan("export", {}, facts, numbers, (Write(out, model_bytes(checkpoint.model), _state(out)),))
+
+
+def _of_store(store: Path | str, to: str, out: Path) -> Plan:
+    try:
+        opened = cache.open_cache(store)
+    except CacheError as error:
+        raise DataError(str(error)) from error
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: already holds something; choose another --out, or remove it")
+    refuse_room(out)
+    itemsize = 4 if opened.dtype == "float32" or (to == "npy" and opened.dtype == "bfloat16") else 2
+    rows = sum(opened.rows(split) for split in opened.splits)
+    shapes = [(opened.views(s), opened.rows(s), opened.width) for s in opened.splits]
+    size = itemsize * sum(prod(shape) for shape in shapes) + 16 * rows + 4 * len(opened.counts) * (opened.width + 1)
+    told = ", ".join(f"{s} {opened.views(s)} × {opened.rows(s):,} × {opened.width}" for s in opened.splits)
+    return Plan(
+        "export", {}, {"store": f"{opened.path}: {told}, {opened.dtype}"}, {"store": str(opened.path), "to": to},
+        (Write(out, size, "new"),),
+    )  # fmt: skip
+
+
+def _kind(study: Study, lam: float | None, method: str | None) -> Kind:
+    selected = study.first.selected
+    if lam is not None:
+        return Kind("iwb", selected.loss, lam)
+    return selected if method is None else Kind(method, None, None)
+
+
+def _state(path: Path) -> str:
+    return "replaced" if path.exists() else "new"

@@ -1,0 +1,131 @@
+"""Plans of run and reproduce: their stages one after the other, those that wait for another by arithmetic alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.backbone.foreign import bring
+from pipeline.config import Config
+from pipeline.distributed import Ranks
+from pipeline.dump_source import Source, source_of
+from pipeline.errors import ConfigError
+from pipeline.plan.plan import Plan, Write
+from pipeline.plan.stage1 import alone, dump_plan, foresee_dump, foresee_training, store_state, unmade_store, where
+from pipeline.plan.stage2 import stage2_plan
+from pipeline.reproduce.backbone import METHODS, TABLES, settings_of
+from pipeline.reproduce.run import Part, plan, refuse_unknown
+from pipeline.run import Brought, places_of, reach, refuse_other_kind, store_of_seed, with_seed
+
+
+def plan_run(
+    config: Config,
+    *,
+    out: Path,
+    store: Path | str | None = None,
+    seeds: Sequence[int] | None = None,
+    brought: Brought | None = None,
+    device: str = "auto",
+    world: int = 1,
+    overwrite: bool = False,
+) -> Plan:
+    """What `run_pipeline` would do; raises what it would raise before its first step."""
+    places = places_of(config, out, seeds, brought)
+    ranks = alone(device, world)
+    refuse_other_kind(out, seeds)
+    reach(store)
+    parts: list[Plan] = []
+    for place, of_one in places.items():
+        where_to = store_of_seed(place, store, named=bool(seeds))
+        stages = _stages(of_one, place, where_to, ranks, brought, overwrite=overwrite, name=place.name if seeds else "")
+        parts += [_without_data(stage) for stage in stages] if parts else stages
+    report = Write(out / "report.html", None, "replaced" if (out / "report.html").is_file() else "new")
+    numbers = {"out": str(out), "seeds": list(seeds or [config.backbone.seed])} | where(
+        ranks, parts[0].numbers["precision"]
+    )
+    return Plan("run", config.model_dump(mode="json"), {}, numbers, (report,), (), tuple(parts))
+
+
+def _stages(
+    config: Config, place: Path, store: Path | str, ranks: Ranks, brought: Brought | None, *, overwrite: bool, name: str
+) -> list[Plan]:
+    """Stages 1, dump and 2 of one backbone; data are told once."""
+    title = f"{name}: " if name else ""
+    if brought:
+        backbone, images = bring(
+            brought.path, config, place / "backbone", model=brought.model, key_map=brought.key_map, probe=brought.probe,
+            overwrite=overwrite, ranks=replace(ranks, world=1),
+        )  # fmt: skip
+        config, width = backbone.config, backbone.network["feature_width"]
+        source = Source(backbone, config, store, images, place / "backbone")
+        stages, dataset = [foresee_dump(source, ranks=ranks, overwrite=overwrite)], images
+    else:
+        training = foresee_training(config, out=place / "backbone", ranks=ranks, overwrite=overwrite)
+        dataset, width = training.dataset, training.network["feature_width"]
+        if training.complete:
+            from pipeline.backbone.checkpoint import load_checkpoint
+
+            backbone = load_checkpoint(place / "backbone" / "last.pt")
+            source = source_of(backbone, config, out=store, images=dataset, keep_in=None)
+            dump = foresee_dump(source, ranks=ranks, overwrite=overwrite)
+        else:
+            found = unmade_store(config, dataset, width=width)
+            dump = dump_plan(config, dataset, found, out=store, ranks=ranks, network=training.network)
+            dump = replace(dump, writes=(replace(dump.writes[0], state=store_state(store)),))
+        stages = [training.plan, dump]
+    results = place / "rebalance" / "results.json"
+    state = "kept where it is of the same features and settings, else replaced" if results.is_file() else "new"
+    fit = stage2_plan(
+        config.rebalance, out=results.parent, rows=len(dataset.train), classes=len(dataset.class_names), width=width,
+        views=config.dump.views, ranks=ranks, state=state,
+    )  # fmt: skip
+    first, *others = stages
+    return [replace(stage, title=title + stage.command) for stage in (first, *map(_without_data, others), fit)]
+
+
+def _without_data(stage: Plan) -> Plan:
+    """A stage whose data and network were told before."""
+    told = {name: text for name, text in stage.facts.items() if name not in ("data", "classes", "network")}
+    return replace(stage, facts=told, notes=())
+
+
+def plan_reproduce(
+    parts: Sequence[Part] | None = None,
+    *,
+    out: Path,
+    folder: Path | None = None,
+    tables: Sequence[str] = TABLES,
+    device: str = "auto",
+) -> Plan:
+    """What `reproduce` would do; raises what it would raise before its first step."""
+    refuse_unknown(tables)
+    ranks = alone(device, 1)
+    stages: list[Plan] = []
+    for part in plan() if parts is None else parts:
+        for seed in part.seeds:
+            place, config = out / part.config.name / f"seed-{seed}", with_seed(part.config, seed)
+            training, dump, _ = _stages(
+                config,
+                place,
+                place / "features.zarr",
+                ranks,
+                None,
+                overwrite=False,
+                name=f"{part.config.name}, seed {seed}",
+            )
+            rows, width = training.numbers["dataset"], training.numbers["network"]["feature_width"]
+            stages += [_without_data(training) if stages else training, dump]
+            for table in tables:
+                file = place / table / ("results.json" if table == METHODS else "ablation.json")
+                state = "kept where it is of the same features and settings, else replaced" if file.is_file() else "new"
+                settings = settings_of(table, config.rebalance)
+                fit = stage2_plan(
+                    settings, out=place / table, rows=rows["train"], classes=rows["classes"], width=width,
+                    views=config.dump.views, ranks=ranks, state=state,
+                )  # fmt: skip
+                stages.append(replace(fit, title=f"{part.config.name}, seed {seed}: {table}"))
+    if not stages:
+        raise ConfigError("nothing to reproduce: give a configuration")
+    page = (folder or out) / "reproduction.md"
+    numbers = {"out": str(out), "tables": list(tables)} | where(ranks, stages[0].numbers["precision"])
+    writes = (Write(page, None, "replaced" if page.is_file() else "new"), Write(out / "keep", None, "kept files"))
+    return Plan("reproduce", {}, {}, numbers, writes, (), tuple(stages))
