@@ -22,7 +22,10 @@ from pipeline.method_names import METHODS
     "--lam", metavar="LAM", help="0.05 | 0.01,0.05,0.1 | 0.01:0.5:log:32 | auto: λ, the scale of the target P."
 )
 @click.option(
-    "--method", multiple=True, metavar="NAME", help="One of the methods below, or all [default: iwb]; repeatable."
+    "--method",
+    multiple=True,
+    metavar="NAME|FILE.py",
+    help="One of the methods below, all, or a Python file that defines one [default: iwb]; repeatable.",
 )
 @click.option("--tune", is_flag=True, default=None, help="Tune ce, cb and iwb as the other methods always are.")
 @click.option(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import RebalanceConfig, nearest
@@ -10,7 +11,7 @@ from pipeline.method_names import METHODS
 from pipeline.rebalance.best import best_head, best_schedule
 from pipeline.rebalance.engine import ALONE, Head, Schedule
 from pipeline.rebalance.formulation import Penalty, penalty, preset_cb
-from pipeline.rebalance.rivals import RIVALS, Trained
+from pipeline.rebalance.rivals import RIVALS, Trained, methods_in
 
 Value = float | str
 
@@ -53,11 +54,16 @@ REFERENCES = {"baseline": BASELINE, "cb": Setting("cb", "cb")}  # what a selecte
 
 
 def asked_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """The methods a configuration names, each once; `all` is every one. ConfigError for an unknown name."""
+    """The methods a configuration names, each once; `all` is every one, FILE.py those it defines. ConfigError for an
+    unknown name.
+    """
+    names = [name for given in names for name in (methods_in(Path(given)) if given.endswith(".py") else (given,))]
     for name in names:
         if name not in (*METHODS, "all"):
             known = ", ".join(METHODS)
-            raise ConfigError(f"--method {name}: unknown; known: {known}, all{nearest(name, (*METHODS, 'all'))}")
+            raise ConfigError(
+                f"--method {name}: unknown; known: {known}, all, FILE.py{nearest(name, (*METHODS, 'all'))}"
+            )
     if not names:
         raise ConfigError(f"no method; known: {', '.join(METHODS)}, all")
     return tuple(METHODS) if "all" in names else tuple(dict.fromkeys(names))

@@ -1,13 +1,12 @@
 """The classifiers that inverse weight-balancing is measured against, over the same cached features (METHODS §3).
 
 rule.py says what a method is; free.py has those without training, trained.py the others, losses.py their formulas, fit.py
-fits any of them.
+fits any of them, own.py adds those of other people.
 """
 
 from pipeline.rebalance.rivals.free import FREE
+from pipeline.rebalance.rivals.own import RIVALS, add_method, methods_in
 from pipeline.rebalance.rivals.rule import Free, Given, Rule, Trained
 from pipeline.rebalance.rivals.trained import TRAINED
 
-RIVALS: dict[str, Rule] = {rule.name: rule for rule in (*TRAINED, *FREE)}
-
-__all__ = ["FREE", "RIVALS", "TRAINED", "Free", "Given", "Rule", "Trained"]
+__all__ = ["FREE", "RIVALS", "TRAINED", "Free", "Given", "Rule", "Trained", "add_method", "methods_in"]

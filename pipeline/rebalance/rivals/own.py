@@ -1,0 +1,45 @@
+"""Methods that are not ours: made known to this process by a program, or by a Python file that `--method` names."""
+
+import runpy
+from functools import cache
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.method_names import METHODS
+from pipeline.rebalance.rivals.free import FREE
+from pipeline.rebalance.rivals.rule import Free, Rule, Trained
+from pipeline.rebalance.rivals.trained import TRAINED
+
+RIVALS: dict[str, Rule] = {rule.name: rule for rule in (*TRAINED, *FREE)}
+
+
+def add_method(rule: Rule) -> None:
+    """From now on `rule` is a method like every other: by its name in RebalanceConfig.method, and one of `all`.
+
+    ConfigError where the name is taken by another rule.
+    """
+    if rule.name in METHODS and RIVALS.get(rule.name) != rule:
+        raise ConfigError(f"a method called {rule.name} is there already; give yours another name")
+    RIVALS[rule.name] = rule
+    METHODS.setdefault(rule.name, "your own")
+
+
+@cache
+def methods_in(path: Path) -> tuple[str, ...]:
+    """Runs a Python file once, adds every Trained and Free that it has a name for, and returns what they are called.
+
+    ConfigError where the file is missing, fails or has none.
+    """
+    try:
+        found = runpy.run_path(str(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"--method {path}: no such file") from error
+    except Exception as error:  # anything may be in it
+        raise ConfigError(f"--method {path}: it ends with {type(error).__name__}: {error}") from error
+    rules = {id(value): value for value in found.values() if isinstance(value, Trained | Free)}
+    mine = [rule for rule in rules.values() if rule not in (*TRAINED, *FREE)]
+    if not mine:
+        raise ConfigError(f"--method {path}: defines no method; it needs a Trained(…) or Free(…), see docs/methods.md")
+    for rule in mine:
+        add_method(rule)
+    return tuple(rule.name for rule in mine)
