@@ -1,7 +1,6 @@
 """Dumping into a bucket and working from it: the same store, the same heads, and errors that say what to check."""
 
 import json
-import shlex
 import signal
 import socket
 import sys
@@ -17,6 +16,7 @@ from pipeline.backbone.train import train_backbone
 from pipeline.cli import invoke
 from pipeline.config import find_config, load_config
 from tests import ranks
+from tests.markdown import blocks, command_lines, pipeline_words
 from tests.s3_servers import CUT, Network
 
 SETTINGS = ["backbone.epochs=1", "dump.views=3", "dump.batch_size=32", "data.workers=0"]
@@ -144,8 +144,8 @@ def test_a_run_may_keep_its_features_in_a_bucket(url, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_documentation_s_commands_run(moto_bucket, tmp_path, monkeypatch):
-    page = (Path(__file__).parent.parent / "docs" / "storage.md").read_text(encoding="utf-8")
-    commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("    pipeline ")]
+    (block,) = [b for b in blocks("docs/storage.md") if "s3://" in b.text]
+    commands = [words for line in command_lines(block.text) if (words := pipeline_words(line))]
     assert {words[0] for words in commands} >= {"dump-features", "verify", "rebalance", "run"}
     for name, value in moto_bucket.environment.items():
         monkeypatch.setenv(name, value)

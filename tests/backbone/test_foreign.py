@@ -25,6 +25,7 @@ from pipeline.config import find_config, load_config
 from pipeline.data import load_dataset
 from pipeline.data.transform import Loader
 from pipeline.errors import ConfigError, DataError, PipelineError
+from tests.markdown import blocks
 
 SETTINGS = ["data.image_size=32", "data.workers=0", "dump.views=1", "rebalance.epochs=1", "rebalance.lam=0.1"]
 FAMILIES = {
@@ -439,15 +440,15 @@ def test_a_run_takes_a_checkpoint_instead_of_training(tmp_path, capsys):
 
 def test_a_transformer_of_torchvision_fits_through_a_key_map(tmp_path, digits, monkeypatch):
     """The key map of docs/backbones.md; the logits are those of torchvision's own network."""
-    from tests.test_docs_backbones import block
-
     monkeypatch.setattr("pipeline.backbone.fit.TRIED", 1)
     torch.manual_seed(0)
     shape = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
     theirs = torchvision.models.VisionTransformer(**shape, num_classes=10).eval()
     nn.init.normal_(theirs.heads.head.weight)
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
-    (tmp_path / "keys.yaml").write_text(block("torchvision-vit.yaml"))
+    (tmp_path / "keys.yaml").write_text(
+        next(b.text for b in blocks("docs/backbones.md") if b.text.startswith("# torchvision-vit.yaml"))
+    )
     shaped = {"model": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "depth": 2}}
     config = digits[0].model_copy(update={"backbone": digits[0].backbone.model_copy(update=shaped)})
     found = load_foreign(tmp_path / "vit.pth", config, dataset=digits[1], key_map=tmp_path / "keys.yaml")

@@ -1,7 +1,6 @@
 """One step of every trained rival against an independent float64 formula, and how its trials are fitted together."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +12,12 @@ from pipeline.heads import Gated, Linear, predict
 from pipeline.metrics import scores_of
 from pipeline.rebalance.engine import Schedule
 from pipeline.rebalance.features import Features
-from pipeline.rebalance.rivals import RIVALS, TRAINED, Free, losses
-from pipeline.rebalance.rivals import rule as rule_module
+from pipeline.rebalance.rivals import RIVALS, TRAINED, Free
 from pipeline.rebalance.rivals.fit import Trial, bytes_of_one, class_balanced_order, fit, given_of, passes, solve
 from pipeline.rebalance.rivals.trained import deferred_weight
 from pipeline.rebalance.streamed import StreamedViews
 from pipeline.seeds import derive
+from tests.markdown import blocks
 from tests.small_run import made_store
 
 COUNTS = np.array([9, 4, 2])
@@ -216,12 +215,10 @@ def test_one_step_is_that_of_the_formula(name):
 
 
 def test_the_documented_example_of_a_new_method_works():
-    text = (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8")
-    example = text.split("```python\n")[1].split("```")[0].replace("    ...,\n", "")
-    names = {"losses": losses, "torch": torch, "Tensor": torch.Tensor}
-    names |= {name: getattr(rule_module, name) for name in ("Params", "Given", "Own", "Trained")}
+    example = next(b.text for b in blocks("docs/own-method.md") if b.text.startswith("# soft_margin.py"))
+    names: dict = {}
     exec(example, names)
-    (rule,) = names["TRAINED"]
+    rule = names["SOFT_MARGIN"]
     [[head]] = fit(rule, [Trial(0.3, rule.own[1])], FEATURES, seeds=(7,), schedule=ONE, dtype=torch.float64)
     x, y = FEATURES.views[0], FEATURES.labels
 

@@ -1,0 +1,102 @@
+"""How the pages become a site: sphinx-build -W docs build/docs
+
+The pages are plain Markdown, to be read on GitHub as well. What only a site needs is added here while they are read: the
+table of contents from the lists of index.md, the reference from the docstrings, and the two pages that lie above docs/.
+"""
+
+import inspect
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the reference is that of this checkout
+
+project, author, copyright = "iwb-pipeline", "", "its authors, Apache-2.0"
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+html_theme = "furo"
+html_title = "iwb-pipeline"
+html_static_path, html_css_files = ["site"], ["site.css"]
+html_theme_options = {"navigation_with_keys": True}
+exclude_patterns = ["site"]
+myst_heading_anchors = 4
+myst_enable_extensions = ["strikethrough"]
+suppress_warnings = ["myst.strikethrough"]
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+toc_object_entries_show_parents = "hide"
+python_maximum_signature_line_length = 90
+nitpick_ignore_regex = [("py:.*", ".*")]
+
+ABOVE = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+MODULES = (
+    "pipeline",
+    "pipeline.rebalance",
+    "pipeline.rebalance.rivals",
+    "pipeline.predict",
+    "pipeline.config",
+    "cache",
+)
+WITHOUT_ALL = {
+    "pipeline.predict": ("predict", "Prediction", "Guess"),
+    "pipeline.config": ("find_config", "shipped_configs"),
+}
+
+
+def contents(index: str) -> str:
+    """The table of contents that the lists of index.md mean: a caption for each heading, an entry for each link in bold."""
+    parts = []
+    for section in index.split("\n## ")[1:]:
+        pages = [
+            f"{title} <{page}>" for title, page in re.findall(r"^- \*\*\[([^]]+)\]\(([\w-]+)\.md\)", section, re.M)
+        ]
+        parts.append(
+            f"```{{toctree}}\n:hidden:\n:caption: {section.splitlines()[0]}\n\n" + "\n".join(pages) + "\n```\n"
+        )
+    return "\n".join(parts)
+
+
+def reference() -> str:
+    """Directives for every public name of MODULES, each once, where it is public first."""
+    parts, known = [], set()
+    for module in map(import_module, MODULES):
+        names = WITHOUT_ALL.get(module.__name__) or module.__all__
+        parts.append(f"\n## {module.__name__}\n")
+        for name in names:
+            thing = getattr(module, name)
+            if inspect.ismodule(thing) or not callable(thing) or id(thing) in known or not inspect.getdoc(thing):
+                continue
+            known.add(id(thing))
+            kind = "autoclass" if inspect.isclass(thing) else "autofunction"
+            members = "   :members:\n" if inspect.isclass(thing) else ""
+            parts.append(f"```{{eval-rst}}\n.. {kind}:: {module.__name__}.{name}\n{members}```\n")
+    return "\n".join(parts)
+
+
+def from_above(text: str) -> str:
+    """A page of the root as one of docs/: its links lead from there."""
+    return re.sub(r"\]\(docs/", "](", re.sub(r"\]\((?!docs/|https?:|#)", "](../", text))
+
+
+def read(app, docname, source):
+    if docname == "index":
+        source[0] += "\n" + contents(source[0])
+    elif docname == "reference":
+        source[0] += reference()
+    elif docname in ABOVE:
+        source[0] = from_above((ROOT / ABOVE[docname]).read_text(encoding="utf-8"))
+
+
+def as_plain_text(app, what, name, obj, options, lines):
+    """Docstrings are plain text with `names` in them: nothing else in them is markup."""
+    for i, line in enumerate(lines):
+        parts = re.split(r"`([^`]+)`", line)
+        parts[::2] = [re.sub(r"([*|_`\\])", r"\\\1", text) for text in parts[::2]]
+        parts[1::2] = [f"``{name}``" for name in parts[1::2]]
+        lines[i] = "".join(parts)
+
+
+def setup(app):
+    app.connect("source-read", read)
+    app.connect("autodoc-process-docstring", as_plain_text)
