@@ -52,6 +52,19 @@ def tiny_backbone(tmp_path_factory) -> Path:
     return train_backbone(make_config(digits_tree(), "tiny"), out=out).checkpoint
 
 
+@pytest.fixture
+def methods_as_before():
+    """Methods that a test adds are gone after it."""
+    from pipeline.method_names import METHODS
+    from pipeline.rebalance.rivals import RIVALS
+
+    names, rivals = dict(METHODS), dict(RIVALS)
+    yield
+    for known, kept in ((METHODS, names), (RIVALS, rivals)):
+        known.clear()
+        known.update(kept)
+
+
 @pytest.fixture(scope="session")
 def moto_bucket():
     """A bucket of a local S3 server, for all tests."""

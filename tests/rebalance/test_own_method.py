@@ -8,10 +8,9 @@ import pytest
 from pipeline.cli import invoke
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
-from pipeline.method_names import METHODS
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.methods import asked_methods
-from pipeline.rebalance.rivals import RIVALS, Free, add_method
+from pipeline.rebalance.rivals import Free, add_method
 from tests.small_run import made_store
 
 OWN = """
@@ -24,14 +23,7 @@ METHOD = Free("scaled", scaled, own=({"factor": 1.0}, {"factor": 2.0}, {"factor"
 """
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    """What a test adds is gone after it."""
-    names, rivals = dict(METHODS), dict(RIVALS)
-    yield
-    for known, kept in ((METHODS, names), (RIVALS, rivals)):
-        known.clear()
-        known.update(kept)
+pytestmark = pytest.mark.usefixtures("methods_as_before")
 
 
 def test_a_file_is_tuned_tested_and_exported_beside_the_others(tmp_path, monkeypatch, capsys):
