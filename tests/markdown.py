@@ -60,7 +60,7 @@ def pipeline_words(line: str) -> list[str] | None:
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]
     for start in ("pipeline", ".venv/bin/pipeline", "iwb-pipeline"):
-        if start in words and words[0] in (start, "torchrun", "docker", "timeout", "python3"):
+        if start in words and (words[0] in (start, "torchrun", "timeout") or words[:2] == ["docker", "run"]):
             return words[words.index(start) + 1 :]
     if words[:1] == ["sbatch"]:
         return words[next(i for i, word in enumerate(words) if word.endswith(".sbatch")) + 1 :]

@@ -31,15 +31,13 @@ SHORT = {  # settings that make a command of a page take seconds
 }
 OTHERS = {
     "export",
-    "git",
     "pip",
     "docker",
-    "cd",
+    "sphinx-build",
     "ruff",
     "pytest",
     "python3",
     "run",
-    "wait",
 }  # first words of other commands
 
 

@@ -136,6 +136,8 @@ def input_transform(
             size = tuple(wanted["input_size"][1:])
     if facts["interpolation"] not in ("nearest", "bilinear", "bicubic"):
         facts["interpolation"] = "bicubic"
+    if train.images is None and known is None and augmentation in ("crop", "crop-flip"):
+        facts["crop_pct"] = 1.0  # what is trained on whole images is not cut in the middle at test
     if train.images is not None and not backbone.pretrained and not known:
         mean, std = channel_statistics(train.images)
     if data.cutout >= min(size):

@@ -3,12 +3,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from pipeline.backbone.model import augmentation_facts, build_model, classifier, encode, input_transform
 from pipeline.config import BackboneConfig, DataConfig
 from pipeline.data.dataset import Split
-from pipeline.data.transform import Transform
+from pipeline.data.files import FileNames
+from pipeline.data.transform import Loader, Transform
 from pipeline.errors import ConfigError
 from pipeline.report.table import caption
 
@@ -94,3 +96,19 @@ def test_more_than_crops_and_flips_stands_beside_the_network():
     assert told == {"augmentation": "crop-flip, randaugment 2 × 5, cutout 4, mixup 0.2"}
     document = {"network": {"network": "net"} | told, "selected": {"n": 1, "chosen_on": None}}
     assert caption(document).startswith("net, stage 1 with crop-flip, randaugment 2 × 5, cutout 4, mixup 0.2; ")
+
+
+@pytest.mark.parametrize(("augmentation", "share"), [("crop", 1.0), ("crop-flip", 1.0), (None, 0.875), ("none", 0.875)])
+def test_files_that_are_trained_on_whole_are_evaluated_whole(tmp_path, augmentation, share):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    one = np.zeros(1, np.int64)
+    files = Split(labels=one, ids=one, stored=FileNames(["a.png"]).below(tmp_path))
+    data = DataConfig(
+        source="folder", path=tmp_path, image_size=16, augment=augmentation, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    transform = input_transform(data, BackboneConfig(), files)
+    assert transform.crop_pct == share
+    (batch,) = Loader(files, transform, device=torch.device("cpu")).batches([one])
+    whole = np.array_equal((255 * batch[0]).round().byte().permute(1, 2, 0).numpy(), pixels)
+    assert whole == (share == 1)

@@ -45,7 +45,9 @@ def _added(path: Path, changed: int) -> tuple[str, ...]:
     rules = {id(value): value for value in found.values() if isinstance(value, Trained | Free)}
     mine = [rule for rule in rules.values() if rule not in (*TRAINED, *FREE)]
     if not mine:
-        raise ConfigError(f"--method {path}: defines no method; it needs a Trained(…) or Free(…), see docs/own-method.md")
+        raise ConfigError(
+            f"--method {path}: defines no method; it needs a Trained(…) or Free(…), see docs/own-method.md"
+        )
     for rule in mine:
         add_method(rule)
     return tuple(rule.name for rule in mine)
