@@ -62,6 +62,8 @@ def pipeline_words(line: str) -> list[str] | None:
     for start in ("pipeline", ".venv/bin/pipeline", "iwb-pipeline"):
         if start in words and (words[0] in (start, "torchrun", "timeout") or words[:2] == ["docker", "run"]):
             return words[words.index(start) + 1 :]
+    if words[:3] == ["docker", "compose", "run"]:
+        return words[next(i for i, word in enumerate(words) if i > 2 and not word.startswith("-")) + 1 :]
     if words[:1] == ["sbatch"]:
         return words[next(i for i, word in enumerate(words) if word.endswith(".sbatch")) + 1 :]
     return None

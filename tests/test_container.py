@@ -238,9 +238,7 @@ def ours(words: list[str]) -> list[str]:
     return words[next(place for place, word in enumerate(words) if word in names) + 1 :]
 
 
-@pytest.mark.parametrize(
-    ("path", "many"), [("docs/docker.md", 6), ("README.md", 1), ("compose.yaml", 2), ("Dockerfile", 1)]
-)
+@pytest.mark.parametrize(("path", "many"), [("docs/docker.md", 6), ("compose.yaml", 2), ("Dockerfile", 1)])
 def test_commands_that_are_told_are_ours(path, many):
     started = [ours(words) for words in commands(path) if "run" in words]
     assert len(started) == many
@@ -253,7 +251,7 @@ def test_commands_that_are_told_are_ours(path, many):
 def test_an_image_has_one_name():
     built = {
         words[words.index("-t") + 1]
-        for path in ("docs/docker.md", "README.md", "Dockerfile")
+        for path in ("docs/docker.md", "Dockerfile")
         for words in commands(path)
         if "-t" in words
     }
