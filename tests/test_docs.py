@@ -29,16 +29,7 @@ SHORT = {  # settings that make a command of a page take seconds
     "docs/weakening.md": {"run": ["backbone.epochs=2", "rebalance.epochs=2", "dump.views=2"]},
     "docs/methods.md": {"rebalance": ["rebalance.epochs=2", "rebalance.trials=2"]},
 }
-OTHERS = {
-    "export",
-    "pip",
-    "docker",
-    "sphinx-build",
-    "ruff",
-    "pytest",
-    "python3",
-    "run",
-}  # first words of other commands
+OTHERS = ("docker", "export", "pip", "printf", "pytest", "python3", "ruff", "run", "sphinx-build")  # first words
 
 
 def checked_command(words: list[str], where: str) -> None:
