@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.shipped import shipped_configs
 
 DEFAULT = "digits-lt"
 OTHERS_SAY = {
@@ -308,13 +309,6 @@ class Stage2(Section):
 
     name: str = "rebalance"
     rebalance: RebalanceConfig = RebalanceConfig()
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Name → file of every configuration that travels with the installation."""
-    here = Path(__file__).resolve().parent
-    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), here / "configs")
-    return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
 
 
 def find_config(name: str | None) -> Path:

@@ -1,16 +1,30 @@
 """The command line: parse, call one public function, print. Heavy libraries are imported inside the commands."""
 
 import sys
+from typing import Any
 
 import click
 
-from pipeline.cli import artefacts, bench, features, reproduce, stages
+from pipeline.cli import artefacts, bench, completion, features, reproduce, stages
 from pipeline.cli.outcome import exit_code
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(context_settings=CONTEXT)
+class Commands(click.Group):
+    """A group that also names the commands of which only the beginning was typed; click names those that look alike."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:
+            begun = [name for name in self.list_commands(ctx) if name.startswith(args[0])]
+            if error.possibilities or not begun:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean {' or '.join(map(repr, begun))}?", ctx) from None
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(package_name="iwb-pipeline", prog_name="pipeline")
 def cli() -> None:
     """Train an image classifier once on unbalanced classes, re-balance it in seconds.
@@ -23,7 +37,7 @@ def cli() -> None:
     """
 
 
-for _group in (stages, features, artefacts, reproduce, bench):
+for _group in (stages, features, artefacts, reproduce, bench, completion):
     for _command in _group.COMMANDS:
         cli.add_command(_command)
 

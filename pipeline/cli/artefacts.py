@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.cli.completion import methods, runs, stores
 from pipeline.cli.options import PATH, STORE, Examples, dry_run, shared
 from pipeline.cli.outcome import show
 from pipeline.cli.places import is_store, run_folder
@@ -17,7 +18,7 @@ from pipeline.errors import FAILED
     cls=Examples,
     example="pipeline report runs/digits-lt",
 )
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=runs)
 @click.option("--out", type=PATH, help="Where report.html and figures/ go [default: the run].")
 @dry_run
 @shared
@@ -39,7 +40,7 @@ def report_command(run, out, dry_run, as_json, debug):
     cls=Examples,
     example="pipeline progress runs/cross-entropy runs/weakened",
 )
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=PATH)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=PATH, shell_complete=runs)
 @click.option("--out", type=PATH, default=Path("progress"), show_default=True, help="Where progress.png and .csv go.")
 @dry_run
 @shared
@@ -65,7 +66,7 @@ def progress_command(runs, out, dry_run, as_json, debug):
     cls=Examples,
     example="pipeline export runs/digits-lt --to timm --out model",
 )
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=runs)
 @click.option(
     "--to",
     "kind",
@@ -74,7 +75,9 @@ def progress_command(runs, out, dry_run, as_json, debug):
 )
 @click.option("--out", type=PATH, required=True, help="The folder to make.")
 @click.option("--lam", type=float, help="Take the head of this λ instead of the selected one.")
-@click.option("--method", metavar="NAME", help="Take the head of this method instead of the selected one.")
+@click.option(
+    "--method", metavar="NAME", shell_complete=methods, help="Take the head of this method instead of the selected one."
+)
 @dry_run
 @shared
 def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
@@ -116,7 +119,7 @@ def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
     cls=Examples,
     example="pipeline predict model photos/ --top-k 3",
 )
-@click.argument("model", type=PATH)
+@click.argument("model", type=PATH, shell_complete=runs)
 @click.argument("images", nargs=-1, required=True)
 @click.option("--top-k", type=click.IntRange(1), default=3, show_default=True, help="How many classes to name.")
 @click.option(
@@ -164,7 +167,7 @@ def predict_command(model, images, top_k, layout, batch_size, compare, device, a
     cls=Examples,
     example="pipeline info runs/digits-lt/features.zarr",
 )
-@click.argument("path", type=STORE)
+@click.argument("path", type=STORE, shell_complete=stores)
 @shared
 def info_command(path, as_json, debug):
     """What an artefact is and what made it: a run, checkpoint, store, results, heads, export or configuration."""

@@ -2,6 +2,7 @@
 
 import click
 
+from pipeline.cli.completion import configs, methods, stores
 from pipeline.cli.options import PATH, Examples, dry_run, number, settings, shared, whole_numbers, workers
 from pipeline.cli.outcome import processes, relaunched, show
 from pipeline.cli.places import store_and_tree
@@ -16,8 +17,12 @@ from pipeline.method_names import METHODS
     example="pipeline rebalance --lam 0.01:0.5:log:12",
     lists={"Methods": METHODS},
 )
-@click.argument("store", required=False)
-@click.option("--config", help="Take the rebalance settings from this configuration, not from the store's.")
+@click.argument("store", required=False, shell_complete=stores)
+@click.option(
+    "--config",
+    shell_complete=configs,
+    help="Take the rebalance settings from this configuration, not from the store's.",
+)
 @click.option(
     "--lam", metavar="LAM", help="0.05 | 0.01,0.05,0.1 | 0.01:0.5:log:32 | auto: λ, the scale of the target P."
 )
@@ -25,6 +30,7 @@ from pipeline.method_names import METHODS
     "--method",
     multiple=True,
     metavar="NAME|FILE.py",
+    shell_complete=methods,
     help="One of the methods below, all, or a Python file that defines one [default: iwb]; repeatable.",
 )
 @click.option("--tune", is_flag=True, default=None, help="Tune ce, cb and iwb as the other methods always are.")
@@ -137,7 +143,7 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
     cls=Examples,
     example="pipeline evaluate runs/digits-lt --heads runs/digits-lt/rebalance/heads.safetensors",
 )
-@click.argument("store", required=False)
+@click.argument("store", required=False, shell_complete=stores)
 @click.option(
     "--heads",
     type=PATH,
@@ -164,7 +170,7 @@ def evaluate_command(store, heads, split, as_json, debug):
     cls=Examples,
     example="pipeline verify runs/digits-lt/features.zarr",
 )
-@click.argument("store", required=False)
+@click.argument("store", required=False, shell_complete=stores)
 @shared
 def verify_command(store, as_json, debug):
     """Read a whole feature store against its checksums; exit code 3 and the damaged rows where something is wrong."""

@@ -2,6 +2,7 @@
 
 import click
 
+from pipeline.cli.completion import configs as complete_configs
 from pipeline.cli.options import PATH, Examples, dry_run, settings, shared, whole_numbers
 from pipeline.cli.outcome import show
 
@@ -12,7 +13,7 @@ from pipeline.cli.outcome import show
     cls=Examples,
     example="pipeline reproduce reproduce/cifar100-resnet32 --set data.download=true",
 )
-@click.argument("configs", nargs=-1, metavar="[CONFIG]…")
+@click.argument("configs", nargs=-1, metavar="[CONFIG]…", shell_complete=complete_configs)
 @click.option("--out", type=PATH, default="runs/reproduce", show_default=True, help="Where backbones and features go.")
 @click.option("--page", type=PATH, help="Folder of reproduction.md and reproduction.json [default: --out].")
 @click.option("--seeds", metavar="0,1,2", help="One backbone per seed [default: 0; without CONFIG what the plan says].")

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from pipeline.cli.completion import configs
 from pipeline.cli.options import (
     PATH,
     STORE,
@@ -29,7 +30,7 @@ from pipeline.errors import ConfigError, DataError
     cls=Examples,
     example="pipeline run digits-lt --seeds 0,1,2",
 )
-@click.argument("config", required=False)
+@click.argument("config", required=False, shell_complete=configs)
 @click.option("--out", type=PATH, help="Where the run goes [default: runs/CONFIG-NAME].")
 @click.option(
     "--store",
@@ -93,7 +94,7 @@ def run_command(
     cls=Examples,
     example="pipeline train-backbone digits-lt --set backbone.epochs=10",
 )
-@click.argument("config", required=False)
+@click.argument("config", required=False, shell_complete=configs)
 @click.option("--out", type=PATH, help="Where checkpoints go [default: runs/CONFIG-NAME/backbone].")
 @click.option(
     "--try",
@@ -154,7 +155,7 @@ def train_command(
     cls=Examples,
     example="pipeline dump-features digits-lt --views 4",
 )
-@click.argument("config", required=False)
+@click.argument("config", required=False, shell_complete=configs)
 @click.option(
     "--checkpoint",
     type=PATH,

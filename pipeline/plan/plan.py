@@ -80,7 +80,7 @@ class Plan(Shown):
         """Total and free space, and a warning where they do not fit."""
         local = [w.path for w in self._all_writes() if "://" not in str(w.path)]
         if not local:
-            return [f"in all {size(self.bytes)}"]
+            return [f"in all {size(self.bytes or None)}"]
         free = shutil.disk_usage(existing(Path(local[0]))).free
         little = f"; free some space before: {size(self.bytes - free)} are missing" if free < self.bytes else ""
         return [f"in all {size(self.bytes)}; free there: {size(free)}{little}"]
@@ -116,7 +116,7 @@ def classes_text(names: Sequence[str], counts: np.ndarray, most: int = 3) -> str
     """How many classes, their groups, and the largest and smallest by name."""
     groups = ", ".join(f"{int(m.sum()):,} {g}" for g, m in class_groups(counts).items() if m.any())
     order = np.argsort(-counts, kind="stable")
-    told = [f"{names[c]} {counts[c]:,}" for c in order]
+    told = [f"{names[c]} ({counts[c]:,})" for c in order]
     listed = ", ".join(told if len(told) <= 2 * most else [*told[:most], "…", *told[-most:]])
     return f"{len(names):,} ({groups}); training images: {listed}"
 
