@@ -148,9 +148,9 @@ def test_stage_2_leaves_them_out_and_says_so(torn, checkpoint, tmp_path):
     assert evaluated.left_out == 1
     assert evaluated.results[0].all == pytest.approx(result.baseline["all"])
     assert "2 unreadable image(s)" in info.describe(store).facts["skipped train"]
-    assert info.verify_store(store).to_dict()["skipped"] == {"train": [29, 33], "test": [12]}
+    assert info.verify(store).to_dict()["skipped"] == {"train": [29, 33], "test": [12]}
     assert "skipped test: 1 unreadable image(s), left out wherever features are used: sample 12" in str(
-        info.verify_store(store)
+        info.verify(store)
     )
 
 
