@@ -128,6 +128,18 @@ def test_commands_in_the_prose_have_real_options(page):
                 assert word.split("=")[0] in known, f"{page}: `{span}`: no option {word}"
 
 
+ELSEWHERE = ("docs/docker.md",)  # its options are docker's; tests/test_container.py knows them
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE])
+def test_options_that_are_named_exist(page):
+    everywhere = {option for c in COMMANDS.values() for p in c.params for option in (*p.opts, *p.secondary_opts)}
+    groups = [c for c in COMMANDS.values() if isinstance(c, click.Group)]
+    everywhere |= {option for g in groups for c in g.commands.values() for p in c.params for option in p.opts}
+    named = set(re.findall(r"`(--[a-z][\w-]*)", prose(page))) - {"--help", "--version"}
+    assert named <= everywhere, f"{page}: no such option: {sorted(named - everywhere)}"
+
+
 def anchors(path: Path) -> set[str]:
     """What GitHub makes of the headings of a page."""
     heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
