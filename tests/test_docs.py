@@ -122,7 +122,7 @@ def test_commands_in_the_prose_have_real_options(page):
         command = COMMANDS.get(words[0])
         assert command is not None, span
         group = command.commands.values() if isinstance(command, click.Group) else [command]
-        known = {option for c in group for p in c.params for option in (*p.opts, *p.secondary_opts)}
+        known = {option for c in group for p in c.params for option in (*p.opts, *p.secondary_opts)} | {"--help"}
         for word in words[1:]:
             if word.startswith("--"):
                 assert word.split("=")[0] in known, f"{page}: `{span}`: no option {word}"
