@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.doctor import _check, doctor
+from pipeline.doctor import SHARED, _check, _warnings, doctor
 from pipeline.errors import DataError
 from pipeline.export import export_model
 from pipeline.info import describe, verify
@@ -156,6 +156,15 @@ def test_doctor_really_computes_and_says_so():
     assert "all is well" in text
     assert found.why in text
     assert json.loads(json.dumps(found.to_dict()))["ok"] is True
+    assert (", shared memory " in text) == SHARED.exists()
+
+
+def test_little_shared_memory_is_told_with_what_docker_calls_it(tmp_path):
+    (told,) = _warnings(memory=16.0, shared=0.0625, disk=100.0, folder=tmp_path)
+    assert "only 0.06 GiB of shared memory" in told
+    assert "--shm-size 8g" in told
+    assert not _warnings(memory=16.0, shared=8.0, disk=100.0, folder=tmp_path)
+    assert not _warnings(memory=None, shared=None, disk=100.0, folder=tmp_path)
 
 
 def test_a_check_that_fails_is_a_finding():

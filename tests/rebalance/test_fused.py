@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from pipeline.rebalance.by_stacks import Residence
+from pipeline.rebalance import by_stacks
+from pipeline.rebalance.by_stacks import Residence, fuses, why_no_kernel
 
 SCRIPT = """
 import itertools
@@ -51,6 +52,18 @@ def test_a_step_that_ends_in_one_kernel_is_the_step_in_single_operations():
         env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_where_triton_cannot_start_a_kernel_steps_are_single_operations(monkeypatch):
+    """As on a GPU without a C compiler; here the device is none of Triton's."""
+    cuda = torch.device("cuda")
+    assert why_no_kernel(torch.device("cpu"))
+    monkeypatch.setattr(by_stacks, "why_no_kernel", lambda device: "RuntimeError: Failed to find C compiler")
+    assert not fuses(cuda, torch.float32, None)
+    monkeypatch.setattr(by_stacks, "why_no_kernel", lambda device: None)
+    assert fuses(cuda, torch.float32, None)
+    assert not fuses(cuda, torch.float64, None)
+    assert not fuses(torch.device("cpu"), torch.float32, None)
 
 
 def test_views_stay_on_a_device_while_they_fit():
