@@ -9,12 +9,14 @@ from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import axes as look
 from pipeline.report.answers import Answers, Compared
 from pipeline.report.axes import BLACK, BLUE, GREY, ORANGE
+from pipeline.report.chart import bars, chart, plain, trace
 from pipeline.report.drawing import Drawing, rounded
 from pipeline.report.source import BOUNDS, Row, Study, classes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+SCALE = [[0, "#f7fbff"], [0.5, "#6baed6"], [1, "#08306b"]]
 WORST = 3  # confusions of each class that the CSV lists
 
 
@@ -78,19 +80,22 @@ def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing
         _matrix(axes, matrix[np.ix_(known, known)], [GROUPS[g] for g in known], name)
     panels[0].set_ylabel("true group")
     _shares(panels[2], {name: share[known] for name, share in shares.items()}, due[known], [GROUPS[g] for g in known])
-    figure.suptitle(_title(matrices, known, names), x=0.01, ha="left", fontsize=13)
+    title = _title(matrices, known, names)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     look.legend(figure, panels)
     sizes = ", ".join(
         f"{GROUPS[g]} {BOUNDS[GROUPS[g]]} images ({classes(int((group_of(counts) == g).sum()))})" for g in known
     )
     caption = (
-        f"Test split, {len(compared.before[0].labels):,} samples, clean view; % of the samples of a true group (row), mean over "
-        f"its classes, that a head takes for a class of each group (column); the diagonal holds wrong classes of the same group "
-        f"too. Right: the share of predictions that each group gets, every class counting the same, and the share that is due "
-        f"to it. {sizes}. Mean over {study.repeated}. The CSV lists the {WORST} most frequent confusions of every class."
+        f"{title}. Test split, {len(compared.before[0].labels):,} samples, clean view; % of the samples of a true group "
+        "(row), mean over its classes, that a head takes for a class of each group (column); the diagonal holds wrong classes "
+        "of the same group too. Right: the share of predictions that each group gets, every class counting the same, and the "
+        f"share that is due to it. {sizes}. Mean over {study.repeated}. The CSV lists the {WORST} most frequent confusions of "
+        "every class."
     )
     table = _table(study, heads, matrices, shares, due, known)
-    return Drawing("confusion", "Which group is taken for which", caption, figure, table)
+    shown = _chart(matrices, shares, due, known, table)
+    return Drawing("confusion", "Which group is taken for which", caption, figure, table, shown)
 
 
 def _matrix(axes: "Axes", matrix: np.ndarray, groups: Sequence[str], name: str) -> None:
@@ -120,6 +125,46 @@ def _shares(axes: "Axes", shares: dict[str, np.ndarray], due: np.ndarray, groups
     axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
     axes.set(title="Share of all predictions", ylabel="%", xlabel="predicted group")
+
+
+def _chart(
+    matrices: dict[str, np.ndarray], shares: dict[str, np.ndarray], due: np.ndarray, known: list[int], table: list[Row]
+) -> Row:
+    """Both matrices and the shares; hovering over a cell tells the classes that are mistaken most often."""
+    groups, traces = [GROUPS[g] for g in known], []
+    for panel, (name, matrix) in enumerate(matrices.items(), 1):
+        cells = matrix[np.ix_(known, known)]
+        told = [[_pairs_of(table, name, true, taken) for taken in groups] for true in groups]
+        on: Row = {"xaxis": f"x{panel}", "yaxis": f"y{panel}"} if panel > 1 else {}
+        seen: Row = {"z": [plain(line) for line in cells], "x": groups, "y": groups, "text": told, "showscale": False}
+        seen |= {"zmin": 0, "zmax": 100, "colorscale": SCALE, "texttemplate": "%{z:.1f}"}
+        hover = "%{z:.1f} % of %{y} taken for %{x}%{text}<extra>" + plain([name])[0] + "</extra>"
+        traces.append({"type": "heatmap", "name": plain([name])[0], "hovertemplate": hover, **seen, **on})
+    third: Row = {"xaxis": "x3", "yaxis": "y3", "hovertemplate": "%{y:.1f} % of all predictions"}
+    for (name, share), (color, pattern) in zip(shares.items(), ((BLACK, "/"), (BLUE, "")), strict=True):
+        traces.append(bars(name, groups, share[known], color=color, pattern=pattern, **third))
+    mark: Row = {"color": ORANGE, "linestyle": "none", "marker": "D", "markersize": 9}
+    traces.append(trace("due to the group", groups, due[known], mark, **third))
+    upside_down: Row = {"autorange": "reversed", "showgrid": False}
+    return chart(
+        traces,
+        x=f"predicted group: {next(iter(matrices))}",
+        y=upside_down | {"title": {"text": "true group", "standoff": 10}},
+        xaxis2={"title": f"predicted group: {list(matrices)[1]}"},
+        yaxis2=upside_down | {"showticklabels": False},
+        xaxis3={"title": "predicted group"},
+        yaxis3={"title": "share of all predictions [%]", "rangemode": "tozero"},
+        grid={"rows": 1, "columns": 3, "pattern": "independent"},
+    )
+
+
+def _pairs_of(table: list[Row], head: str, true: str, taken: str) -> str:
+    """The most frequent confusions of classes between two groups, a line each."""
+    wanted = {"row": "class", "head": head, "true_group": true, "predicted_group": taken}
+    found = [row for row in table if wanted.items() <= row.items()]
+    found = sorted(found, key=lambda row: -row["percent"])[:WORST]
+    lines = plain([f"{row['percent']:.0f} % of {row['true']} as {row['predicted']}" for row in found])
+    return "".join(f"<br>{line}" for line in lines)
 
 
 def _title(matrices: dict[str, np.ndarray], known: Sequence[int], names: tuple[str, str]) -> str:

@@ -11,6 +11,7 @@ from cache import Cache
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREY, RED
+from pipeline.report.chart import bars, chart, plain, trace
 from pipeline.report.drawing import Drawing, rounded
 from pipeline.report.source import BOUNDS, Row, Spread, Study, spread
 from pipeline.seeds import derive
@@ -23,8 +24,8 @@ SAMPLES_OF_A_CLASS = 100
 LEAST_IN_A_MAP = 8  # samples; fewer have no neighbourhoods
 MAPS_IN_A_LINE = 4
 SHADES = {  # of the classes in a map, largest first; head and tail differ in their marks too
-    "largest": ("#08306b", "#0b559f", "#2b7bba", "#539ecd", "#89bedc"),
-    "smallest": ("#7f2704", "#b93d02", "#e5590a", "#fd8c3b", "#fdb97d"),
+    "largest": ("#1561a9", "#3080bd", "#539ecd", "#7db8da", "#a6cee4"),
+    "smallest": ("#a63603", "#d94801", "#f16913", "#fd8d3c", "#fdae6b"),
 }
 MEASURES: dict[str, Row] = {
     "training images": {"color": BLACK, "linestyle": ":", "marker": "s", "hatch": "////", "fill": "white"},
@@ -114,9 +115,11 @@ def feature_geometry(studies: Sequence[Study], names: Sequence[str] | None = Non
             panels.append(axes)
     for axes, run in zip(panels, runs, strict=False):
         _draw_map(axes, run, alone=len(runs) == 1)
-    figure.suptitle(_title(runs, groups), x=0.01, ha="left", fontsize=13)
+    title = _title(runs, groups)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     look.legend(figure, np.array(panels))
-    return Drawing("feature-geometry", "How the features lie", _caption(runs), figure, _table(runs, groups))
+    table, shown = _table(runs, groups), _chart(runs, groups)
+    return Drawing("feature-geometry", "How the features lie", f"{title}. {_caption(runs)}", figure, table, shown)
 
 
 def ends(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -227,6 +230,60 @@ def _lines(axes: "Axes", runs: Sequence[Geometry], group: str, *, first: bool) -
     axes.set(title=f"{group}: {BOUNDS[group]} images", xlabel="imbalance factor")
     if first:
         axes.set_ylabel("dispersion within a class\n1 − mean cosine to the mean")
+
+
+def _chart(runs: Sequence[Geometry], groups: Sequence[str]) -> Row:
+    """Maps, in which hovering tells the class, and dispersions."""
+    traces: list[Row] = []
+    axes: Row = {}
+    columns = 2 if len(runs) == 1 else max(len(runs), len(groups))
+    for panel, run in enumerate(runs, 1):
+        traces += _points_of(run, _place(panel), first=panel == 1)
+        factor = "" if len(runs) == 1 else f", IF {run.imbalance:.3g}"
+        bare: Row = {"showticklabels": False, "showgrid": False, "zeroline": False}
+        axes |= {f"xaxis{panel}": bare | {"title": f"test features (t-SNE){factor}"}, f"yaxis{panel}": bare}
+    known = {m: s for m, s in MEASURES.items() if any(m in run.of_classes for run in runs)}
+    if len(runs) == 1:
+        for measure, style in known.items():
+            spreads = [runs[0].of_group(measure, g) for g in groups]
+            error = {"type": "data", "array": plain([s.std or 0.0 for s in spreads]), "color": GREY}
+            pattern = {"": "", "////": "/", "....": "."}[style["hatch"]]
+            more: Row = {"error_y": error} if any(s.std for s in spreads) else {}
+            values = plain([s.mean for s in spreads])
+            traces.append(bars(measure, groups, values, color=style["color"], pattern=pattern, **more, **_place(2)))
+        axes |= {"xaxis2": {"title": "classes"}, "yaxis2": {"title": "1 − mean cosine to the class mean"}}
+    for number, group in enumerate(groups if len(runs) > 1 else ()):
+        panel = columns + number + 1
+        for measure, style in known.items():
+            means = [run.of_group(measure, group).mean if measure in run.of_classes else None for run in runs]
+            told: Row = {"legendgroup": measure, "showlegend": number == 0, "text": plain([r.called for r in runs])}
+            traces.append(trace(measure, range(len(runs)), plain(means), style, **told, **_place(panel)))
+        ticks: Row = {"tickvals": list(range(len(runs))), "ticktext": [f"{run.imbalance:.3g}" for run in runs]}
+        axes[f"xaxis{panel}"] = ticks | {"title": f"imbalance factor, {group}"}
+        axes[f"yaxis{panel}"] = {"title": "" if number else "dispersion within a class", "rangemode": "tozero"}
+    grid = {"rows": 1 if len(runs) == 1 else 2, "columns": columns, "pattern": "independent"}
+    tall: Row = {} if len(runs) == 1 else {"height": 760}
+    return chart(traces, x=axes.pop("xaxis1"), y=axes.pop("yaxis1"), grid=grid, **axes, **tall)
+
+
+def _place(panel: int) -> Row:
+    return {"xaxis": f"x{panel}", "yaxis": f"y{panel}"} if panel > 1 else {}
+
+
+def _points_of(run: Geometry, place: Row, *, first: bool) -> list[Row]:
+    """A trace for every class of the map."""
+    if run.map is None:
+        return []
+    traces, names = [], run.study.first.store.class_names
+    for part, size in zip(ends(run.study.counts), SHADES, strict=True):
+        for c, color in zip(part.tolist(), SHADES[size], strict=False):
+            x, y = run.map.places[run.map.labels == c].T
+            face: Row = {"marker": "o"} if size == "largest" else {"marker": "^", "markerfacecolor": "rgba(0,0,0,0)"}
+            told = f"{plain([names[c]])[0]}<br>{run.study.counts[c]:,} training images<extra></extra>"
+            style: Row = {"color": color, "linestyle": "none", "markersize": 5, **face}
+            more: Row = {"hovertemplate": told, "legendgroup": f"{c}", "showlegend": first}
+            traces.append(trace(names[c], x, y, style, **more, **place))
+    return traces
 
 
 def _title(runs: Sequence[Geometry], groups: Sequence[str]) -> str:

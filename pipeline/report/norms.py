@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, LIGHT, ORANGE, PURPLE
-from pipeline.report.chart import chart, class_axis, plain, trace
+from pipeline.report.chart import chart, class_axis, trace
 from pipeline.report.drawing import AFTER, ALONE, BEFORE, TARGET, Drawing, class_table, rounded
 from pipeline.report.lengths import log_base, maxnorm, number_of, target_norms, target_of, tau_norm
 from pipeline.report.source import Row, Study
@@ -52,10 +52,11 @@ def weight_norms(study: Study) -> Drawing:
     names = [store.class_names[c] for c in order]
     look.class_axis(axes, names, study.counts)
     axes.set_ylabel("length of the class vector ‖W‖")
-    axes.set_title(_length_title(before[order], backbone.norms(chosen), order, start=study.start), pad=10)
+    title = _length_title(before[order], backbone.norms(chosen), order, start=study.start)
+    axes.set_title(title, pad=10)
     look.legend(figure, np.array([axes]))
     caption = (
-        f"Classes from largest to smallest{_which(study)}; mean over batch orders. Grey: training images per class."
+        f"{title}. Classes from largest to smallest{_which(study)}; mean over batch orders. Grey: training images."
     )
     if aim is not None:
         caption += " The norm term fixes only differences of lengths: its target is drawn at the mean of the heads."
@@ -110,11 +111,9 @@ def norm_against_size(study: Study) -> Drawing:
     figure = look.figure_of(11.5, 4.6)
     left, right = figure.subplots(1, 2)
     _points(left, size, norms, looks)
-    for values, style, line in zip(norms.values(), looks, (":", "-"), strict=False):
-        if np.ptp(size) > 0:
-            slope, level = np.polyfit(size, values, 1)
-            reach = np.array([size.min(), size.max()])
-            left.plot(np.exp(reach), level + slope * reach, color=style["color"], linestyle=line, linewidth=1.8)
+    for values, style, dashes in zip(norms.values(), looks, (":", "-"), strict=False):
+        if line := _fitted(size, values):
+            left.plot(np.exp(line[0]), line[1], color=style["color"], linestyle=dashes, linewidth=1.8)
     _points(right, size, aims, aimed)
     for axes in (left, right):
         _images_axis(axes, study.counts)
@@ -132,9 +131,9 @@ def norm_against_size(study: Study) -> Drawing:
         ", HC the mean over the clean training features of (1 − cosine to the class vector) / 2" if target else ""
     )
     caption = (
-        f"A point a class ({len(size):,}){_which(study)}; lines are least squares. r is Pearson's correlation of ln N with "
-        f"‖W‖, ρ Spearman's; N are the class's training images. Right: what the target is made of, P = λ · NC · HC; "
-        f"NC = log(ΣN / (N + 1)){hardness}."
+        f"{_told(size, norms)}. A point a class ({len(size):,}){_which(study)}; lines are least squares. r is Pearson's "
+        "correlation of ln N with ‖W‖, ρ Spearman's; N are the class's training images. Right: what the target is made of, "
+        f"P = λ · NC · HC; NC = log(ΣN / (N + 1)){hardness}."
     )
     correlations: list[Row] = [
         {"name": f"correlation of ln N with {name}", "pearson": rounded(pearson(size, values))}
@@ -150,13 +149,17 @@ Styled = list[tuple[tuple[str, np.ndarray], Row]]
 
 
 def _size_chart(study: Study, norms: Styled, aims: Styled, *, base: str) -> Row:
-    """Both panels; hovering tells the class and its images."""
-    names, counts = study.first.store.class_names, study.counts
-    named = plain([f"{name}, {images:,} images" for name, images in zip(names, counts.tolist(), strict=True)])
-    told: Row = {"text": named, "hovertemplate": "%{text}<br>%{y:.4~g}<extra>%{fullData.name}</extra>"}
+    """Both panels; hovering tells the class."""
+    order, counts = study.by_size, study.counts[study.by_size]
+    traces: list[Row] = []
+    for (name, of), style in norms:
+        traces.append(trace(name, counts, of[order], style | {"linestyle": "none"}, of_classes=True))
+        if line := _fitted(np.log(counts), of[order]):
+            drawn: Row = {"color": style["color"], "linestyle": "-" if style["marker"] == "o" else ":"}
+            traces.append(trace(name, np.exp(line[0]), line[1], drawn, showlegend=False, hoverinfo="skip"))
     beside: Row = {"xaxis": "x2", "yaxis": "y2"}
-    traces = [trace(name, counts, of, style | {"linestyle": "none"}, **told) for (name, of), style in norms]
-    traces += [trace(name, counts, of, style | {"linestyle": "none"}, **told, **beside) for (name, of), style in aims]
+    for (name, of), style in aims:
+        traces.append(trace(name, counts, of[order], style | {"linestyle": "none"}, of_classes=True, **beside))
     images: Row = {"title": "training images of the class", "type": "log"}
     return chart(
         traces,
@@ -166,6 +169,15 @@ def _size_chart(study: Study, norms: Styled, aims: Styled, *, base: str) -> Row:
         yaxis2={"title": f"coefficient (logarithm to base {base})", "rangemode": "tozero"},
         grid={"rows": 1, "columns": 2, "pattern": "independent"},
     )
+
+
+def _fitted(size: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both ends of the least squares line; None where all classes are of one size."""
+    if np.ptp(size) == 0:
+        return None
+    slope, level = np.polyfit(size, values, 1)
+    ends = np.array([size.min(), size.max()])
+    return ends, level + slope * ends
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float | None:

@@ -10,6 +10,7 @@ from pipeline.metrics import GROUPS, confidence_bins, expected_calibration_error
 from pipeline.report import axes as look
 from pipeline.report.answers import Answers, Compared
 from pipeline.report.axes import BLACK, BLUE, GREY, SKY
+from pipeline.report.chart import chart, plain, trace
 from pipeline.report.confusion import group_of, head_names
 from pipeline.report.drawing import AFTER, Drawing, rounded
 from pipeline.report.source import Row, Study, classes
@@ -81,22 +82,28 @@ def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | No
     grid[0, 0].set_ylabel("accuracy in the bin [%]")
     grid[1, 0].set_ylabel("predictions [%]")
     before, after = (found.ece for found in columns["all"].values())
-    figure.suptitle(f"Calibration error (ECE) on test: {before:.1f} → {after:.1f} %", x=0.01, ha="left", fontsize=13)
+    title = f"Calibration error (ECE) on test: {before:.1f} → {after:.1f} %"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     look.legend(figure, grid[:1])
     caption = (
-        f"Test split, {len(compared.before[0].labels):,} samples, clean view, in the bins of confidence that ECE has; on the "
-        "grey diagonal confidence and accuracy agree, below it a head believes too much. Larger marks stand for more "
-        "predictions. Groups are those of the predicted class, which is what one knows of a new image. Below: how many "
-        f"predictions have which confidence. Bins hold all heads together, ECE is the mean over {study.repeated}."
+        f"{title}. Test split, {len(compared.before[0].labels):,} samples, clean view, in the bins of confidence that ECE "
+        "has; on the grey diagonal confidence and accuracy agree, below it a head believes too much. Larger marks stand for "
+        "more predictions. Groups are those of the predicted class, which is what one knows of a new image. The picture shows "
+        "below how many predictions have which confidence. Bins hold all heads together, ECE is the mean over "
+        f"{study.repeated}."
     )
-    return Drawing("reliability", "How far confidences can be believed", caption, figure, _table(columns))
+    table = _table(columns)
+    return Drawing("reliability", "How far confidences can be believed", caption, figure, table, _chart(columns))
 
 
 def _told(found: dict[str, Reliability]) -> str:
     """ECE and the number of predictions, before → after."""
-    ece = " → ".join("–" if np.isnan(of.ece) else f"{of.ece:.1f}" for of in found.values())
     number = dict.fromkeys(f"{of.samples.sum() / of.heads:,.0f}" for of in found.values())
-    return f"ECE {ece} %, n = {' → '.join(number)}"
+    return f"ECE {_ece(found)} %, n = {' → '.join(number)}"
+
+
+def _ece(found: dict[str, Reliability]) -> str:
+    return " → ".join("–" if np.isnan(of.ece) else f"{of.ece:.1f}" for of in found.values())
 
 
 def _curves(axes: "Axes", found: dict[str, Reliability]) -> None:
@@ -120,6 +127,33 @@ def _histogram(axes: "Axes", found: dict[str, Reliability]) -> None:
     axes.stairs(after.share, edges, fill=True, color=SKY, edgecolor=BLUE, linewidth=1)
     axes.stairs(before.share, edges, color=BLACK, linewidth=1.6, linestyle=":")
     axes.set_xlabel("confidence [%]")
+
+
+def _chart(columns: dict[str, dict[str, Reliability]]) -> Row:
+    """The curves; hovering over a mark tells its bin."""
+    traces: list[Row] = []
+    axes: Row = {}
+    for panel, (called, found) in enumerate(columns.items(), 1):
+        at: Row = {"xaxis": f"x{panel}", "yaxis": f"y{panel}"} if panel > 1 else {}
+        even: Row = {"showlegend": False, "hoverinfo": "skip", **at}
+        traces.append(trace("confidence = accuracy", [0, 100], [0, 100], {"color": GREY, "linewidth": 1}, **even))
+        for (name, of), style in zip(found.items(), STYLES, strict=True):
+            x, y = of.points
+            told: Row = {
+                "text": [f"{n:,} predictions" for n in of.samples[of.samples > 0].tolist()],
+                "hovertemplate": "%{text}<br>confidence %{x:.1f} %, accuracy %{y:.1f} %<extra>%{fullData.name}</extra>",
+            }
+            only: Row = {"legendgroup": name, "showlegend": panel == 1, "cliponaxis": False}
+            line = trace(name, x, y, style, **told, **only, **at)
+            size = 6 + 0.8 * np.minimum(of.share[of.samples > 0], LARGEST_MARK)
+            traces.append(line | {"marker": line["marker"] | {"size": plain(size), "opacity": 1}})
+        which = "all predictions" if called == "all" else f"predicted {called}"
+        ends: Row = {"range": [0, 104]}
+        title = f"{which}<br>ECE {_ece(found)} %"
+        axes |= {f"xaxis{panel}": ends | {"title": {"text": title}}, f"yaxis{panel}": ends}
+    first = {"title": "accuracy at a confidence [%]", **axes.pop("yaxis1")}
+    grid = {"rows": 1, "columns": len(columns), "pattern": "independent"}
+    return chart(traces, x=axes.pop("xaxis1"), y=first, grid=grid, **axes)
 
 
 def _table(columns: dict[str, dict[str, Reliability]]) -> list[Row]:

@@ -101,6 +101,18 @@ def test_strange_class_names_and_many_classes_draw_without_a_warning(tmp_path):
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
+def test_charts_are_json_with_names_escaped_and_panels_that_exist(tmp_path):
+    names = ("<b>ant</b>", "bee", "cat", "dog & son", "eel")
+    for drawing in draw_all(read_study(made_run(tmp_path / "names", names=names, lam="0.1"))):
+        text = json.dumps(drawing.chart, allow_nan=False)
+        assert "<b>" not in text
+        assert "dog & son" not in text
+        for trace in drawing.chart["data"]:
+            for letter in "xy":
+                axis = trace.get(f"{letter}axis", letter)
+                assert f"{letter}axis{axis[1:]}" in drawing.chart["layout"]
+
+
 def test_tables_beside_the_figures_are_complete(run, tmp_path):
     report = write_report(run, out=tmp_path)
     assert [p.stem for p in report.figures] == [
