@@ -1,7 +1,9 @@
 """How results read: the same text for print(), a terminal and a notebook."""
 
 import io
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from html import escape
 from types import ModuleType
@@ -22,6 +24,29 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
+
+
+def columns(most: int = WIDTH) -> int:
+    """How wide a text may be: the terminal's columns, at most `most`."""
+    return min(most, shutil.get_terminal_size((most, 24)).columns)
+
+
+def wrapped(name: str, text: str, width: int, *, indent: int) -> list[str]:
+    """`name` and the text behind it, in lines of a width, those after the first indented; words longer than it stay whole."""
+    return textwrap.wrap(
+        text, width, initial_indent=name, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    ) or [name.rstrip()]
+
+
+def size(number: float | None) -> str:
+    """`1.2 MB`; a number of bytes as people say it."""
+    if number is None:
+        return "size not known before"
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:,.0f} {unit}" if unit == "bytes" or number >= 100 else f"{number:,.1f} {unit}"
+        number /= 1000
+    return ""
 
 
 def callable_as(name: str, function: Callable[..., Any]) -> None:

@@ -83,7 +83,7 @@ def test_a_run_of_several_backbones(run, tmp_path):
     found = describe(tmp_path)
     assert found.kind == "run of 2 backbones"
     assert "mean over 2 backbones" in str(found)
-    assert found.facts["seed-1/features.zarr"] == "feature store"
+    assert found.facts["seed-1/features.zarr"].startswith("feature store, ")
 
 
 def test_an_unfinished_store_says_how_far_it_is(tmp_path):
@@ -101,13 +101,99 @@ def test_anything_else_is_refused_with_what_was_expected(run, tmp_path):
         path.mkdir() if content is None else path.write_text(content)
         with pytest.raises(DataError, match=name):
             describe(path)
-    with pytest.raises(DataError, match=r"no such file or folder; expected a run's folder, a checkpoint \(last.pt\)"):
+    with pytest.raises(DataError, match=r"no such file or folder; expected a run's folder, a checkpoint \(last.pt, "):
         describe(tmp_path / "nowhere")
     document = json.loads((run / "rebalance" / "results.json").read_text())
     del document["selected"]["n"]
     (tmp_path / "results.json").write_text(json.dumps(document))
     with pytest.raises(DataError, match="not as this version writes it"):
         describe(tmp_path / "results.json")
+
+
+def test_a_timm_checkpoint_says_what_is_in_it(tmp_path):
+    import torch
+
+    from pipeline.backbone.model import build_model
+    from pipeline.config import BackboneConfig
+
+    state = build_model(BackboneConfig(model="resnet10t"), num_classes=7).state_dict()
+    torch.save({"state_dict": state, "epoch": 12, "optimizer": {}}, tmp_path / "model.pth")
+    found = describe(tmp_path / "model.pth")
+    assert found.kind == "weights from elsewhere"
+    assert found.facts["taken from"] == "state_dict"
+    assert found.facts["last linear layer"] == "fc.weight: 7 × 512"
+    assert found.facts["epoch"] == 12
+    assert found.facts["next"] == f"pipeline dump-features CONFIG --checkpoint {tmp_path / 'model.pth'}"
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 7}))
+    (tmp_path / "model.pth").rename(tmp_path / "pytorch_model.bin")
+    assert describe(tmp_path).facts["network"].startswith("resnet10t, as ")
+
+
+def test_whatever_a_command_leaves_is_known(run, tmp_path, monkeypatch, capsys):
+    """Ablations, comparisons, plain files, tries, a reproduction and what it keeps, progress, a benchmark."""
+    from pipeline.cli import invoke
+
+    monkeypatch.chdir(tmp_path)
+    store = run / "features.zarr"
+    ablation = {
+        "rebalance": {"lam": "0.1", "epochs": 1, "seeds": [0], "variants": [{"name": "HC", "set": {"number": False}}]}
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(ablation))
+    (tmp_path / "diagnosed" / "backbone").mkdir(parents=True)
+    lines = [f"{e},{c},{n},{50 + c},0.1" for e in (1, 2) for c, n in enumerate((20, 2))]
+    text = "epoch,class,images,accuracy,gradient\n" + "\n".join(lines) + "\n"
+    (tmp_path / "diagnosed" / "backbone" / "diagnostics.csv").write_text(text)
+    small = ["--set", "backbone.epochs=1", "--set", "backbone.width=0.25"]
+    made = {
+        "ablation": ["rebalance", store, "--config", "mine.yaml", "--out", "ablation"],
+        "rebalancing results": ["rebalance", store, "--method", "ncm", "--epochs", "1", "--out", "compared"],
+        "features as plain files": ["export", store, "--out", "plain"],
+        "settings tried in stage 1": [
+            "train-backbone",
+            "digits-lt",
+            "--try",
+            "backbone.lr=0.1,0.2",
+            *small,
+            "--out",
+            "tried",
+        ],
+        "progress of trainings compared": ["progress", "diagnosed", "--out", "progress"],
+    }
+    for kind, words in made.items():
+        assert invoke(list(map(str, words))) == 0, words
+        found = describe(Path(words[-1]))
+        assert found.kind == kind
+        assert "file(s)" in found.facts["size"]
+        json.dumps(found.to_dict())
+    assert describe(Path("ablation")).facts["  HC"].startswith("iwb, λ = 0.1: all ")
+    assert describe(Path("ablation/ablation.json")).kind == "ablation"
+    assert "ncm" in describe(Path("compared")).facts["tuned, best on the choosing split"][-1]
+    assert describe(Path("tried/tries.json")).facts["  lr=0.1"].startswith("all ")
+    assert describe(Path("progress")).facts["compares"] == ["diagnosed"]
+    assert describe(Path("mine.yaml")).facts["variants"] == ["HC"]
+    assert describe(Path("ablations/table3")).kind == "settings of stage 2"
+    capsys.readouterr()
+
+
+def test_a_reproduction_and_a_benchmark_as_they_are_shipped():
+    docs = Path(__file__).parents[1] / "docs"
+    assert describe(docs / "reproduction.json").kind == "reproduction of the paper's tables"
+    found = describe(docs / "bench" / "cache.json")
+    assert found.kind == "bench cache"
+    assert found.facts["  load over np.load, float16"].endswith("(met)")
+    assert found.made["git"]
+
+
+def test_what_reproduce_keeps(run, tmp_path):
+    from pipeline.reproduce.bundle import keep
+
+    shutil.copytree(run, tmp_path / "place")
+    shutil.copytree(run / "rebalance", tmp_path / "place" / "methods")
+    keep(tmp_path / "place", tmp_path / "kept", documents=["methods"])
+    found = describe(tmp_path / "kept")
+    assert found.kind == "kept of a reproduction"
+    assert "train 363 × 16" in found.facts["features"]
+    assert found.facts["tables"] == ["methods"]
 
 
 def test_weights_from_elsewhere_are_told_how_they_are_taken(tmp_path):
@@ -121,9 +207,9 @@ def test_weights_from_elsewhere_are_told_how_they_are_taken(tmp_path):
     save_file(layer.state_dict(), tmp_path / "w.safetensors")
     torch.save(layer, tmp_path / "whole.pt")
     (tmp_path / "text.pt").write_text("hello")
-    taken = "weights from elsewhere are taken with `pipeline dump-features CONFIG --checkpoint "
-    wanted = {name: f"{taken}{tmp_path / name}`" for name in ("sd.pt", "old.pth", "w.safetensors")}
-    wanted |= {"whole.pt": "torch.save(s.state_dict(), ", "text.pt": "text.pt: not a PyTorch or safetensors file"}
+    for name in ("sd.pt", "old.pth", "w.safetensors"):
+        assert describe(tmp_path / name).facts["next"].endswith(str(tmp_path / name))
+    wanted = {"whole.pt": "torch.save(s.state_dict(), ", "text.pt": "text.pt: not a PyTorch or safetensors file"}
     for name, said in wanted.items():
         with pytest.raises(DataError) as refused:
             describe(tmp_path / name)

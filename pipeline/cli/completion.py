@@ -46,9 +46,10 @@ def methods(context: Any, parameter: Any, incomplete: str) -> list[CompletionIte
     """Methods of stage 2 with what they do, and files, which may define others."""
     known = METHODS | {"all": "every one of them"}
     # fish takes what follows a comma for another word
-    return [
-        CompletionItem(name, help=text.replace(",", ";")) for name, text in known.items() if name.startswith(incomplete)
+    found = [
+        CompletionItem(name, help=of.replace(",", ";")) for name, of in known.items() if name.startswith(incomplete)
     ]
+    return [CompletionItem(incomplete, type="file"), *found]
 
 
 def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:

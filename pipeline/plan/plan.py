@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 
 from cache import refuse_unwritable
 from pipeline.metrics import class_groups
-from pipeline.shown import Shown
+from pipeline.shown import Shown, columns, size, wrapped
 
 WIDTH = 100  # columns at most
 
@@ -59,7 +58,7 @@ class Plan(Shown):
         return document | ({"parts": [part.to_dict() for part in self.parts]} if self.parts else {})
 
     def __str__(self) -> str:
-        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+        width = columns(WIDTH)
         lines = [
             f"{self.command} would start; nothing was written",
             *_config_lines(self.config, width),
@@ -68,13 +67,13 @@ class Plan(Shown):
         for part in self.parts:
             lines += ["", part.title or part.command, *part._lines(width)]
         for note in dict.fromkeys((*self.notes, *(n for part in self.parts for n in part.notes))):
-            lines += _wrapped("note: ", note, width, indent=6)
+            lines += wrapped("note: ", note, width, indent=6)
         return "\n".join([*lines, *self._room()])
 
     def _lines(self, width: int) -> list[str]:
         writes = [(f"{w.path}", f"{size(w.bytes)}, {w.state}") for w in self.writes]
         facts = [*self.facts.items(), *(("writes", f"{path}: {told}") for path, told in writes)]
-        return [line for name, text in facts for line in _wrapped(f"{name:<10}", text, width, indent=10)]
+        return [line for name, text in facts for line in wrapped(f"{name:<10}", text, width, indent=10)]
 
     def _room(self) -> list[str]:
         """Total and free space, and a warning where they do not fit."""
@@ -87,17 +86,6 @@ class Plan(Shown):
 
     def _all_writes(self) -> list[Write]:
         return [*self.writes, *(w for part in self.parts for w in part._all_writes())]
-
-
-def size(number: float | None) -> str:
-    """`1.2 MB`; a number of bytes as people say it."""
-    if number is None:
-        return "size not known before"
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:,.0f} {unit}" if unit == "bytes" or number >= 100 else f"{number:,.1f} {unit}"
-        number /= 1000
-    return ""
 
 
 def existing(path: Path) -> Path:
@@ -127,12 +115,5 @@ def _config_lines(config: Mapping[str, Any], width: int) -> list[str]:
     for section, value in config.items():
         known = {key: of for key, of in value.items() if of is not None} if isinstance(value, Mapping) else value
         text = yaml.safe_dump(known, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
-        lines += _wrapped(f"  {section}: ", text.removesuffix("...\n").strip(), width, indent=4)
+        lines += wrapped(f"  {section}: ", text.removesuffix("...\n").strip(), width, indent=4)
     return lines
-
-
-def _wrapped(name: str, text: str, width: int, *, indent: int) -> list[str]:
-    """`name` and the text behind it, in lines of a width, those after the first indented."""
-    return textwrap.wrap(
-        text, width, initial_indent=name, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )

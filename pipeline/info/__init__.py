@@ -1,0 +1,202 @@
+"""What an artefact is and what made it: runs, checkpoints, stores, results, heads, exported models, configurations."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cache
+from cache import CacheError, open_cache
+from pipeline.config import find_config, is_stage_2_alone, load_config, make_rebalance_config, read_tree
+from pipeline.errors import ConfigError, DataError
+from pipeline.info.artefact import EXPECTED, Artefact, Facts, read_json, size_on_disk, try_json
+from pipeline.info.results import ablation, bench, heads, kept, progress, reproduction, results, tries
+from pipeline.info.stores import plain_files, samples_text, skipped_of, store
+from pipeline.info.trained import BROUGHT, checkpoint, exported, training
+from pipeline.method_names import PROBE
+from pipeline.shown import Shown
+
+__all__ = ["Artefact", "Verified", "describe", "verify"]
+STARTS = ("stage 1", PROBE)
+
+
+@dataclass(frozen=True)
+class Verified(Shown):
+    """A store of which every byte was read and found right; skipped: split → ids of samples without features."""
+
+    store: Path | str
+    digest: str
+    chunks: int
+    skipped: dict[str, list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "store": str(self.store),
+            "digest": self.digest,
+            "chunks": self.chunks,
+            "damaged": [],
+            "skipped": self.skipped,
+        }
+
+    def __str__(self) -> str:
+        whole = (
+            f"{self.store}: whole; {self.chunks} chunks of features read, every checksum holds; digest {self.digest}"
+        )
+        return "\n".join([whole, *(f"skipped {split}: {samples_text(ids)}" for split, ids in self.skipped.items())])
+
+
+def verify(path: Path | str) -> Verified:
+    """Reads a whole sealed store against its checksums; DataError lists what is damaged and how to repair it."""
+    try:
+        if damaged := cache.verify(path):
+            listed = "\n".join(f"  {damage}" for damage in damaged)
+            again = f"repair it: the same `pipeline dump-features … --out {path}` computes just these again"
+            raise DataError(f"{path}: {len(damaged)} damaged file(s)\n{listed}\n{again}")
+        whole = open_cache(path)
+        chunks = sum(len(whole.chunks(split, view)) for split in whole.splits for view in range(whole.views(split)))
+        return Verified(path, whole.digest, chunks, skipped_of(whole))
+    except CacheError as error:
+        raise DataError(str(error)) from error
+
+
+def describe(path: Path | str) -> Artefact:
+    """What lies at a path, URL of a store, or shipped configuration of that name, and what made it.
+
+    Raises DataError where it is missing, damaged or nothing of ours, naming what could have been given.
+    """
+    if isinstance(path, str):
+        return store(path)
+    if not path.exists():
+        try:
+            return _config(find_config(str(path)))
+        except ConfigError as error:
+            raise DataError(f"{path}: no such file or folder; expected {EXPECTED}") from error
+    if path.is_dir():
+        tell = next((tell for recognises, tell in _FOLDERS if recognises(path)), None)
+    else:
+        tell = _FILES.get(path.name) or _FILES.get(path.suffix)
+    if tell is None:
+        raise DataError(f"{path}: not an artefact of this program; expected {EXPECTED}")
+    try:
+        found = tell(path)
+        return replace(found, facts={"size": size_on_disk(path), **found.facts})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not as this version writes it ({error!r}); expected {EXPECTED}") from error
+
+
+def _run_json(path: Path) -> Artefact:
+    document = read_json(path)
+    if "argv" not in document:
+        raise DataError(f"{path}: says nothing of what made it; expected {EXPECTED}")
+    stages = {f"{stage} took": f"{entry['seconds']:.1f} s" for stage, entry in document.get("stages", {}).items()}
+    return Artefact(path, f"record of pipeline {document.get('command', '')}".rstrip(), stages, document)
+
+
+def _config(path: Path) -> Artefact:
+    try:
+        tree = read_tree(path)
+        if is_stage_2_alone(tree):  # as the ablations are
+            own = make_rebalance_config(tree, str(path)).model_dump(mode="json", exclude_unset=True)
+            variants = [variant["name"] for variant in own.pop("variants", ())]
+            return Artefact(path, "settings of stage 2", own | ({"variants": variants} if variants else {}))
+        config = load_config(path)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
+    sections = config.model_dump(mode="json", exclude_defaults=True)
+    facts = {"name": config.name, "run": str(config.run_dir), **{k: v for k, v in sections.items() if k != "name"}}
+    return Artefact(path, "configuration", facts)
+
+
+def _document(path: Path) -> Artefact:
+    """A JSON file that somebody has named: a benchmark, a result, or a record of what made something."""
+    document = read_json(path, object)
+    if isinstance(document, list) and document and "table" in document[0]:
+        return reproduction(path)
+    if isinstance(document, dict):
+        for key, tell in (("measures", bench), ("tries", tries), ("selected", results), ("argv", _run_json)):
+            if key in document:
+                return tell(path)
+        if "rows" in document and "bootstrap" in document:
+            return ablation(path)
+    raise DataError(f"{path}: not an artefact of this program; expected {EXPECTED}")
+
+
+def _run(path: Path) -> Artefact:
+    """A run: which of its parts are there, how large they are, and its result."""
+    facts: Facts = {}
+    seeds = sorted((p.name for p in path.glob("seed-*") if p.is_dir()), key=lambda name: (len(name), name))
+    for part in [path, *(path / s for s in seeds)]:
+        name = "" if part == path else f"{part.name}/"
+        for file, kind in _PARTS.items():
+            if (part / file).exists():
+                told = BROUGHT if file == "backbone/last.pt" and _was_brought(part) else kind
+                facts[f"{name}{file}"] = f"{told}, {size_on_disk(part / file)}"
+    facts |= {
+        f"ablations/{p.name}": "ablation" for p in sorted(path.glob("ablations/*")) if (p / "ablation.json").is_file()
+    }
+    found = next((p for p in (path / "results.json", path / "rebalance" / "results.json") if p.is_file()), None)
+    if found:
+        known = results(found).facts
+        facts |= {key: known[key] for key in (*STARTS, "selected", "its test accuracy") if key in known}
+    records = [try_json(p) for p in (path / "run.json", *sorted(path.glob("**/backbone/run.json")))]
+    made: Facts = next(filter(None, records), {})
+    return Artefact(path, f"run of {len(seeds)} backbones" if seeds else "run", facts, made)
+
+
+def _reproduced(path: Path) -> Artefact:
+    """The folder of `pipeline reproduce`."""
+    found = reproduction(path / "reproduction.json")
+    return replace(found, path=path, facts=found.facts | {"kept": sorted(p.name for p in path.glob("keep/*"))})
+
+
+def _was_brought(run: Path) -> bool:
+    """Whether a run's backbone was not trained in it."""
+    return try_json(run / "backbone" / "run.json").get("command") == "dump-features"
+
+
+def _is_export(path: Path) -> bool:
+    return "architecture" in try_json(path / "config.json")
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / part).exists() for part in _PARTS) or any(path.glob("seed-*/backbone"))
+
+
+def _inside(name: str, tell: Callable[[Path], Artefact]) -> tuple[Callable[[Path], bool], Callable[[Path], Artefact]]:
+    """A folder that is what a file in it is."""
+    return lambda p: (p / name).is_file(), lambda p: replace(tell(p / name), path=p)
+
+
+_PARTS = {
+    "backbone/last.pt": "stage-1 checkpoint",
+    "features.zarr": "feature store",
+    "rebalance/results.json": "rebalancing results",
+    "rebalance/heads.safetensors": "rebalanced heads",
+    "report.html": "report",
+}
+_FOLDERS: list[tuple[Callable[[Path], bool], Callable[[Path], Artefact]]] = [
+    (lambda p: (p / "zarr.json").is_file(), store),
+    (lambda p: (p / "store.json").is_file(), plain_files),
+    (_is_export, exported),
+    (lambda p: (p / "reproduction.json").is_file(), _reproduced),
+    (lambda p: (p / "clean.safetensors").is_file(), kept),
+    _inside("tries.json", tries),
+    (_is_run, _run),
+    (lambda p: (p / "last.pt").is_file(), training),
+    _inside("results.json", results),
+    _inside("ablation.json", ablation),
+    (lambda p: (p / "progress.csv").is_file(), progress),
+]
+_FILES: dict[str, Callable[[Path], Artefact]] = {
+    "results.json": results,
+    "ablation.json": ablation,
+    "run.json": _run_json,
+    "config.json": lambda p: exported(p.parent) if _is_export(p.parent) else _run_json(p),
+    "zarr.json": lambda p: store(p.parent),
+    "store.json": lambda p: plain_files(p.parent),
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".tar"), checkpoint),
+    ".safetensors": heads,
+    ".yaml": _config,
+    ".yml": _config,
+    ".json": _document,
+}

@@ -1,0 +1,129 @@
+"""One artefact as it is told: what it is, its key facts, what made it; and how facts become text."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError
+from pipeline.shown import Shown, columns, size, wrapped
+
+EXPECTED = (
+    "a run's folder, a checkpoint (last.pt, or any timm network's), a feature store (features.zarr), a folder of rebalance, "
+    "of an ablation, of tries, of reproduce or of `pipeline export`, results.json, heads.safetensors, run.json, a result of "
+    "`pipeline bench`, or a configuration (.yaml, or a shipped name)"
+)
+MADE = (
+    "created",
+    "argv",
+    "git",
+    "platform",
+    "device",
+    "ranks",
+    "threads",
+    "precision",
+    "seed",
+    "made_from",
+    "versions",
+)
+NAME_WIDTH = 60  # longer names stand in a line with what is said of them
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Artefact(Shown):
+    """What `describe` found: the kind of thing, its key facts, and what made it."""
+
+    path: Path | str
+    kind: str
+    facts: Facts
+    made: Facts = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"path": str(self.path), "kind": self.kind, "facts": self.facts, "provenance": self.made}
+
+    def __str__(self) -> str:
+        made: Facts = {key: self.made[key] for key in MADE if self.made.get(key) is not None}
+        if "argv" in made:
+            made["argv"] = " ".join(made["argv"])
+        lines = lines_of(self.facts) + ([("made by", "")] if made else []) + [(f"  {k}", v) for k, v in lines_of(made)]
+        config = self.made.get("config")
+        if isinstance(config, dict) and config:
+            sections = (
+                config
+                if any(isinstance(of, dict) for of in config.values())
+                else {self.made.get("command", ""): config}
+            )
+            lines += [("configuration", ""), *((f"  {k}", v) for k, v in lines_of(sections))]
+        name_width = min(max((len(name) for name, _ in lines), default=0), NAME_WIDTH)
+        told = [f"{self.path}: {self.kind}"]
+        for name, text in lines:
+            told += wrapped(f"  {name:<{name_width}}  ", text, columns(), indent=name_width + 4)
+        return "\n".join(told)
+
+
+def classes_of(names: Any, counts: list[int], *, left_out: int = 0) -> Facts:
+    """Names and sizes of the classes; left_out: how many of the images, nobody knows of which classes, could not be read."""
+    shown = list(names) if len(names) <= 12 else [*names[:8], "…", *names[-3:]]
+    sizes = " ".join(map(str, counts if len(counts) <= 20 else [*counts[:8], "…", *counts[-4:]]))
+    total = sum(counts)
+    read = f"{total - left_out:,} of {total:,}, the others could not be read; by class, with them: " if left_out else ""
+    classes = f"{len(names):,} ({', '.join(shown)})"
+    return {"classes": classes, "training images": f"{read}{sizes}" if left_out else f"{total:,} ({sizes})"}
+
+
+def prefixed(fingerprint: Facts) -> Facts:
+    return {f"fingerprint {key}": value for key, value in fingerprint.items()}
+
+
+def accuracies_of(row: Facts) -> str:
+    """`all 41.0 % (many 58.2, medium 41.1, few 20.7)` with the groups that exist."""
+    groups = ", ".join(f"{g} {row[g]:.1f}" for g in ("many", "medium", "few") if row.get(g) is not None)
+    whole = "–" if row.get("all") is None else f"{row['all']:.1f}"
+    spread = f" ± {row['all_std']:.1f}" if row.get("all_std") is not None else ""
+    return f"all {whole}{spread} % ({groups})"
+
+
+def lines_of(facts: Facts) -> list[tuple[str, str]]:
+    return [(name, text_of(value)) for name, value in facts.items() if value is not None]
+
+
+def text_of(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {text_of(v)}" for k, v in value.items() if v is not None)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(text_of, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The document in a file; DataError where it is none, or not of the kind expected."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable JSON ({error}); expected {EXPECTED}") from error
+    if not isinstance(document, kind):
+        raise DataError(f"{path}: not an artefact of this program; expected {EXPECTED}")
+    return document
+
+
+def try_json(path: Path) -> Facts:
+    try:
+        return read_json(path)
+    except DataError:
+        return {}
+
+
+def beside(path: Path) -> Facts:
+    """What made a file, from the run.json in its folder."""
+    return try_json(path.with_name("run.json"))
+
+
+def size_on_disk(path: Path) -> str:
+    """`12 files, 3.4 MB` of a folder and all below it, or `3.4 MB` of a file."""
+    if path.is_file():
+        return size(path.stat().st_size)
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    return f"{len(sizes):,} file(s), {size(sum(sizes))}"

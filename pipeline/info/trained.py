@@ -1,0 +1,128 @@
+"""What holds a network: checkpoints, trainings, weights from elsewhere, exported models."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.info.artefact import Artefact, Facts, classes_of, read_json
+from pipeline.method_names import PROBE
+
+BROUGHT = "backbone brought along"
+NAMES = ("last.pt", "best.pt", "previous.pt")  # what a training calls its own
+NAMED = {"train": "training", "val": "validation"}
+
+
+def checkpoint(path: Path) -> Artefact:
+    """A checkpoint of a training here, else of anybody's network."""
+    from pipeline.backbone.foreign import OWN, read_beside
+    from pipeline.backbone.weights import find_tensors, read_file, weights_file
+
+    file = weights_file(path, read_beside(path).weights if path.is_dir() else None)
+    if file.name in NAMES and not path.is_dir():
+        return own_checkpoint(file)
+    content = read_file(file)
+    if isinstance(content, Mapping) and content.keys() >= OWN:
+        return own_checkpoint(file)
+    found, said = find_tensors(content, file), read_beside(path)
+    tensors = found.tensors
+    heads = [(name, tuple(t.shape)) for name, t in tensors.items() if t.ndim == 2 and name.endswith("weight")]
+    facts: Facts = {
+        "network": f"{said.model}, as {said.origin} says"
+        if said.model
+        else "not named; say it with --set backbone.model=…",
+        "tensors": f"{len(tensors):,}, {sum(t.numel() for t in tensors.values()):,} numbers, "
+        + ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+        "taken from": ".".join(found.where) or None,
+        "not taken": ", ".join(found.others) or None,
+        "last linear layer": f"{heads[-1][0]}: {heads[-1][1][0]:,} × {heads[-1][1][1]:,}" if heads else None,
+        "epoch": content.get("epoch")
+        if isinstance(content, Mapping) and isinstance(content.get("epoch"), int)
+        else None,
+        "classes": f"{len(said.class_names):,} ({', '.join(said.class_names[:8])} …)" if said.class_names else None,
+        "next": f"pipeline dump-features CONFIG --checkpoint {path}",
+    }
+    return Artefact(path, "weights from elsewhere", facts)
+
+
+def own_checkpoint(path: Path) -> Artefact:
+    from pipeline.backbone.checkpoint import read, weights_digest
+
+    state = read(path)
+    network, data = state["network"], state["dataset"]
+    done = "complete" if state["complete"] else f"unfinished, step {state['step_in_epoch']} of the next epoch"
+    brought = state.get("brought")
+    best = f"{state['best']:.2f} %" if state["best"] is not None else None
+    facts = {
+        "network": f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d features",
+        "trained": None if brought else f"{state['epoch']} of {state['config']['backbone']['epochs']} epochs, {done}",
+        "trained with": None if brought else _choices(state["config"]["backbone"]),
+        "best validation accuracy (mean over classes)": best,
+        "head": None
+        if brought is None
+        else f"{PROBE}, fitted when features are dumped"
+        if state["probe"]
+        else "its own",
+        **classes_of(state["class_names"], state["counts"], left_out=_left_out(path, state)),
+        "dataset": f"{data['name']}, fingerprint {data['fingerprint']}",
+        "input": state["transform"],
+        "weights digest": weights_digest(state["model"]),
+    }
+    return Artefact(path, BROUGHT if state.get("brought") else "stage-1 checkpoint", facts, state["provenance"])
+
+
+def _choices(settings: dict[str, Any]) -> str | None:
+    """Loss, sampler and average of stage 1; None where all are as always."""
+    told = [f"loss {settings['loss']}"] if settings.get("loss", "ce") != "ce" else []
+    told += [f"{s} sampling"] if (s := settings.get("sampler", "instance")) != "instance" else []
+    told += [f"weights averaged with decay {d:g}"] if (d := settings.get("ema", 0)) else []
+    return ", ".join(told) or None
+
+
+def training(folder: Path) -> Artefact:
+    """The last checkpoint of a training, the one before it where that cannot be read, and how its history ends."""
+    from pipeline.backbone.checkpoint import Damaged, previous_of
+    from pipeline.backbone.events import accuracies, pace
+    from pipeline.backbone.folder import read_history
+
+    last, damage = folder / "last.pt", None
+    try:
+        found = own_checkpoint(last)
+    except Damaged as error:
+        if not previous_of(last).is_file():
+            raise
+        found, damage = own_checkpoint(previous_of(last)), str(error)
+    facts: Facts = {"damaged": damage, **found.facts}
+    if history := read_history(folder):
+        end = history[-1]
+        facts["last epoch told"] = f"{end['epoch']}, loss {end['loss']:.4f}; {pace(end)}"
+        facts |= {f"its {name} accuracy": accuracies(end, split) for split, name in NAMED.items()}
+        known = [line for line in history if line.get("val_accuracy") is not None]
+        if known:
+            best = max(known, key=lambda line: line["val_accuracy"])
+            facts["best epoch told"] = f"{best['epoch']}, validation {accuracies(best, 'val')}"
+    return Artefact(found.path, found.kind, facts, found.made)
+
+
+def _left_out(checkpoint: Path, state: dict[str, Any]) -> int:
+    """How many training images could not be read in a checkpoint's last epoch, by the history beside it."""
+    from pipeline.backbone.folder import read_history
+
+    lines = read_history(checkpoint.parent)
+    left_out = next((line.get("left_out") for line in lines if line.get("epoch") == state["epoch"]), None) or 0
+    drawn_once = state["config"]["backbone"].get("sampler", "instance") == "instance"
+    return left_out if drawn_once else 0
+
+
+def exported(path: Path) -> Artefact:
+    """The folder of `pipeline export`, or one of timm's with weights and a config.json."""
+    document = read_json(path / "config.json")
+    if "head" not in document:
+        return checkpoint(path)
+    facts = {
+        "network": document["architecture"],
+        "weights": document["weights"],
+        "head": document["head"],
+        "input": document["transform"],
+        **classes_of(document["class_names"], document["counts"]),
+    }
+    return Artefact(path, "exported model", facts, document.get("provenance", {}))
