@@ -1,4 +1,4 @@
-"""The whole model with a rebalanced head, as a folder that timm, this program and people can read."""
+"""The whole model with a rebalanced head, as a folder that timm, onnxruntime, this program and people can read."""
 
 import io
 import json
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cache import write_durably
 from pipeline.errors import ConfigError, DataError
-from pipeline.metrics import class_groups
+from pipeline.heads import Linear, Scorer
 from pipeline.provenance import provenance
 from pipeline.report.sections import Line, summary
-from pipeline.report.source import BOUNDS, SPLITS, Backbone, Kind, Study, read_study
+from pipeline.report.source import Backbone, Kind, Study, read_study
 from pipeline.shown import Shown
 
 if TYPE_CHECKING:
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 ARRAYS = ("digits", "cifar10", "cifar100", "npz")  # sources whose images are the network's input whole, never cropped
-WEIGHTS = {"timm": "model.pth", "safetensors": "model.safetensors"}
+WEIGHTS = {"timm": "model.pth", "safetensors": "model.safetensors", "onnx": "model.onnx"}
 STAGE1 = "stage1_head.safetensors"
 
 
 @dataclass(frozen=True)
 class Exported(Shown):
-    """An exported model: its folder, the file timm loads, and which head it carries."""
+    """An exported model: its folder, the file with its weights, and which head it carries.
+
+    onnx: of --to onnx, what the graph takes and gives, and how far onnxruntime's logits were from PyTorch's.
+    """
 
     out: Path
     weights: Path
@@ -33,65 +36,132 @@ class Exported(Shown):
     model_args: dict[str, Any]
     classes: int
     head: dict[str, Any]
+    onnx: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         facts = {"network": self.network, "model_args": self.model_args, "classes": self.classes, "head": self.head}
+        facts |= {} if self.onnx is None else {"onnx": self.onnx}
         return {"out": str(self.out), "weights": str(self.weights), **facts}
 
     def __str__(self) -> str:
-        return f"{self.out}: {self.network} with the head {_head_text(self.head)}\nload it: {self.python}"
+        lines = [f"{self.out}: {self.network} with the head {head_text(self.head)}", f"load it: {self.python}"]
+        if self.onnx:
+            height, width = self.onnx["input"]["shape"][2:]
+            found = self.onnx["checked"]
+            lines += [
+                f"it takes: uint8 RGB images, batch × 3 × {height} × {width}, 0 … 255; the normalisation is inside",
+                f"checked: onnxruntime {self.onnx['versions']['onnxruntime']} gives PyTorch's logits; at most "
+                f"{found['largest_difference']:.0e} apart, where the largest is {found['largest_logit']:.1f}",
+            ]
+        return "\n".join([*lines, f"label images: pipeline predict {self.out} IMAGES"])
 
     @property
     def python(self) -> str:
         """One line of Python that makes the model."""
+        if self.onnx:
+            return f"import onnxruntime; session = onnxruntime.InferenceSession({str(self.weights)!r})"
         return create_call(self.network, self.model_args, self.classes, str(self.weights))
 
 
 def export_model(
-    run: Path,
+    run: Path | str,
     *,
-    to: Literal["timm", "safetensors"] = "timm",
-    out: Path,
+    to: Literal["timm", "safetensors", "onnx"] = "timm",
+    out: Path | str,
     lam: float | None = None,
     method: str | None = None,
 ) -> Exported:
-    """Writes model weights, config.json, the head stage 2 started from (for comparison) and a model card into the folder `out`.
+    """Writes the model, config.json, the head stage 2 started from (for comparison) and a model card into the folder `out`.
 
     run: as for write_report; of several backbones the first is taken. lam, method: the head of this λ or method instead of
-    the selected one. Of several batch orders the first seed's head is taken: the mean of several heads was never measured.
+    the selected one; of a method with several λ that which validation prefers. Of several batch orders the first seed's
+    head is taken: the mean of several heads was never measured.
     Raises DataError where run, head or checkpoint are missing or do not belong together, ConfigError for an `out` that
-    holds something else.
+    holds something else and for ONNX without its packages, PipelineError where torch cannot translate the network to ONNX.
     """
-    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
-        raise ConfigError(f"{out}: is not empty and holds no exported model; take another --out")
-    study = read_study(run)
+    out = Path(out)
+    study, kind, checkpoint = settled(Path(run), to=to, out=out, lam=lam, method=method)
     backbone = study.first
-    kind = backbone.selected
-    if lam is not None:
-        kind = Kind("iwb", kind.loss, lam)
-    elif method is not None:
-        kind = Kind(method, None, None)
-    index = backbone.head_number(kind)
-    heads, weight, bias = backbone.heads
-    checkpoint = matching_checkpoint(backbone)
-    settings = checkpoint.config.backbone
-    model_args = ({"width": settings.width} if settings.width != 1 else {}) | (settings.model_args or {})
-    head = {
-        **{key: heads[index].get(key) for key in ("method", "loss", "lam", "seed")},
-        "backbone": backbone.name if len(study.backbones) > 1 else None,
-        "of_seeds": sum(kind.matches(head) for head in heads),
-        "chosen_on": study.chosen_on if lam is None and method is None else None,
-    }
-    exported = Exported(
-        out, out / WEIGHTS[to], checkpoint.config.backbone.model, model_args, len(checkpoint.class_names), head
-    )
+    what, scorer = backbone.head(kind)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)  # it is written last: a folder with it is whole
-    write_durably(exported.weights, _weights(checkpoint, weight[index], bias[index], to))
+    for name in (*WEIGHTS.values(), "model.onnx.data"):
+        (out / name).unlink(missing_ok=True)  # whoever loads the folder must not find what it held before
+    head = {
+        **{key: what.get(key) for key in ("method", "loss", "lam", "seed")},
+        "backbone": backbone.name if len(study.backbones) > 1 else None,
+        "of_seeds": sum(kind.matches(other) for other, _ in backbone.scorers),
+        "chosen_on": study.chosen_on if lam is None and (method is None or kind.lam is not None) else None,
+    }
+    weights, facts = out / WEIGHTS[to], _facts(checkpoint, head)
+    if to == "onnx":
+        facts["onnx"] = _write_graph(weights, checkpoint, scorer, facts)
+    else:
+        write_durably(weights, _weights(checkpoint, carried(scorer, checkpoint, kind), to))
     write_durably(out / STAGE1, _stage1(backbone))
-    config = _config(checkpoint, exported, study)
+    exported = Exported(
+        out, weights, facts["architecture"], facts["model_args"], facts["num_classes"], head, facts.get("onnx")
+    )
+    config = facts | {
+        "weights": weights.name,
+        "stage1_head": STAGE1,
+        "results": [line.to_dict() for line in main_table(study, head)],
+        "provenance": provenance(
+            command="export",
+            made_from={"checkpoint": checkpoint.weights_digest, "store": backbone.store.digest},
+            dataset=checkpoint.dataset.get("fingerprint"),
+        ),
+    }
+    from pipeline.card import model_card
+
     write_durably(out / "README.md", model_card(study, exported, config))
     write_durably(out / "config.json", json.dumps(config, indent=1, ensure_ascii=False))
     return exported
+
+
+def settled(
+    run: Path, *, to: str, out: Path, lam: float | None, method: str | None
+) -> "tuple[Study, Kind, Checkpoint]":
+    """The run, the heads that are meant and the network they belong to; raises all that can be known before writing."""
+    if out.exists() and not is_exported(out) and any(out.iterdir()):
+        raise ConfigError(f"{out}: is not empty and holds no exported model; take another --out")
+    if to == "onnx":
+        from pipeline.export_onnx import check_packages
+
+        check_packages()
+    study = read_study(run)
+    kind = wanted_kind(study, lam=lam, method=method)
+    _, scorer = study.first.head(kind)
+    checkpoint = matching_checkpoint(study.first)
+    if to != "onnx":
+        carried(scorer, checkpoint, kind)
+    return study, kind, checkpoint
+
+
+def wanted_kind(study: Study, *, lam: float | None, method: str | None) -> Kind:
+    """The heads that are meant: the selected ones, or those of a λ or method; DataError naming the λ there are."""
+    selected = study.first.selected
+    if lam is None and method in (None, selected.method):
+        return selected
+    name = method or (selected.method if selected.lam is not None else "iwb")
+    own = [what for what, _ in study.first.scorers if what["method"] == name]
+    losses = {what.get("loss") for what in own}
+    loss = selected.loss if selected.loss in losses else next(iter(sorted(losses, key=str)), None)
+    lams = sorted({what["lam"] for what in own if what.get("lam") is not None})
+    if lam is not None:
+        if own and not lams:
+            raise ConfigError(f"--lam {lam:g}: {name} has no λ; leave it out")
+        return Kind(name, loss, next((known for known in lams if f"{known:g}" == f"{lam:g}"), lam))  # as tables show it
+    tuned = study.first.tuned_lam(name)
+    if tuned is None and lams:  # λ = 0 is a reference that nothing was chosen from
+        candidates = [Kind(name, loss, known) for known in lams if known] or [Kind(name, loss, lams[0])]
+        return max(candidates, key=lambda kind: _validated(study, kind))
+    return Kind(name, loss, tuned)
+
+
+def _validated(study: Study, kind: Kind) -> float:
+    found = study.spread(kind, study.choosing_split, "all")
+    return -1.0 if found is None or found.mean is None else found.mean
 
 
 def create_call(network: str, model_args: dict[str, Any], classes: int, weights: str) -> str:
@@ -100,6 +170,15 @@ def create_call(network: str, model_args: dict[str, Any], classes: int, weights:
     extra = "".join(f", {key}={value!r}" for key, value in model_args.items())
     call = f"timm.create_model({network!r}, num_classes={classes}{extra}, checkpoint_path={weights!r})"
     return f"import timm; {own}model = {call}"
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is one of `pipeline export`, whole or not; others may have a config.json too."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (folder / STAGE1).is_file()  # left by an export that was ended
+    return isinstance(found, dict) and "stage1_head" in found
 
 
 def matching_checkpoint(backbone: Backbone) -> "Checkpoint":
@@ -125,20 +204,33 @@ def matching_checkpoint(backbone: Backbone) -> "Checkpoint":
     )
 
 
-def _weights(checkpoint: "Checkpoint", weight: Any, bias: Any, to: str) -> bytes:
+def carried(scorer: Scorer, checkpoint: "Checkpoint", kind: Kind) -> Linear:
+    """The head as the network's own classifier can carry it; DataError where it cannot and only an ONNX graph does."""
+    from pipeline.backbone.model import classifier
+
+    instead = "--to onnx carries it whole"
+    if not isinstance(scorer, Linear):
+        raise DataError(
+            f"{kind}: is no linear layer (its weight depends on the image), so timm's network cannot carry it; {instead}"
+        )
+    if classifier(checkpoint.model).bias is None and scorer.bias.any():
+        raise DataError(
+            f"{checkpoint.path}: the network's classifier has no bias, so it cannot carry the rebalanced one; {instead}"
+        )
+    return scorer
+
+
+def _weights(checkpoint: "Checkpoint", head: Linear, to: str) -> bytes:
     """The file of the model with the head in place of the stage-1 classifier."""
     import torch
 
     from pipeline.backbone.model import classifier
 
     layer = classifier(checkpoint.model)
-    if layer.bias is None:
-        raise DataError(
-            f"{checkpoint.path}: the network's classifier has no bias, so it cannot carry the rebalanced head"
-        )
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(weight))
-        layer.bias.copy_(torch.from_numpy(bias))
+        layer.weight.copy_(torch.from_numpy(head.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.from_numpy(head.bias))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()}
     if to == "safetensors":
         from safetensors.torch import save
@@ -149,6 +241,18 @@ def _weights(checkpoint: "Checkpoint", weight: Any, bias: Any, to: str) -> bytes
     return buffer.getvalue()
 
 
+def _write_graph(path: Path, checkpoint: "Checkpoint", scorer: Scorer, facts: dict[str, Any]) -> dict[str, Any]:
+    from pipeline.data.transform import Transform
+    from pipeline.deployed import Whole
+    from pipeline.export_onnx import write_onnx
+
+    transform = Transform.from_dict(facts["transform"])
+    inside = {key: facts[key] for key in ("class_names", "transform", "head")}
+    metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in inside.items()}
+    model = Whole(checkpoint.model, scorer, transform)
+    return write_onnx(path, model, network=facts["architecture"], size=transform.size, metadata=metadata)
+
+
 def _stage1(backbone: Backbone) -> bytes:
     from safetensors.numpy import save
 
@@ -156,19 +260,18 @@ def _stage1(backbone: Backbone) -> bytes:
     return save({"weight": weight, "bias": bias})
 
 
-def _config(checkpoint: "Checkpoint", exported: Exported, study: Study) -> dict[str, Any]:
-    """What config.json says: enough to build the model, feed it, name its classes and know where it comes from."""
-    transform = input_facts(checkpoint)
+def _facts(checkpoint: "Checkpoint", head: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the model: enough to build it, feed it and name its classes."""
+    transform, settings = input_facts(checkpoint), checkpoint.config.backbone
     return {
         "format": FORMAT,
-        "architecture": exported.network,
-        "model_args": exported.model_args,
-        "num_classes": exported.classes,
+        "architecture": settings.model,
+        "model_args": ({"width": settings.width} if settings.width != 1 else {}) | (settings.model_args or {}),
+        "num_classes": len(checkpoint.class_names),
         "num_features": checkpoint.network["feature_width"],
         "parameters": checkpoint.network["parameters"],
-        "weights": exported.weights.name,
-        "stage1_head": STAGE1,
-        "head": exported.head,
+        "pretrained": settings.pretrained,
+        "head": head,
         "class_names": list(checkpoint.class_names),
         "counts": checkpoint.counts.tolist(),
         "transform": transform,
@@ -179,12 +282,7 @@ def _config(checkpoint: "Checkpoint", exported: Exported, study: Study) -> dict[
             "interpolation": transform["interpolation"],
             "crop_pct": transform["crop_pct"],
         },
-        "results": [line.to_dict() for line in _table(study, exported.head)],
-        "provenance": provenance(
-            command="export",
-            made_from={"checkpoint": checkpoint.weights_digest, "store": study.first.store.digest},
-            dataset=checkpoint.dataset.get("fingerprint"),
-        ),
+        "label_names": list(checkpoint.class_names),
     }
 
 
@@ -194,77 +292,14 @@ def input_facts(checkpoint: "Checkpoint") -> dict[str, Any]:
     return facts | {"crop_pct": 1.0} if checkpoint.config.data.source in ARRAYS else facts
 
 
-def model_card(study: Study, exported: Exported, config: dict[str, Any]) -> str:
-    """README.md of the exported folder."""
-    head, counts, names, transform = exported.head, study.counts, config["class_names"], config["transform"]
-    columns = ("many", "medium", "few", "all", "ece")
-    table = [f"| {line.name} | {' | '.join(str(line.cells[c]) for c in columns)} |" for line in _table(study, head)]
-    groups = ", ".join(f"{int(m.sum())} {g} ({BOUNDS[g]})" for g, m in class_groups(counts).items())
-    shown = ", ".join(names[:20]) + (f" … ({len(names)} in config.json)" if len(names) > 20 else "")
-    chosen = f"λ was chosen on {SPLITS[head['chosen_on']]}." if head["chosen_on"] else "λ was given, not chosen."
-    (height, width), folder = transform["size"], exported.out.resolve().name
-    return f"""# {study.folder.resolve().name}: {exported.network}, {exported.classes} classes, rebalanced
-
-An image classifier trained on unbalanced classes ({counts.sum():,} images, {counts.max():,} … {counts.min():,} a class),
-its linear head re-balanced with {_head_text(head)}.
-{config["parameters"]:,} parameters, {config["num_features"]}-d features.
-
-```python
-{create_call(exported.network, exported.model_args, exported.classes, f"{folder}/{exported.weights.name}")}
-```
-
-Input: RGB, {height} × {width}, values in 0…1 with mean {transform["mean"]} and standard deviation {transform["std"]}
-taken out. Or without Python: `pipeline predict {folder} IMAGES`.
-
-## Accuracy
-
-| head | many | medium | few | all | ECE |
-|---|---|---|---|---|---|
-{chr(10).join(table)}
-
-In %, on the test split, which selected nothing; a group's accuracy is the mean over its classes: {groups} training images.
-± is one standard deviation over {study.repeated}. {chosen if head["lam"] is not None else ""}
-
-The table's numbers are means; this folder holds one head of them: {_one_head(head)}.
-
-## Data
-
-{exported.classes} classes: {shown}.
-Training images per class are in config.json (`counts`); the data set's fingerprint is
-`{config["provenance"]["dataset"]}`.
-
-## Limits
-
-- It knows these classes only and always answers with one of them.
-{_weakest(study, head, names)}\
-- Rebalancing trades accuracy on large classes for small ones. Where the images to be classified are as unbalanced as
-  the training set, the head before rebalancing may be the better one: `pipeline predict --compare` shows both.
-- Probabilities are softmax outputs, as well calibrated as ECE says.
-"""
-
-
-def _table(study: Study, head: dict[str, Any]) -> list[Line]:
+def main_table(study: Study, head: dict[str, Any]) -> list[Line]:
     """The report's table, with the exported head where it is not the selected one."""
     kind = Kind(head["method"], head["loss"], head["lam"])
     return summary(study, also=None if kind == study.first.selected else kind)
 
 
-def _weakest(study: Study, head: dict[str, Any], names: list[str]) -> str:
-    """A line on the five classes that are recognised worst."""
-    own = study.first.class_accuracy(Kind(head["method"], head["loss"], head["lam"]), "test")
-    if own is None:
-        return ""
-    known = sorted((float(accuracy), c) for c, accuracy in enumerate(own) if accuracy == accuracy)[:5]
-    listed = ", ".join(f"{names[c]} {accuracy:.0f} % ({study.counts[c]} training images)" for accuracy, c in known)
-    return f"- Weakest classes on test: {listed}.\n"
-
-
-def _one_head(head: dict[str, Any]) -> str:
-    seed = f"batch order {head['seed']} of {head['of_seeds']}" if head["of_seeds"] > 1 else "the only one"
-    return seed + (f", backbone {head['backbone']}" if head["backbone"] else "")
-
-
-def _head_text(head: dict[str, Any]) -> str:
+def head_text(head: dict[str, Any]) -> str:
+    """`inverse weight-balancing (class-balanced loss, λ = 0.4)`."""
     loss = {"cb": "class-balanced loss", "ce": "cross-entropy"}.get(head["loss"] or "", head["loss"])
     name = "inverse weight-balancing" if head["method"] == "iwb" else head["method"]
     lam = f", λ = {head['lam']:g}" if head["lam"] is not None else ""

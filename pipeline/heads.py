@@ -71,6 +71,14 @@ class Gated:
 Scorer = Linear | Gated
 
 
+def scorer_of(arrays: Sequence[Any]) -> Scorer:
+    """The head whose `arrays` these are: two of a linear layer, five of a gated one."""
+    if len(arrays) == 2:
+        return Linear(*arrays)
+    first_weight, first_bias, second_weight, second_bias, gate = arrays
+    return Gated(Linear(first_weight, first_bias), Linear(second_weight, second_bias), gate)
+
+
 def is_finite(head: Scorer) -> bool:
     """False where fitting diverged: numbers that are none, or so large that logits are."""
     return all(float(np.abs(a).max()) < LARGEST for a in head.arrays)  # also false for nan

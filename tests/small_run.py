@@ -11,15 +11,17 @@ COUNTS = (150, 60, 30, 12, 5)  # all three groups
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 
 
-def digits_run(backbone: Path) -> Path:
-    """The run around the two-epoch digits checkpoint RUN/backbone/last.pt, dumped and rebalanced."""
+def digits_run(backbone: Path, **settings) -> Path:
+    """The run around the two-epoch digits checkpoint RUN/backbone/last.pt, dumped and rebalanced with these settings."""
     from pipeline.backbone.checkpoint import load_checkpoint
+    from pipeline.config import RebalanceConfig
     from pipeline.dump import dump_features
     from pipeline.rebalance import rebalance
 
     run, checkpoint = backbone.parent.parent, load_checkpoint(backbone)
     dump_features(checkpoint, checkpoint.config, out=run / "features.zarr")
-    rebalance(run / "features.zarr", checkpoint.config.rebalance, out=run / "rebalance")
+    config = RebalanceConfig.model_validate(checkpoint.config.rebalance.model_dump() | settings)
+    rebalance(run / "features.zarr", config, out=run / "rebalance")
     return run
 
 

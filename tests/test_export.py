@@ -1,11 +1,8 @@
 """The exported folder gives the logits that were measured, in timm and in words."""
 
-import io
 import json
 import shutil
-from contextlib import redirect_stdout
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +12,7 @@ from pipeline.backbone.model import encode
 from pipeline.cli import invoke
 from pipeline.errors import ConfigError, DataError
 from pipeline.export import export_model
-from pipeline.report.source import read_heads, read_results, read_study
+from pipeline.report.source import read_heads, read_results
 from tests.small_run import digits_run
 
 
@@ -43,33 +40,6 @@ def test_timm_loads_the_file_and_gives_the_logits_of_encoder_and_head(run, tmp_p
     with torch.no_grad():
         expected = encode(load_checkpoint(run / "backbone" / "last.pt").model, images) @ weight.T + bias
         torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_the_model_cards_python_makes_the_model(run, tmp_path, monkeypatch):
-    export_model(run, out=tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    code = (tmp_path / "model" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    names: dict = {}
-    with redirect_stdout(io.StringIO()):
-        exec(code, names)
-    assert names["model"].get_classifier().out_features == 10
-
-
-def test_the_model_card_has_the_table_the_choice_and_the_limits(run, tmp_path):
-    export_model(run, out=tmp_path / "model")
-    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    selected = read_results(run / "rebalance" / "results.json")["selected"]
-    assert (
-        f"| {selected['few']:.1f} ± {selected['few_std']:.1f} | {selected['all']:.1f} ± {selected['all_std']:.1f} |"
-        in card
-    )
-    assert "λ was chosen on validation." in card
-    assert "holds one head of them: batch order 0 of 2" in card
-    assert "363 images, 110 … 5 a class" in card
-    own = read_study(run).first
-    accuracy = own.class_accuracy(own.selected, "test")
-    worst = int(np.argmin(accuracy))
-    assert f"Weakest classes on test: {worst} {accuracy[worst]:.0f} %" in card
 
 
 def test_config_says_what_feeds_the_network_and_names_its_classes(run, tmp_path):

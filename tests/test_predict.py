@@ -7,13 +7,15 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
+from rich.cells import cell_len
 
 from cache import open_cache
 from pipeline.data import load_dataset
+from pipeline.deployed import load_model
 from pipeline.errors import ConfigError, DataError
 from pipeline.export import export_model
-from pipeline.predict import csv_lines, find_images, json_lines, predict, table
+from pipeline.predict import Comparison, Guess, Prediction, find_images, predict
+from pipeline.predict_lines import csv_lines, json_lines, table_lines
 from pipeline.report.source import read_heads, read_results
 from tests.conftest import digits_tree
 from tests.small_run import digits_run
@@ -79,8 +81,8 @@ def test_batch_size_and_company_change_nothing(model, folder):
 
 
 def test_unreadable_files_are_named_and_skipped(model, folder):
-    reasons: list[str] = []
-    rows = {row.path: row for row in predict(model, [folder], skipped=reasons.append, batch_size=8)}
+    found = predict(model, [folder], batch_size=8)
+    rows, reasons = {row.path: row for row in found}, found.skipped
     assert len(rows) == 41
     for name in ("13.png", "14.png", "15.png"):  # read in one batch with the file that cannot be read
         (alone,) = predict(model, [folder / name])
@@ -91,7 +93,7 @@ def test_unreadable_files_are_named_and_skipped(model, folder):
 
 
 def test_nothing_readable_is_an_error(model, folder, tmp_path):
-    with pytest.raises(DataError, match=r"none of 1 image\(s\) could be read"):
+    with pytest.raises(DataError, match="none of 1 image could be read"):
         list(predict(model, [folder / "13a.jpg"]))
     for given, said in (
         ([], "no image was given"),
@@ -116,21 +118,102 @@ def test_more_classes_than_there_are_is_all_of_them(model, folder):
     assert sum(g.probability for g in row.guesses) == pytest.approx(1, abs=1e-5)
 
 
-def test_rows_as_csv_json_lines_and_table(model, folder):
+def test_rows_as_csv_and_json_lines(model, folder):
     rows = list(predict(model, [folder / "00.png", folder / "01.png"], top_k=2, compare=True))
     read = list(csv.DictReader(csv_lines(rows)))
     assert [r["class_1"] for r in read] == [r.guesses[0].name for r in rows]
     assert [float(r["stage1_probability_2"]) for r in read] == pytest.approx(
         [r.stage1[1].probability for r in rows], abs=1e-6
     )
+    assert [r["changed"] for r in read] == [str(int(r.changed)) for r in rows]
     documents = [json.loads(line) for line in json_lines(rows)]
     assert documents[1]["top"][0] == {"name": rows[1].guesses[0].name, "probability": rows[1].guesses[0].probability}
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(rows))
-    console.file.close()
-    text = console.export_text()
-    assert "before rebalancing" in text
-    assert str(folder / "01.png") in text
+    assert documents[1]["changed"] == rows[1].changed
+
+
+def said(path, *names, before=None):
+    """A made prediction."""
+    guesses = [tuple(Guess(name, 0.9 / 10**i) for i, name in enumerate(of)) for of in (names, before or ())]
+    return Prediction(path, guesses[0], guesses[1] or None)
+
+
+def test_a_table_keeps_to_its_width_and_tells_the_common_folder_once():
+    rows = [
+        said("photos/far/below/one.png", "horse", "cat", before=("cat", "horse")),
+        said(f"photos/far/{'long' * 12}.png", "海豚", before=("海豚",)),
+    ]
+    for width in (60, 80, 120):
+        lines = list(table_lines(rows, [row.path for row in rows], width=width))
+        assert max(map(cell_len, lines)) <= width
+        assert lines[0] == "2 images below photos/far/"
+        assert [i for i, line in enumerate(lines) if line.endswith("◀")] == [3]
+        told = "".join(line[: line.index("  ")] if "  " in line else line for line in lines[4:])
+        assert f"{'long' * 12}.png" in told
+        starts = {
+            cell_len(line[: line.index(name)]) for line in lines for name in ("rebalanced", "海豚") if name in line
+        }
+        assert len(starts) == 1  # wide letters move no column
+    alone = list(table_lines(rows[:1], [rows[0].path], width=80))
+    assert alone[1].startswith("photos/far/below/one.png  horse 90.0%, ")
+
+
+@pytest.mark.parametrize(
+    ("paths", "folder"),
+    [
+        (["a/b/1.png", "a/b/2.png"], "a/b/"),
+        (["a/b/1.png", "a/c/2.png"], "a/"),
+        (["/a/1.png", "/b/2.png"], "/"),
+        (["/a/1.png", "b/2.png"], ""),
+        (["1.png", "a/2.png"], ""),
+        (["a/1.png"], ""),
+        (["ab/1.png", "ac/2.png"], ""),
+    ],
+)
+def test_the_common_folder_is_one(paths, folder):
+    rows = [said(path, "cat") for path in paths]
+    lines = list(table_lines(rows, paths, width=100))
+    assert lines[0].endswith(f" below {folder}") if folder else lines[0].split() == ["image", "most", "probable"]
+    assert [line.split()[0] for line in lines[-len(paths) :]] == [path[len(folder) :] for path in paths]
+
+
+def test_a_comparison_counts_changes_from_group_to_group():
+    groups = {"cat": "many", "dog": "many", "horse": "medium", "newt": "few"}
+    compared = Comparison(groups)
+    for first, before in (("newt", "cat"), ("newt", "dog"), ("horse", "newt"), ("cat", "cat")):
+        compared.add(said("x.png", first, before=(before,)))
+    assert compared.to_dict() == {
+        "images": 4,
+        "changed": 3,
+        "from": {"many": 2, "medium": 0, "few": 1},
+        "to": {"many": 0, "medium": 1, "few": 2},
+    }
+    assert str(compared) == (
+        "rebalancing changed the first answer of 3 of 4 images, from classes with many (2), few (1) to classes with "
+        "medium (1), few (2) training images"
+    )
+    assert str(Comparison(groups, images=1)) == "rebalancing changed the first answer of 0 of 1 image"
+
+
+def test_results_print_as_a_table_with_what_changed_and_what_was_left_out(model, folder):
+    found = predict(load_model(model), [folder / "below", folder / "01.png", folder / "13a.jpg"], compare=True)
+    lines = str(found).splitlines()
+    assert lines[0] == f"2 images below {folder}/"
+    assert [line.split()[0] for line in lines[3:5]] == ["below/40.PNG", "01.png"]
+    assert lines[5].startswith(f"rebalancing changed the first answer of {found.compared.changed} of 2 images")
+    assert lines[6].startswith(f"left out: {folder / '13a.jpg'}: unreadable image")
+    assert found.to_dict()["compared"]["images"] == len(found) == 2
+
+
+def test_links_are_followed_and_a_circle_of_them_ends(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("a/1.png", "a/b/2.png", "elsewhere/3.png", "a/.hidden.png"):
+        (tmp_path / place).write_bytes(b"")
+    (tmp_path / "a" / "b" / "up").symlink_to("../..")
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
+    assert sorted({p.name for p in find_images([tmp_path / "a"])}) == ["1.png", "2.png", "3.png"]
+    assert len(find_images([tmp_path / "a"])) == 3
+    assert len(find_images([tmp_path / "a" / "1.png", str(tmp_path / "a" / ".." / "a" / "1.png")])) == 1
 
 
 def test_a_damaged_or_foreign_model_is_named(model, folder, tmp_path):
@@ -138,5 +221,5 @@ def test_a_damaged_or_foreign_model_is_named(model, folder, tmp_path):
     (copy / "model.pth").write_bytes(b"x")
     with pytest.raises(DataError, match="export it again"):
         list(predict(copy, [folder / "00.png"]))
-    with pytest.raises(DataError, match="no such run folder"):
+    with pytest.raises(DataError, match="no such folder; give one of `pipeline export"):
         list(predict(tmp_path / "nowhere", [folder / "00.png"]))

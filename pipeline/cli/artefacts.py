@@ -1,6 +1,8 @@
 """What is made of a run: report, export, predict; and what any artefact is: info, doctor."""
 
-import json
+import shutil
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -10,6 +12,10 @@ from pipeline.cli.options import PATH, STORE, Examples, dry_run, shared
 from pipeline.cli.outcome import show
 from pipeline.cli.places import is_store, run_folder
 from pipeline.errors import FAILED
+
+LAYOUTS = ("table", "csv", "jsonl")
+WIDE = 120  # columns of a table that goes to a file or another program
+TOLD = 20  # images left out that are named
 
 
 @click.command(
@@ -64,31 +70,36 @@ def progress_command(runs, out, dry_run, as_json, debug):
     "export",
     short_help="The model with the rebalanced head, or a store as files.",
     cls=Examples,
-    example="pipeline export runs/digits-lt --to timm --out model",
+    example="pipeline export runs/digits-lt --to onnx --out model",
 )
 @click.argument("run", required=False, shell_complete=runs)
 @click.option(
     "--to",
     "kind",
-    type=click.Choice(["timm", "safetensors", "npy"]),
-    help="timm or safetensors of a model [default: timm], npy or safetensors of a feature store [default: npy].",
+    type=click.Choice(["timm", "safetensors", "onnx", "npy"]),
+    help="timm, safetensors or onnx of a model [default: timm], npy or safetensors of a feature store [default: npy].",
 )
 @click.option("--out", type=PATH, required=True, help="The folder to make.")
 @click.option("--lam", type=float, help="Take the head of this λ instead of the selected one.")
 @click.option(
-    "--method", metavar="NAME", shell_complete=methods, help="Take the head of this method instead of the selected one."
+    "--method",
+    metavar="NAME",
+    shell_complete=methods,
+    help="Take the head of this method instead; with several λ, that which validation prefers.",
 )
 @dry_run
 @shared
 def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
     """The whole model with the rebalanced head, its configuration and a model card, as a folder.
 
+    ONNX is one graph from pixels to logits, and needs the extra: pip install 'iwb-pipeline[onnx]'.
+
     Or, where RUN is a feature store (…/features.zarr), its features, labels and classifier as plain files.
     """
     if run is not None and is_store(run):
         import cache
 
-        if kind == "timm" or lam is not None or method is not None:
+        if kind in ("timm", "onnx") or lam is not None or method is not None:
             raise click.UsageError(
                 f"{run} is a feature store: it goes --to npy or safetensors, without --lam or --method"
             )
@@ -103,8 +114,6 @@ def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
         raise click.UsageError(f"npy is of a feature store, such as {run_folder(run) / 'features.zarr'}")
     from pipeline.export import export_model
 
-    if lam is not None and method is not None:
-        raise click.UsageError("--lam is of iwb: give it without --method")
     if dry_run:
         from pipeline.plan.after import plan_export
 
@@ -125,40 +134,72 @@ def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
 @click.option(
     "--format",
     "layout",
-    type=click.Choice(["table", "csv", "jsonl"]),
-    default="table",
-    show_default=True,
-    help="How they are printed.",
+    type=click.Choice([*LAYOUTS]),
+    help="How they are printed [default: what --out ends with; table].",
 )
+@click.option("--out", type=PATH, help="A file for them, such as labels.csv or labels.jsonl, instead of the terminal.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time.")
-@click.option("--compare", is_flag=True, help="Also say what the head before rebalancing says.")
+@click.option("--compare", is_flag=True, help="Also say what the head before rebalancing says, and what has changed.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
 @shared
-def predict_command(model, images, top_k, layout, batch_size, compare, device, as_json, debug):
+def predict_command(model, images, top_k, layout, out, batch_size, compare, device, as_json, debug):
     """Label images with an exported model or a run.
 
-    MODEL is a folder of `pipeline export` or a run; IMAGES are files, folders and globs. Unreadable files are reported and
-    left out; exit code 3 if none could be read.
+    MODEL is a folder of `pipeline export` or a run; IMAGES are files, folders, globs, and - for a list of them on standard
+    input, one a line. Unreadable files are reported and left out; exit code 3 if none could be read.
     """
-    from rich.console import Console
-
+    if as_json and (layout or out):
+        raise click.UsageError("--json is one document on stdout: give it without --format and --out")
+    if out and not layout and out.suffix not in (".csv", ".jsonl"):
+        raise click.UsageError(f"{out}: ends neither with .csv nor with .jsonl; say --format")
+    layout = layout or (out.suffix[1:] if out else "table")
+    given = [name for word in images for name in (sys.stdin.read().splitlines() if word == "-" else [word])]
+    from cache import write_durably
+    from pipeline import predict_lines
     from pipeline.console import Talk
-    from pipeline.predict import csv_lines, json_lines, predict, table
+    from pipeline.predict import Comparison, Predictions, counted, find_images, label, load_model
 
+    talk = Talk()
     skipped: list[str] = []
-    rows = predict(
-        model, images, top_k=top_k, batch_size=batch_size, device=device, compare=compare, skipped=skipped.append
-    )
-    if as_json:
-        document = {"predictions": [row.to_dict() for row in rows], "skipped": skipped}
-        click.echo(json.dumps(document, indent=1, allow_nan=False))
-    elif layout == "table":
-        Console(highlight=False).print(table(rows))
-    else:
-        for line in csv_lines(rows) if layout == "csv" else json_lines(rows):
-            click.echo(line)
-    for reason in skipped:
-        Talk().say(f"left out: {reason}")
+    paths = find_images([name for name in given if name], skipped.append)
+    unfound = len(skipped)
+    loaded = load_model(model, device=device)
+    comparison = Comparison(loaded.groups) if compare else None
+    seen = not (as_json or out) and sys.stdout.isatty()  # rows that come are progress enough
+    with nullcontext() if seen else talk.progress("predict") as bar:
+
+        def rows():
+            found = label(loaded, paths, top_k=top_k, batch_size=batch_size, compare=compare, skipped=skipped.append)
+            for done, row in enumerate(found, 1):
+                if comparison is not None:
+                    comparison.add(row)
+                if bar is not None:
+                    bar.move(done + len(skipped) - unfound, len(paths))
+                yield row
+
+        if as_json:
+            show(Predictions(tuple(rows()), tuple(skipped), comparison), True)
+            return
+        if layout == "table":
+            width = shutil.get_terminal_size().columns if seen else WIDE
+            lines = predict_lines.table_lines(rows(), [str(path) for path in paths], width=width)
+        else:
+            lines = predict_lines.csv_lines(rows()) if layout == "csv" else predict_lines.json_lines(rows())
+        whole = (f"{line}\n".encode(errors="backslashreplace") for line in lines)  # names of files may be no text
+        if out:
+            write_durably(out, lambda file: file.writelines(whole))
+        else:
+            for line in whole:
+                click.echo(line, nl=False)
+    if out:
+        click.echo(f"{out}: {counted(len(paths) - len(skipped) + unfound)} labelled")
+    if comparison is not None:
+        mark = f"\n{predict_lines.CHANGED} " if layout == "table" and comparison.changed else "\n" * (layout == "table")
+        click.echo(f"{mark}{comparison}", err=layout != "table" and not out)
+    for reason in skipped[:TOLD]:
+        talk.say(f"left out: {reason}")
+    if len(skipped) > TOLD:
+        talk.say(f"left out: {len(skipped) - TOLD:,} more; --json lists them all")
 
 
 @click.command(

@@ -24,6 +24,9 @@ from pipeline.seeds import derive, uniform
 Wanted = tuple[Any, int, int | None]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BLOCK = 4 << 20  # bytes of images that are augmented at once: many batches of small ones
+WITHOUT_WORKERS = (
+    "the same command goes on: --set data.workers=0 reads without such processes, in a container more --shm-size helps"
+)
 UNUSED = {"policy": "none", "rand_n": 2, "rand_m": 9, "cutout": 0}
 
 
@@ -160,7 +163,7 @@ class Loader:
                     yield self.transform.normalise(batch)
             return
         self._plan.batches = (wanted(self.split, *batch, key=key) for batch in zip(rows, ids, strict=True))
-        for positions, (images, reasons) in zip(rows, self._from_workers(), strict=True):
+        for positions, (images, reasons) in zip(rows, from_workers(self._files), strict=True):
             bad = [(int(i), reason) for i, reason in zip(positions, reasons, strict=True) if reason]
             for position, reason in bad:
                 if unreadable is None:
@@ -168,18 +171,6 @@ class Loader:
                     raise DataError(f"{reason}{more}; or leave such images out: --on-error skip")
                 unreadable(position)
             yield self.transform.normalise(images.to(self.device, non_blocking=True))
-
-    def _from_workers(self) -> Iterator[tuple[Tensor, list[str | None]]]:
-        try:
-            yield from self._files
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            first = str(error).splitlines()[0]
-            raise PipelineError(
-                f"{first}: a process that reads images was ended, mostly for lack of memory; the same command goes on: "
-                "--set data.workers=0 reads without such processes, in a container more --shm-size helps"
-            ) from error
 
     def _take(self, positions: np.ndarray, ids: np.ndarray, key: int | None) -> Tensor:
         """uint8 (B, 3, H, W)."""
@@ -197,6 +188,19 @@ class Loader:
             )
             images = apply(plan, images)
         return cut_out(images, how, ids=ids, key=key)
+
+
+def from_workers(files: "DataLoader[Any]", advice: str = WITHOUT_WORKERS) -> Iterator[tuple[Tensor, list[str | None]]]:
+    """What `collate` made of each batch; PipelineError that says what to do where a process that reads images is gone."""
+    try:
+        yield from files
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise PipelineError(
+            f"{first}: a process that reads images was ended, mostly for lack of memory; {advice}"
+        ) from error
 
 
 def _blocks(rows: Sequence[np.ndarray], *, limit: int) -> Iterator[list[np.ndarray]]:

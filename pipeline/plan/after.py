@@ -7,10 +7,10 @@ from typing import Any
 
 import cache
 from cache import CacheError
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.plan.plan import Plan, Write, refuse_room
 from pipeline.report.progress import FILE, trainings
-from pipeline.report.source import Kind, Study, read_study
+from pipeline.report.source import read_study
 
 
 def plan_report(run: Path, *, out: Path | None = None) -> Plan:
@@ -51,15 +51,10 @@ def plan_export(
     if "://" in str(run) or (Path(run) / "zarr.json").is_file():
         return _of_store(run, to or "npy", out)
     from pipeline.backbone.model import network_facts
-    from pipeline.export import matching_checkpoint
+    from pipeline.export import settled
     from pipeline.plan.stage1 import model_bytes
 
-    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
-        raise ConfigError(f"{out}: is not empty and holds no exported model; take another --out")
-    study = read_study(Path(run))
-    kind = _kind(study, lam, method)
-    study.first.head_number(kind)
-    checkpoint = matching_checkpoint(study.first)
+    study, kind, checkpoint = settled(Path(run), to=to or "timm", out=out, lam=lam, method=method)
     refuse_room(out)
     network = network_facts(checkpoint.config.backbone, checkpoint.model)
     told = f"{network['network']}, {network['parameters']:,} parameters, {len(checkpoint.class_names):,} classes"
@@ -86,13 +81,6 @@ def _of_store(store: Path | str, to: str, out: Path) -> Plan:
         "export", {}, {"store": f"{opened.path}: {told}, {opened.dtype}"}, {"store": str(opened.path), "to": to},
         (Write(out, size, "new"),),
     )  # fmt: skip
-
-
-def _kind(study: Study, lam: float | None, method: str | None) -> Kind:
-    selected = study.first.selected
-    if lam is not None:
-        return Kind("iwb", selected.loss, lam)
-    return selected if method is None else Kind(method, None, None)
 
 
 def _state(path: Path) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from cache import Cache, CacheError, is_url, open_cache
 from pipeline.errors import DataError
-from pipeline.heads import Linear, read_scorers
+from pipeline.heads import Linear, Scorer, read_scorers
 from pipeline.method_names import PROBE, start_name
 from pipeline.metrics import GROUPS
 from pipeline.report.dispersion import Directions, read_directions
@@ -99,6 +99,11 @@ class Backbone:
         return read_heads(self.results_path.with_name("heads.safetensors"))
 
     @cached_property
+    def scorers(self) -> list[tuple[Row, Scorer]]:
+        """(what it is, head) of every head in heads.safetensors, those that are no linear layer too."""
+        return read_scorers(self.results_path.with_name("heads.safetensors"))
+
+    @cached_property
     def directions(self) -> dict[str, Directions | None]:
         """Of the clean features of training and test; None where there are none, or too many."""
         return {split: read_directions(self.store, split) for split in ("train", "test")}
@@ -107,24 +112,20 @@ class Backbone:
         """The λ that stands for a method where methods were tuned."""
         return next((c["lam"] for c in self.results.get("chosen", ()) if c["method"] == method), None)
 
-    def head_number(self, kind: Kind) -> int:
-        """Where the head of a kind stands, of several batch orders the first; DataError where no layer can carry it."""
-        heads, _, _ = self.heads
-        mine = [i for i, head in enumerate(heads) if kind.matches(head)]
+    def head(self, kind: Kind) -> tuple[Row, Scorer]:
+        """(what it is, head) of a kind, of several batch orders the first; DataError naming what there is instead."""
+        mine = [(what, head) for what, head in self.scorers if kind.matches(what)]
         if mine:
-            return min(mine, key=lambda i: heads[i].get("seed") or 0)
+            return min(mine, key=lambda each: each[0].get("seed") or 0)
         file = self.results_path.with_name("heads.safetensors")
-        if any(kind.matches(row) for row in self.rows):
-            known = ", ".join(dict.fromkeys(head["method"] for head in heads))
-            raise DataError(
-                f"{file}: {kind} is no linear layer, which is all that a model can carry; take one of {known}"
-            )
-        if kind.lam is None:
-            raise DataError(f"{file}: no head {kind}; run `pipeline rebalance --method {kind.method}` first")
-        lams = ", ".join(f"{v:g}" for v in sorted({h["lam"] for h in heads if h.get("lam") is not None}))
-        raise DataError(
-            f"{file}: no head {kind}; it has λ = {lams}; run `pipeline rebalance --lam {kind.lam}` for another"
-        )
+        others = [what for what, _ in self.scorers if what["method"] == kind.method]
+        lams = ", ".join(f"{lam:g}" for lam in sorted({w["lam"] for w in others if w.get("lam") is not None}))
+        if kind.lam is not None and lams:
+            again = f"run `pipeline rebalance --lam {kind.lam:g}` for another"
+            raise DataError(f"{file}: no head {kind}; it has λ = {lams}; {again}")
+        known = ", ".join(dict.fromkeys(what["method"] for what, _ in self.scorers))
+        again = f"run `pipeline rebalance --method {kind.method}` first"
+        raise DataError(f"{file}: no head {kind}; it has {known}; {again}")
 
     def norms(self, kind: Kind) -> np.ndarray | None:
         """(C,) lengths of the class vectors, mean over batch orders; None where no such head was kept."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.heads import Gated, Linear, Scorer
+from pipeline.heads import Linear, Scorer, scorer_of
 from pipeline.memory import free_memory
 from pipeline.rebalance.batches import batch_order
 from pipeline.rebalance.engine import Schedule
@@ -184,7 +184,7 @@ def _fit_together(
                     rule.project(params, given, own)
     with torch.no_grad():
         head = [t.expand(*lead, *t.shape[2:]).float().cpu().numpy() for t in rule.head(params, given, own)]
-    return [[_scorer([a[s, t].copy() for a in head]) for s in range(lead[0])] for t in range(lead[1])]
+    return [[scorer_of([a[s, t].copy() for a in head]) for s in range(lead[0])] for t in range(lead[1])]
 
 
 def _start(rule: Trained, given: Given, seeds: Sequence[int], trials: int) -> Params:
@@ -227,10 +227,3 @@ def _resident(view: np.ndarray | StreamedView, like: Tensor) -> Tensor:
 
 def _class_balanced(given: Given, own: Mapping[str, Any], progress: float) -> Tensor:
     return class_balanced_weights(given.counts)[None]
-
-
-def _scorer(arrays: Sequence[np.ndarray]) -> Scorer:
-    if len(arrays) == 2:
-        return Linear(*arrays)
-    first_weight, first_bias, second_weight, second_bias, gate = arrays
-    return Gated(Linear(first_weight, first_bias), Linear(second_weight, second_bias), gate)
