@@ -241,12 +241,14 @@ def bare(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip("\n").splitlines()]
 
 
+QUICK = ("docs/method.md", "docs/surviving.md", "docs/training.md")
 RUN = [page for page in PAGES if any(b.language in ("python", *SHELL) and b.mark == "" for b in blocks(page))]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("methods_as_before")
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize(
+    "page", [page if page in QUICK else pytest.param(page, marks=pytest.mark.slow) for page in RUN]
+)
 def test_its_blocks_run_and_print_what_it_says(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
