@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from pipeline.memory import free_memory
 from pipeline.provenance import LIBRARIES
-from pipeline.shown import Shown, callable_as
+from pipeline.shown import Shown, callable_as, columns, wrapped
 
 SHOWN = (
     *LIBRARIES,
@@ -27,7 +28,9 @@ SHOWN = (
     "google-crc32c",
 )
 LITTLE_DISK, LITTLE_MEMORY, LITTLE_SHARED = 2.0, 2.0, 1.0  # GiB
+APART = 2e-2  # a GPU multiplies in TF32; a wrong kernel is off by far more
 SHARED = Path("/dev/shm")
+FOR_DEVELOPERS = ("dev", "docs")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis(Shown):
-    """What `doctor` found; ok is whether every check passed. Sizes in GiB, warnings for a person."""
+    """What `doctor` found; ok is whether every check passed. Sizes in GiB, warnings for a person.
+
+    kernel: instruction sets of the C kernel of stage 2 on CPUs, the one that is used first, empty without it; extras: name
+    of each optional extra → what is missing of it.
+    """
 
     ok: bool
     python: str
@@ -54,6 +61,8 @@ class Diagnosis(Shown):
     why: str
     threads: int
     cores: int
+    kernel: tuple[str, ...]
+    extras: dict[str, tuple[str, ...]]
     memory_free_gib: float | None
     shared_memory_free_gib: float | None
     disk_free_gib: float
@@ -73,16 +82,28 @@ class Diagnosis(Shown):
             "devices": ", ".join(self.devices),
             "takes": f"{self.device}, {self.precision}: {self.why}",
             "threads": f"{self.threads} of {self.cores} cores",
+            "kernel": f"{self.kernel[0]} (of {', '.join(self.kernel)})" if self.kernel else "none: tensor operations",
+            "extras": ", ".join(self._extras()),
             "free": f"memory {memory}{shared}, disk {self.disk_free_gib:.1f} GiB in {self.folder}",
         }
-        lines = [f"{name:<9} {text}" for name, text in facts.items()]
-        lines += [f"{'ok' if c.ok else 'FAILED':<9} {c.name}: {c.said} ({c.seconds:.2f} s)" for c in self.checks]
-        lines += [f"{'warning':<9} {text}" for text in self.warnings]
-        return "\n".join([*lines, "all is well" if self.ok else "something is wrong: see FAILED above"])
+        told = list(facts.items())
+        told += [("ok" if c.ok else "FAILED", f"{c.name}: {c.said} ({c.seconds:.2f} s)") for c in self.checks]
+        told += [("warning", text) for text in self.warnings]
+        lines = [line for name, text in told for line in wrapped(f"{name:<9} ", text, columns(), indent=10)]
+        took = sum(check.seconds for check in self.checks if check.name != "libraries")
+        end = f"all is well; the self-test took {took:.1f} s" if self.ok else "something is wrong: see FAILED above"
+        return "\n".join([*lines, end])
+
+    def _extras(self) -> list[str]:
+        """Each extra that is there, and how to get those that are not."""
+        return [
+            f"{name} missing (pip install 'iwb-pipeline[{name}]')" if missing else name
+            for name, missing in self.extras.items()
+        ]
 
 
 def doctor(folder: Path | None = None) -> Diagnosis:
-    """Looks at this machine and runs a network, a store and a stage-2 fit on it, each for a moment.
+    """Looks at this machine and runs a network, a store, a stage-2 fit and a process group on it, each for a moment.
 
     folder: whose disk is measured, default the current one.
     """
@@ -94,6 +115,7 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         checks.append(_check("network", lambda: _run_network(device)))
         checks.append(_check("store", _run_store))
         checks.append(_check("stage 2", lambda: _run_stage2(device)))
+        checks.append(_check("processes", lambda: _run_processes(device)))
     free, disk = free_memory(), shutil.disk_usage(folder).free / 2**30
     memory = None if free is None else free / 2**30
     shared = shutil.disk_usage(SHARED).free / 2**30 if SHARED.exists() else None
@@ -108,6 +130,8 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         why=why,
         threads=threads,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        kernel=_kernels(),
+        extras=extras(),
         memory_free_gib=memory,
         shared_memory_free_gib=shared,
         disk_free_gib=disk,
@@ -202,13 +226,15 @@ def _run_store() -> str:
 
 
 def _run_stage2(device: str) -> str:
-    """Heads fitted to features of two classes, one ten times the other; the rebalanced head must find the small one."""
+    """Heads fitted to features of two classes, one ten times the other, by what is used here and by tensor operations.
+
+    The rebalanced head must find the small class, and be the same either way.
+    """
     import numpy as np
 
     from pipeline.rebalance.engine import Head, Schedule, fit_heads
     from pipeline.rebalance.features import Features
     from pipeline.rebalance.formulation import penalty
-    from pipeline.rebalance.native import instruction_sets
 
     labels = np.repeat([0, 1], [100, 10])
     noise = np.random.default_rng(0).normal(size=(110, 4)).astype(np.float32)
@@ -217,14 +243,70 @@ def _run_stage2(device: str) -> str:
         [features], labels, np.bincount(labels), 0.01 * np.eye(2, 4, dtype=np.float32), np.zeros(2, np.float32)
     )
     schedule = Schedule(epochs=3, lr=0.05, batch_size=16)
-    weight, bias = fit_heads(zero, [Head("cb-softmax", 0.1, penalty())], seeds=[0], schedule=schedule, device=device)
+    head = Head("cb-softmax", 0.1, penalty())
+    weight, bias = fit_heads(zero, [head], seeds=[0], schedule=schedule, device=device)
     right = (features @ weight[0, 0].T + bias[0, 0]).argmax(1) == labels
     found = float(right[labels == 1].mean())
     if not found > 0.9:
         raise RuntimeError(f"a fit that separates two distant classes found {100 * found:.0f} % of the small one")
-    by = f"by the {next(iter(instruction_sets()))} kernel" if instruction_sets() else "by tensor operations"
-    how = f", {by}" if device == "cpu" else ""
-    return f"a rebalancing fit on {device} finds {100 * found:.0f} % of a class ten times smaller{how}"
+    again, _ = fit_heads(zero, [head], seeds=[0], schedule=schedule, device="cpu", kernel=None)
+    apart = float(np.abs(weight - again).max() / np.abs(again).max())
+    if not apart < APART:
+        raise RuntimeError(
+            f"heads of the same fit differ by {apart:.1e} of their largest number from tensor operations on a CPU"
+        )
+    kernels = _kernels()
+    by = f"the {kernels[0]} kernel" if kernels and device == "cpu" else f"tensor operations on {device}"
+    return (
+        f"{100 * found:.0f} % of a class ten times smaller found by {by}, {apart:.0e} from tensor operations on the CPU"
+    )
+
+
+def _run_processes(device: str) -> str:
+    """A sum over a process group of one, by the libraries that several processes would use."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return f"{dist.get_backend()} is in use by {dist.get_world_size()} processes"
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(backend, store=dist.FileStore(f"{folder}/meet", 1), rank=0, world_size=1)
+        try:
+            for where in dict.fromkeys(("cpu", device)):
+                ones = torch.ones(4, device=where)
+                dist.all_reduce(ones)
+                if not bool((ones == 1).all()):
+                    raise RuntimeError(f"a sum over one process on {where} is {ones.tolist()}")
+        finally:
+            dist.destroy_process_group()
+    nccl = "nccl" if dist.is_nccl_available() else "no nccl"
+    return f"a sum by {backend}; this torch has {nccl}"
+
+
+def extras() -> dict[str, tuple[str, ...]]:
+    """Optional extra → the packages of it that are missing; those for developers left out."""
+    try:
+        lines = importlib.metadata.requires("iwb-pipeline") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    found: dict[str, tuple[str, ...]] = {}
+    for line in lines:
+        wanted, _, marker = line.partition(";")
+        if (extra := re.search(r"""extra == ["'](\w+)["']""", marker)) and extra[1] not in FOR_DEVELOPERS:
+            name = re.match(r"[\w.-]+", wanted.strip())
+            missing = (name[0],) if name and _version(name[0]) is None else ()
+            found[extra[1]] = found.get(extra[1], ()) + missing
+    return found
+
+
+def _kernels() -> tuple[str, ...]:
+    """Instruction sets of the C kernel, the fastest first."""
+    try:
+        from pipeline.rebalance.native import instruction_sets
+    except ImportError:  # of numpy or torch, which the first check tells
+        return ()
+    return tuple(name for name in instruction_sets() if name != "double")
 
 
 def _check(name: str, work: Callable[[], str]) -> Check:

@@ -1,5 +1,6 @@
 """`info` recognises every artefact, `verify` every damage, `doctor` whether the machine computes."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_verify_reads_every_byte(tmp_path):
 def test_doctor_really_computes_and_says_so():
     found = doctor()
     assert found.ok, str(found)
-    assert [check.name for check in found.checks] == ["libraries", "network", "store", "stage 2"]
+    assert [check.name for check in found.checks] == ["libraries", "network", "store", "stage 2", "processes"]
     assert found.device in ("cpu", "cuda", "cuda:0")
     assert found.versions["torch"]
     text = str(found)
@@ -251,6 +252,40 @@ def test_little_shared_memory_is_told_with_what_docker_calls_it(tmp_path):
     assert "--shm-size 8g" in told
     assert not _warnings(memory=16.0, shared=8.0, disk=100.0, folder=tmp_path)
     assert not _warnings(memory=None, shared=None, disk=100.0, folder=tmp_path)
+
+
+def test_doctor_knows_the_kernel_the_extras_and_what_takes_how_long(monkeypatch):
+    from pipeline.rebalance import native
+
+    monkeypatch.setenv("COLUMNS", "80")
+    found = doctor()
+    assert found.kernel[:1] == tuple(native.instruction_sets())[:1]
+    assert found.extras.keys() >= {"s3", "huggingface", "tensorboard"}
+    assert not found.extras.keys() & {"dev", "docs"}
+    text = str(found)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "the self-test took" in text
+    assert "missing (pip install 'iwb-pipeline[s3]')" in str(dataclasses.replace(found, extras={"s3": ("obstore",)}))
+
+
+def test_doctor_finds_a_kernel_that_computes_something_else(monkeypatch, capsys):
+    """Heads of the kernel a tenth larger: the fit separates the classes all the same, the comparison tells."""
+    from pipeline.cli import invoke
+    from pipeline.rebalance import engine
+
+    whole = engine.fit_by_kernel
+
+    def wrong(*given, **named):
+        for members, weight, bias in whole(*given, **named):
+            yield members, 1.1 * weight, bias
+
+    if not engine.instruction_sets():
+        pytest.skip("no C kernel here")
+    monkeypatch.setattr(engine, "fit_by_kernel", wrong)
+    assert invoke(["doctor"]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "FAILED stage 2: RuntimeError: heads of the same fit differ by" in told
+    assert told.endswith("something is wrong: see FAILED above")
 
 
 def test_a_check_that_fails_is_a_finding():
