@@ -20,24 +20,28 @@ TOLD = 20  # images left out that are named
 
 @click.command(
     "report",
-    short_help="One HTML page of a run, its figures as PNG and CSV.",
+    short_help="One interactive HTML page of a run, or of several side by side.",
     cls=Examples,
     example="pipeline report runs/digits-lt",
 )
-@click.argument("run", required=False, shell_complete=runs)
-@click.option("--out", type=PATH, help="Where report.html and figures/ go [default: the run].")
+@click.argument("runs", nargs=-1, metavar="[RUN]…", shell_complete=runs)
+@click.option("--out", type=PATH, help="Where report.html and figures/ go [default: the run; of several, ./report].")
 @dry_run
 @shared
-def report_command(run, out, dry_run, as_json, debug):
-    """One self-contained HTML page of a run, and its figures as PNG with their numbers as CSV."""
+def report_command(runs, out, dry_run, as_json, debug):
+    """One self-contained, interactive HTML page of a run, and its figures as PNG with their numbers as CSV.
+
+    RUN is a folder of `pipeline run` or `rebalance`, or of ablations; several are put side by side, then each for itself.
+    """
+    folders = [run_folder(run) for run in runs] or [run_folder(None)]
     if dry_run:
         from pipeline.plan.after import plan_report
 
-        show(plan_report(run_folder(run), out=out), as_json)
+        show(plan_report(folders, out=out), as_json)
         return
     from pipeline.report import write_report
 
-    show(write_report(run_folder(run), out=out), as_json)
+    show(write_report(folders, out=out), as_json)
 
 
 @click.command(

@@ -9,24 +9,34 @@ import cache
 from cache import CacheError
 from pipeline.errors import DataError
 from pipeline.plan.plan import Plan, Write, refuse_room
+from pipeline.report.ablation import read_ablations
+from pipeline.report.html import asked, study_of
 from pipeline.report.progress import FILE, trainings
 from pipeline.report.source import read_study
 
 
-def plan_report(run: Path, *, out: Path | None = None) -> Plan:
+def plan_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Plan:
     """What `write_report` would do; raises what it would raise before it draws."""
-    study, folder = read_study(run), out or run
-    for backbone in study.backbones:
-        _ = backbone.heads
+    runs, folder = asked(run, out)
+    told: dict[Path, str] = {}
+    numbers: list[dict[str, Any]] = []
+    for path in runs:
+        study = study_of(path)
+        if study is None:
+            names = [document["name"] for document in read_ablations(path)]
+            told[path] = f"{path}: ablations {', '.join(names)}"
+            numbers.append({"run": str(path), "ablations": names})
+            continue
+        for backbone in study.backbones:
+            _ = backbone.heads
+        rows = sum(len(backbone.rows) for backbone in study.backbones)
+        told[path] = f"{path}: {len(study.backbones)} backbone(s), {rows:,} rows; selected: {study.first.selected}"
+        numbers.append({"run": str(path), "backbones": len(study.backbones), "rows": rows})
     refuse_room(folder)
-    rows = sum(len(backbone.rows) for backbone in study.backbones)
-    return Plan(
-        "report",
-        {},
-        {"run": f"{run}: {len(study.backbones)} backbone(s), {rows:,} rows; selected: {study.first.selected}"},
-        {"run": str(run), "backbones": len(study.backbones), "rows": rows},
-        tuple(Write(folder / name, None, _state(folder / name)) for name in ("report.html", "figures")),
-    )
+    writes = tuple(Write(folder / name, None, _state(folder / name)) for name in ("report.html", "figures"))
+    if len(runs) == 1:
+        return Plan("report", {}, {"run": next(iter(told.values()))}, numbers[0], writes)
+    return Plan("report", {}, {"runs": "; ".join(told.values())}, {"runs": numbers}, writes)
 
 
 def plan_progress(runs: Sequence[Path], *, out: Path) -> Plan:

@@ -191,13 +191,13 @@ def _variant_row(fitted: Fitted, tested: Scored) -> dict[str, Any]:
 def _write(result: AblationResult, config: RebalanceConfig) -> None:
     """Every file of the result; ablation.json last, so that it never speaks of files that are not there."""
     from pipeline.report.ablation import accuracy_figure, plain_row
+    from pipeline.report.axes import png
 
     out, document = Path(result.out), result.to_dict()
     drawn = accuracy_figure(document)
     if drawn:
-        numbers, image = drawn
-        write_durably(out / "accuracy-lambda.png", image)
-        write_durably(out / "accuracy-lambda.csv", csv_text(numbers))
+        write_durably(out / "accuracy-lambda.png", png(drawn.figure))
+        write_durably(out / "accuracy-lambda.csv", drawn.csv)
     write_durably(out / "table.csv", csv_text([plain_row(row) for row in result.rows]))
     write_durably(out / "heads.csv", csv_text(result.heads))
     run = provenance(

@@ -1,6 +1,9 @@
-"""An ablation as a person reads it: the table of its variants, and their accuracy against λ."""
+"""An ablation as a person reads it: the table of its variants, and their accuracy against λ; in a terminal and a page."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,21 +11,14 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from pipeline.report import axes as look
-from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED, SKY
+from pipeline.errors import DataError
+from pipeline.report.curves import accuracy_curves
+from pipeline.report.drawing import Drawing
 from pipeline.report.source import SPLITS
-from pipeline.report.table import DIFFERENCES, caption, difference, spread
+from pipeline.report.table import DIFFERENCES, caption, difference, differences_caption, html_table, spread
 
 Row = Mapping[str, Any]
 PAPER = "another, far larger network (CIFAR100-LT, imbalance factor 100), so no number compares with those to its left"
-STYLES = [
-    (BLACK, ":", "x"),
-    (RED, "--", "^"),
-    (BLUE, "-", "o"),
-    (ORANGE, "-.", "s"),
-    (GREEN, "-", "D"),
-    (SKY, "--", "v"),
-]
 
 
 def ablation_tables(document: Mapping[str, Any]) -> Group:
@@ -99,33 +95,18 @@ def plain_row(row: Row) -> dict[str, Any]:
     return flat
 
 
-def accuracy_figure(document: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bytes] | None:
-    """(the numbers drawn, a PNG) of test accuracy by group over λ, a line a variant; None where none has several λ.
+def accuracy_figure(document: Mapping[str, Any]) -> Drawing | None:
+    """Test accuracy by group over λ, a line a variant; None where none has several λ.
 
-    A variant without λ is a level line, one of a single λ is left out. The star marks the λ that was chosen, never on the
-    test split.
+    A variant without λ is a level line, one of a single λ is left out.
     """
     points = {row["name"]: _points(document, row) for row in document["rows"]}
-    drawn = [row for row in document["rows"] if len(points[row["name"]]) > 1 or row["lam"] is None]
-    numbers = [point for row in drawn for point in points[row["name"]]]
-    lams = sorted({p["lam"] for p in numbers if p["lam"] is not None})
-    if len(lams) < 2:
-        return None
-    columns = [c for c in ("all", "many", "medium", "few") if numbers[0][c] is not None]
-    with look.style():
-        figure = look.figure_of(2 + 3 * len(columns), 4.6 + 0.25 * (len(drawn) // 5))
-        grid: Any = figure.subplots(1, len(columns), sharex=True, squeeze=False)
-        for column, axes in zip(columns, grid[0], strict=True):
-            for i, row in enumerate(drawn):
-                style, width = STYLES[i % len(STYLES)], 1.7 - 0.7 * (i // len(STYLES) % 2)
-                _draw(axes, row, points[row["name"]], column, style, width=width)
-            axes.set(title=column, xlabel="λ, scale of the target norms")
-            if lams[0] > 0:
-                look.lambda_axis(axes, lams)
-        grid[0, 0].set_ylabel("test accuracy [%] (not selected on)")
-        look.legend(figure, grid)
-        figure.suptitle(_headline(document), x=0.01, ha="left", fontsize=13)
-    return numbers, look.png(figure)
+    drawn = {row["name"]: of for row in document["rows"] if len(of := points[row["name"]]) > 1 or row["lam"] is None}
+    on = next((SPLITS[row["chosen_on"]] for row in document["rows"] if row["chosen_on"]), None)
+    star = f" The star marks the λ of each that was chosen, on {on}." if on else ""
+    caption = f"The variants of {document['name']} on the test split, which selected nothing.{star}"
+    title = f"{document['name']}: accuracy against λ"
+    return accuracy_curves(drawn, name="accuracy-lambda", title=title, caption=caption, headline=_headline(document))
 
 
 def _points(document: Mapping[str, Any], row: Row) -> list[dict[str, Any]]:
@@ -145,24 +126,6 @@ def _points(document: Mapping[str, Any], row: Row) -> list[dict[str, Any]]:
     return points
 
 
-def _draw(
-    axes: Any, row: Row, points: Sequence[Row], column: str, style: tuple[str, str, str], *, width: float
-) -> None:
-    color, line, marker = style
-    look_of: Any = {"color": color, "linestyle": line, "linewidth": width, "label": row["name"]}
-    known = [p for p in points if p[column] is not None]
-    if len(known) == 1:
-        axes.axhline(known[0][column], alpha=0.7, **look_of)
-        return
-    x, y = [p["lam"] for p in known], np.array([p[column] for p in known])
-    error = np.array([p[f"{column}_std"] or 0.0 for p in known])
-    axes.fill_between(x, y - error, y + error, color=color, alpha=0.15, linewidth=0)
-    axes.plot(x, y, marker=marker, markersize=4, markerfacecolor="white", **look_of)
-    for p in known:
-        if p["chosen"]:
-            axes.plot(p["lam"], p[column], marker="*", markersize=15, color=color, markeredgecolor=BLACK, zorder=5)
-
-
 def _headline(document: Mapping[str, Any]) -> str:
     """What the figure shows, in a line."""
     on = next((row["chosen_on"] for row in document["rows"] if row["chosen_on"]), None)
@@ -170,3 +133,43 @@ def _headline(document: Mapping[str, Any]) -> str:
     network = document["network"]["network"]
     parts = [f"{document['name']}, {network}", f"mean ± one std of {n} batch orders" if n > 1 else "one batch order"]
     return "; ".join(parts + ([f"star: λ chosen on {SPLITS[on]}"] if on else []))
+
+
+def ablation_section(document: Mapping[str, Any]) -> str:
+    """The tables of ablation_tables as HTML."""
+    rows, against = document["rows"], document["against"]
+    papers = any(row["paper"] for row in rows)
+    heads = ["λ", *(c.capitalize() for c in DIFFERENCES), *(["paper"] if papers else [])]
+    lines = [
+        (
+            row["name"],
+            [_lam(row), *(spread([row], c) for c in DIFFERENCES), *([_paper(row["paper"])] if papers else [])],
+        )
+        for row in rows
+    ]
+    told = _caption(document, max(row["n"] for row in rows))
+    html = html_table("Variant", heads, lines) + f"<p class=note>Test accuracy in %. {escape(told)}</p>"
+    if not against:
+        return html
+    less = [(row["name"], [difference(row["less_alone"][c]) for c in DIFFERENCES]) for row in rows if row["less_alone"]]
+    note = f"Points, with 95 % intervals. {differences_caption(document['bootstrap'])}"
+    table = html_table(f"Less {against}", [c.capitalize() for c in DIFFERENCES], less)
+    return f"{html}{table}<p class=note>{note}</p>"
+
+
+def read_ablations(folder: Path) -> list[Row]:
+    """The documents of the ablations in a folder, in those below it, and in RUN/ablations; DataError if one is damaged."""
+    places = ("ablation.json", "*/ablation.json", "ablations/*/ablation.json", "seed-*/ablations/*/ablation.json")
+    found = []
+    for path in dict.fromkeys(p for place in places for p in sorted(folder.glob(place))):
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if missing := {"name", "rows", "heads", "against"} - document.keys():
+                raise ValueError(f"no {', '.join(sorted(missing))}")
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{path}: not a readable ablation ({error}); run `pipeline rebalance --config` again"
+            ) from error
+        seed = next((part for part in path.relative_to(folder).parts if part.startswith("seed-")), None)
+        found.append(document | ({"name": f"{seed}/{document['name']}"} if seed else {}))
+    return found

@@ -19,7 +19,6 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED = "#000000", "#E69F00", "#56B4E9", "#009E73
 PURPLE = "#CC79A7"
 GREY, LIGHT = "#5f6368", "#e3e6ea"
 BINS = 120  # more classes than this are averaged in neighbours of equal size
-LAMBDA_TICKS = 0.06  # of an axis of the page: labels closer than this run into each other
 STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 11.5,

@@ -94,6 +94,15 @@ def class_axis(names: Sequence[str], counts: np.ndarray) -> Row:
     return axis | {"title": f"class, {sizes}", "tickvals": list(range(1, len(names) + 1)), "ticktext": plain(short)}
 
 
+def kept_apart(places: Sequence[float], share: float) -> list[int]:
+    """Which of the sorted places get a label: the first, the last, and others a share of the axis from their neighbours."""
+    apart, last, found = share * (places[-1] - places[0]), len(places) - 1, [0]
+    for i in range(1, last):
+        if places[i] - places[found[-1]] >= apart and places[last] - places[i] >= apart:
+            found.append(i)
+    return [*found, last] if last else found
+
+
 def plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
     """A list that JSON knows: nan becomes None, numbers keep four decimals, text is escaped."""
     items = values.tolist() if isinstance(values, np.ndarray) else list(values)

@@ -41,6 +41,5 @@ def class_table(study: Study, key: str) -> str:
         "<div class='choose pager'><button type=button>◀ before</button><span></span>"
         "<button type=button>next ▶</button></div>"
         f"<p class=note>Test accuracy in %: before is {before}, after {after}. Click on a heading to sort.</p></div>"
-        "<noscript><p class=note>The table of all classes needs JavaScript; its numbers are in "
-        "<code>figures/class-change.csv</code>.</p></noscript>"
+        "<p class=note>The table of all classes needs JavaScript; its numbers are in the CSV.</p>"
     )

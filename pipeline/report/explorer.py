@@ -6,8 +6,8 @@ import numpy as np
 
 from pipeline.metrics import class_groups
 from pipeline.report import assets
-from pipeline.report.axes import BLACK, BLUE, GREEN, LAMBDA_TICKS, ORANGE, RED
-from pipeline.report.chart import bars, chart, plain, trace
+from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED
+from pipeline.report.chart import bars, chart, kept_apart, plain, trace
 from pipeline.report.sections import TITLES
 from pipeline.report.source import COLUMNS, SPLITS, Row, Study, classes
 
@@ -18,6 +18,7 @@ GROUP_STYLES: dict[str, Row] = {
     "few": {"color": RED, "linestyle": ":", "marker": "v"},
 }
 BARS = [(BLACK, "."), (RED, "/"), (BLUE, ""), (ORANGE, "x")]  # before, the loss alone, chosen, at the slider
+TICKS = 0.06  # of the axis of λ: labels closer than this run into each other
 STAR: Row = {"color": ORANGE, "marker": "*", "markersize": 11, "markeredgecolor": BLACK, "linestyle": "none"}
 
 
@@ -68,7 +69,7 @@ def lambda_chart(study: Study, table: Sequence[Row]) -> Row:
             chosen = [r for r in table if r["split"] == split and r["lam"] in {k.lam for k in study.selected}]
             x, y = [where[lams.index(r["lam"])] for r in chosen], [r["mean"] for r in chosen]
             traces.append(trace(f"chosen on {SPLITS[study.choosing_split]}", x, y, STAR, hoverinfo="skip", **shown))
-    ticks = _ticks(where)
+    ticks = kept_apart(where, TICKS)
     names = [study.start.removeprefix("the "), "loss alone"]
     axis: Row = {
         "title": "λ, scale of the target norms",
@@ -129,7 +130,7 @@ def explorer(study: Study, table: Sequence[Row], key: str) -> str:
         f"<output for=lam-{key}></output>{back}</div>"
         f"<fieldset><legend>accuracy on</legend>{radios}</fieldset>"
         f"<div class=tiles>{tiles}</div><p class=note id=told-{key}></p>"
-        f"<div class=chart role=img aria-label='accuracy of each group, as in the tiles above'></div></div>"
+        f"<div class=chart role=group aria-label='accuracy of each group, as in the tiles above'></div></div>"
         f"{assets.data(f'explorer-{key}', data)}"
     )
 
@@ -156,15 +157,6 @@ def _number(table: Sequence[Row], split: str, column: str, **which: object) -> l
         if row["split"] == split and row["classes"] == column and which.items() <= row.items():
             return [row["mean"], row["std"]]
     return [None, None]
-
-
-def _ticks(where: Sequence[float]) -> list[int]:
-    """Which of the places get a label: the first, the last, and of the others those far enough from their neighbours."""
-    apart, last, found = LAMBDA_TICKS * (where[-1] - where[0]), len(where) - 1, [0]
-    for i in range(1, last):
-        if where[i] - where[found[-1]] >= apart and where[last] - where[i] >= apart:
-            found.append(i)
-    return [*found, last] if last else found
 
 
 def _told(row: Row, column: str) -> str:

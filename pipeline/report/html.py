@@ -3,7 +3,7 @@
 import base64
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.report import assets, sections
 from pipeline.report.classes import class_data, class_table
 from pipeline.report.explorer import explorer
-from pipeline.report.source import Row, Study, read_study
+from pipeline.report.source import Row, Study, labels, read_study, results_files
 from pipeline.shown import Shown
 
 if TYPE_CHECKING:
@@ -39,26 +39,137 @@ class Report(Shown):
         return "\n".join([f"report: {self.path}", *(f"picture: {figure}" for figure in self.figures)])
 
 
-def write_report(run: Path, *, out: Path | None = None) -> Report:
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a page shows of one run, of its ablations, or of several runs together."""
+
+    title: str
+    header: str
+    sections: list[Section]
+    figures: list[Path]
+    rows: list[Row]
+    repeated: str
+    data: str = ""
+
+
+def write_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Report:
     """Writes report.html, and figures/*.png with their numbers as .csv, into the run's folder or `out`.
 
-    run: a folder with rebalance/results.json, or with seed-N folders of several backbones.
+    run: a folder with rebalance/results.json, or with seed-N folders of several backbones; or that of an ablation, or of
+    several. Of more than one run, the page has them side by side and then each for itself; they go to `out`, or ./report.
     Raises DataError where results, heads or store are missing or damaged, ConfigError where `out` cannot be written to.
     """
+    runs, folder = asked(run, out)
+    studies = {path: study_of(path) for path in runs}
+    writable(folder)
+    if len(runs) == 1:
+        (study,) = studies.values()
+        parts = [_one(runs[0], study, folder, "", "0")]
+        title, header, main = parts[0].title, parts[0].header, _body(parts[0], "0")
+    else:
+        names = dict(zip(runs, labels(runs), strict=True))
+        known = {names[path]: study for path, study in studies.items() if study}
+        together = [_together(known, folder)] if len(known) > 1 else []
+        each = [
+            _one(path, study, folder, f"{i}-{path.resolve().name}/", str(i))
+            for i, (path, study) in enumerate(studies.items(), 1)
+        ]
+        title, parts = " · ".join(names.values()), [*together, *each]
+        titles = [*("Side by side" for _ in together), *names.values()]
+        links = "".join(f"<a href='#part-{i}'>{escape(t)}</a>" for i, t in enumerate(titles))
+        header = f"<p class=lead>{len(runs)} runs</p><nav aria-label=runs>{links}</nav>"
+        main = "".join(
+            f"<div class=run id=part-{i}><h2 class=name>{escape(t)}</h2>{part.header}{_body(part, str(i))}</div>"
+            for i, (part, t) in enumerate(zip(parts, titles, strict=True))
+        )
+    path = write_durably(folder / "report.html", page(title, header, main))
+    figures = tuple(f for part in parts for f in part.figures)
+    rows = (parts[0] if len(parts[0].rows) else parts[-1]).rows
+    return Report(path, figures, tuple(rows), "; ".join(dict.fromkeys(p.repeated for p in parts if p.repeated)))
+
+
+def asked(run: Path | Sequence[Path], out: Path | None) -> tuple[list[Path], Path]:
+    """(the runs, each once; where their page goes)."""
+    runs = list(dict.fromkeys([Path(run)] if isinstance(run, str | Path) else map(Path, run)))
+    if not runs:
+        raise ConfigError("no run given; name one, such as runs/digits-lt")
+    return runs, out or (runs[0] if len(runs) == 1 else Path("report"))
+
+
+def study_of(run: Path) -> Study | None:
+    """The study of a run; None of a folder that has ablations alone."""
+    from pipeline.report.ablation import read_ablations
+
+    return None if not results_files(run) and read_ablations(run) else read_study(run)
+
+
+def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> Part:
+    """A run with its ablations, its figures written. below: the folder under figures/ that they go to."""
+    from pipeline.report.ablation import ablation_section, accuracy_figure, plain_row, read_ablations
     from pipeline.report.figures import draw_all
     from pipeline.report.progress import of_run
 
-    study, folder = read_study(run), out or run
-    writable(folder)
-    progress = of_run(run)
-    drawn = [*draw_all(study), *([progress] if progress else [])]
-    shown = [(drawing, *_kept(drawing, folder)) for drawing in drawn]
-    lines = sections.summary(study)
-    title = study.folder.resolve().name
+    figures: list[Path] = []
+
+    def shown(drawing: "Drawing") -> str:
+        image, path = _kept(drawing, folder / "figures" / below)
+        figures.append(path)
+        return figure(drawing, image, key, f"figures/{below}{drawing.name}.csv")
+
+    ablations: list[Section] = []
+    documents = read_ablations(run)
+    for document in documents:
+        drawing = accuracy_figure(document)
+        name = "".join(c if c.isalnum() or c in "-." else "-" for c in document["name"])
+        inside = ablation_section(document)
+        if drawing:
+            inside += shown(replace(drawing, name=f"ablation-{name}"))
+        ablations.append((f"Ablation {document['name']}", inside))
+    if study is None:
+        rows = [plain_row(row) | {"ablation": d["name"]} for d in documents for row in d["rows"]]
+        network = documents[0].get("network", {}).get("network", "network unknown")
+        told = f"<p class=lead>{escape(network)}; each variant was chosen for itself, without the test split.</p>"
+        return Part(run.resolve().name, told, ablations, figures, rows, "")
+    lines, progress = sections.summary(study), of_run(run)
+    parts: list[Section] = [("Result", sections.result(study, lines))]
+    if study.document.get("chosen"):
+        parts.append(("Every method, tuned alike", sections.methods(study)))
+    change = None
+    for drawing in (*draw_all(study), *([progress] if progress else [])):
+        inside = shown(drawing)
+        if drawing.name == "accuracy-lambda":
+            inside = explorer(study, drawing.table, key) + inside
+        elif drawing.name == "class-change":
+            change = drawing.table
+            inside += class_table(study, key)
+        parts.append((drawing.title, inside))
+    parts += [
+        *ablations,
+        ("Data", sections.data(study)),
+        ("What made it", sections.made(study)),
+        ("Every head", sections.every_head(study)),
+    ]
     header = f"{sections.lead(study)}{sections.tiles(study, lines)}"
-    text = page(title, header, of_one(study, lines, [(d, image) for d, image, _ in shown], "0"))
-    path = write_durably(folder / "report.html", text)
-    return Report(path, tuple(p for _, _, p in shown), tuple(line.to_dict() for line in lines), study.repeated)
+    rows = [line.to_dict() for line in lines]
+    return Part(run.resolve().name, header, parts, figures, rows, study.repeated, class_data(study, change, key))
+
+
+def _together(studies: dict[str, Study], folder: Path) -> Part:
+    from pipeline.report.compared import compared, draw_compared
+
+    table, rows = compared(studies)
+    parts: list[Section] = [("The runs", table)]
+    figures = []
+    for drawing in draw_compared(studies):
+        image, path = _kept(drawing, folder / "figures")
+        figures.append(path)
+        parts.append((drawing.title, figure(drawing, image, "all", f"figures/{drawing.name}.csv")))
+    return Part("Side by side", "", parts, figures, rows, "")
+
+
+def _body(part: Part, key: str) -> str:
+    inside = "".join(section(*s, key) for s in part.sections)
+    return f"<div data-run={key}>{part.data}{contents(part.sections, key)}{inside}</div>"
 
 
 def writable(folder: Path) -> None:
@@ -69,29 +180,6 @@ def writable(folder: Path) -> None:
         raise ConfigError(f"{folder}: {error.strerror}; name a folder you may write to with --out") from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{folder}: no permission to write there; name another folder with --out")
-
-
-def of_one(study: Study, lines: Sequence[sections.Line], drawn: Sequence[tuple["Drawing", bytes]], key: str) -> str:
-    """The sections of a run. key: tells runs on a page apart."""
-    by_name = {drawing.name: drawing for drawing, _ in drawn}
-    change = by_name.get("class-change")
-    parts: list[Section] = [("Result", sections.result(study, lines))]
-    if study.document.get("chosen"):
-        parts.append(("Every method, tuned alike", sections.methods(study)))
-    for drawing, image in drawn:
-        inside = figure(drawing, image, key)
-        if drawing.name == "accuracy-lambda":
-            inside = explorer(study, drawing.table, key) + inside
-        elif drawing is change:
-            inside += class_table(study, key)
-        parts.append((drawing.title, inside))
-    parts += [
-        ("Data", sections.data(study)),
-        ("What made it", sections.made(study)),
-        ("Every head", sections.every_head(study)),
-    ]
-    told = class_data(study, change.table if change else None, key)
-    return f"<div data-run={key}>{told}{contents(parts, key)}{''.join(section(*p, key) for p in parts)}</div>"
 
 
 def page(title: str, header: str, main: str) -> str:
@@ -116,16 +204,15 @@ def section(heading: str, inside: str, key: str) -> str:
     return f"<section id={_anchor(heading, key)}><h2>{escape(heading)}</h2>{inside}</section>"
 
 
-def figure(drawing: "Drawing", image: bytes, key: str) -> str:
-    """The picture, and beside it the chart that the page's script draws instead."""
-    numbers = f"figures/{drawing.name}.csv"
+def figure(drawing: "Drawing", image: bytes, key: str, numbers: str) -> str:
+    """The picture, and beside it the chart that the page's script draws instead; numbers: where its CSV lies."""
     source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     told = escape(f"{drawing.title}. {drawing.caption} Numbers in {numbers}.")
-    caption = f"{escape(drawing.caption)} Numbers: <code>{numbers}</code>."
+    caption = f"{escape(drawing.caption)} Numbers: <code>{escape(numbers)}</code>."
     live = ""
     if drawing.chart:
         name = f"chart-{drawing.name}-{key}"
-        place = f'<div class=chart data-chart="{name}" role=img aria-label="{escape(drawing.title)}"></div>'
+        place = f'<div class=chart data-chart="{name}" role=group aria-label="{escape(drawing.title)}"></div>'
         live = place + assets.data(name, drawing.chart)
     picture = f'<div class=scroll><img src="{source}" alt="{told}"></div>'
     return f"<figure>{picture}{live}<figcaption>{caption}</figcaption></figure>"
@@ -136,7 +223,7 @@ def _kept(drawing: "Drawing", folder: Path) -> tuple[bytes, Path]:
     from pipeline.report.axes import png
 
     image = png(drawing.figure)
-    path = write_durably(folder / "figures" / f"{drawing.name}.png", image)
+    path = write_durably(folder / f"{drawing.name}.png", image)
     write_durably(path.with_suffix(".csv"), drawing.csv)
     return image, path
 

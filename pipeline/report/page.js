@@ -100,7 +100,8 @@ async function draw(place) {
     responsive: true,
     displaylogo: false,
     displayModeBar: wide.matches ? "hover" : false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // not those that send a chart to a server
+    plotlyServerURL: "",
   });
 }
 
@@ -253,6 +254,7 @@ function leaf(box) {
   before.addEventListener("click", () => from(first - PAGE));
   next.addEventListener("click", () => from(first + PAGE));
   box.hidden = false;
+  box.nextElementSibling.hidden = true; // what is said without this script
   show();
 }
 

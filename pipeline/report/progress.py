@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED
 from pipeline.report.drawing import Drawing
-from pipeline.report.source import Row, Spread, spread
+from pipeline.report.source import Row, Spread, labels, spread
 from pipeline.shown import Shown
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def compare_progress(runs: Sequence[Path], *, out: Path) -> Compared:
 
     Differences are paired by training where a run has those of the first. Raises DataError where a run has none.
     """
-    named = dict(zip(_labels(runs), map(trainings, runs), strict=True))
+    named = dict(zip(labels(runs), map(trainings, runs), strict=True))
     for run, found in zip(runs, named.values(), strict=True):
         if not found:
             if not run.is_dir():
@@ -262,12 +262,6 @@ def _spread_of(of: Sequence[Progress], pairs: Sequence[tuple[Progress, Progress]
         return row
     both = [(p.over_epochs(measure, last=last), q.over_epochs(measure, last=last)) for p, q in pairs]
     return row | {"less_first": _numbers(spread([a - b for a, b in both if a is not None and b is not None]))}
-
-
-def _labels(runs: Sequence[Path]) -> list[str]:
-    """What tells the runs apart: their folders' names, else their whole paths."""
-    names = [run.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def _numbers(value: Spread) -> Row:

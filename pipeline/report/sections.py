@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.metrics import class_groups
 from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Kind, Row, Spread, Study, classes, signed
-from pipeline.report.table import DIFFERENCES, difference, differences_caption, labelled, told_parameters
+from pipeline.report.table import DIFFERENCES, difference, differences_caption, html_table, labelled, told_parameters
 
 TITLES = {"all": "All", "many": "Many", "medium": "Medium", "few": "Few", "ece": "ECE"}
 
@@ -106,14 +106,10 @@ def _differences(study: Study) -> str:
     shown = [c for c in DIFFERENCES if any(row[c] for _, row in rows)]
     if not rows:
         return ""
-    head = "".join(f"<th>{TITLES[c]}</th>" for c in shown)
-    body = "".join(
-        f"<tr><th>less {escape(label)}</th>{''.join(f'<td>{difference(row[c])}</td>' for c in shown)}</tr>"
-        for label, row in rows
-    )
-    table = f"<table class=main><thead><tr><th>The selected head</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    lines = [(f"less {label}", [difference(row[c]) for c in shown]) for label, row in rows]
+    table = html_table("The selected head", [TITLES[c] for c in shown], lines)
     note = f"Points, with 95 % intervals. {differences_caption(found)}"
-    return f"<div class=scroll>{table}</div><p class=note>{note}</p>"
+    return f"{table}<p class=note>{note}</p>"
 
 
 def choice(study: Study) -> str:

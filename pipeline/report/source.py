@@ -285,6 +285,12 @@ def spread(values: Sequence[float | None]) -> Spread:
     return Spread(mean(known), std, len(known))
 
 
+def labels(runs: Sequence[Path]) -> list[str]:
+    """What tells the runs apart: their folders' names, else their whole paths."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
 def read_study(run: Path) -> Study:
     """The backbones under a run: RUN/rebalance, RUN/seed-N/rebalance, or RUN itself where results.json lies in it.
 
@@ -292,14 +298,13 @@ def read_study(run: Path) -> Study:
     """
     if not run.is_dir():
         raise DataError(f"{run}: no such run folder; make one with `pipeline run`")
-    seeds = sorted(run.glob("seed-*/rebalance/results.json"), key=lambda p: (len(p.parts[-3]), p.parts[-3]))
-    single = [p for p in (run / "rebalance" / "results.json", run / "results.json") if p.is_file()]
-    found = seeds or single[:1]
+    found = results_files(run)
     if not found:
         first = f"run `pipeline rebalance {run / 'features.zarr'}` first"
         raise DataError(f"{run}: nothing to report: no rebalance/results.json; {first}")
     together = run / "results.json"
-    joint = read_results(together) if seeds and together.is_file() else None
+    several = found[0].parent not in (run, run / "rebalance")
+    joint = read_results(together) if several and together.is_file() else None
     backbones = [_read_backbone(path, joint["selected"] if joint else None) for path in found]
     for other in backbones[1:]:
         if other.store.class_names != backbones[0].store.class_names:
@@ -308,6 +313,13 @@ def read_study(run: Path) -> Study:
             )
     stages = _json_or_empty(run / "run.json").get("stages", {})
     return Study(run, backbones, joint or backbones[0].results, stages)
+
+
+def results_files(run: Path) -> list[Path]:
+    """The results.json of every backbone of a run, seed-2 before seed-10."""
+    seeds = sorted(run.glob("seed-*/rebalance/results.json"), key=lambda p: (len(p.parts[-3]), p.parts[-3]))
+    single = [p for p in (run / "rebalance" / "results.json", run / "results.json") if p.is_file()]
+    return seeds or single[:1]
 
 
 def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from rich import box
@@ -176,6 +177,16 @@ def caption(document: Mapping[str, Any]) -> str:
         how = "one setting was given, nothing was selected"
     notes = "".join(f"\n{note[0].upper()}{note[1:]}." for note in document.get("notes", ()))
     return f"{', '.join(parts)}; {repeated}; {how}.{notes}"
+
+
+def html_table(corner: str, heads: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A plain table of the page; lines: the name of each and its cells."""
+    head = "".join(f"<th>{escape(text)}</th>" for text in (corner, *heads))
+    body = "".join(
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for first, cells in lines
+    )
+    return f"<div class=scroll><table class=main><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def name(setting: Setting, start: str = "stage 1") -> str:

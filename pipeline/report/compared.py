@@ -1,0 +1,196 @@
+"""Several runs side by side: what each is and reached, accuracy against λ, class by class, and their training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.report import axes as look
+from pipeline.report.axes import BLACK
+from pipeline.report.chart import chart, class_axis, plain, trace
+from pipeline.report.curves import accuracy_curves, style_of
+from pipeline.report.drawing import Drawing, rounded
+from pipeline.report.source import BASELINE, COLUMNS, SPLITS, Row, Spread, Study, mean
+from pipeline.report.table import html_table
+
+Studies = Mapping[str, Study]
+SHOWN = ("many", "medium", "few", "all", "ece")
+
+
+def compared(studies: Studies) -> tuple[str, list[Row]]:
+    """(tables of what the runs are and what they reached, the same as rows for a program)."""
+    facts, numbers, rows = [], [], []
+    for name, study in studies.items():
+        network, counts = study.first.network, study.counts
+        lams = ", ".join(dict.fromkeys(f"{k.lam:g}" for k in study.selected if k.lam is not None))
+        row: Row = {
+            "run": name,
+            "network": network.get("network"),
+            "parameters": network.get("parameters"),
+            "data": study.first.training.get("dataset", {}).get("name"),
+            "classes": len(counts),
+            "images": int(counts.sum()),
+            "imbalance_factor": round(float(counts.max() / counts.min()), 4),
+            "repeated": study.repeated,
+            "lam": lams or None,
+            "chosen_on": study.chosen_on,
+        }
+        parameters = f"{row['parameters']:,}" if row["parameters"] else "–"
+        sizes = [f"{row['classes']:,}", f"{row['images']:,}", f"{row['imbalance_factor']:g}", study.repeated]
+        facts.append((name, [row["network"] or "–", parameters, row["data"] or "–", *sizes]))
+        chosen = f"{study.first.selected.method_name}{f', λ = {lams}' if lams else ''}"
+        for key, head, kinds in (("start", study.start, BASELINE), ("selected", chosen, study.selected)):
+            cells = {column: study.spread(kinds, "test", column) for column in SHOWN}
+            row[key] = {c: s.mean if s else None for c, s in cells.items()}
+            row[key] |= {f"{c}_std": s.std if s else None for c, s in cells.items()}
+            numbers.append((name if key == "start" else "", [head, *(_cell(s) for s in cells.values())]))
+        rows.append(row)
+    what = ["Network", "Parameters", "Data", "Classes", "Images", "Imbalance", "n"]
+    tables = html_table("Run", ["Head", *(c.upper() if c == "ece" else c.capitalize() for c in SHOWN)], numbers)
+    note = "Test split in %, mean ± std; each head was selected without it. " + _differing(studies)
+    return f"{tables}<p class=note>{note}</p>{html_table('Run', what, facts)}", rows
+
+
+def _differing(studies: Studies) -> str:
+    """What keeps the numbers of the runs from being compared as they stand."""
+    several = [
+        what
+        for what, of in (
+            ("networks", lambda s: (s.first.network.get("network"), s.first.network.get("parameters"))),
+            ("class sizes", lambda s: tuple(s.counts.tolist())),
+            ("augmentation", lambda s: s.first.network.get("augmentation")),
+        )
+        if len({of(s) for s in studies.values()}) > 1
+    ]
+    if not several:
+        return "The runs share network, class sizes and augmentation."
+    return f"The runs differ in {' and '.join(several)}: a difference between them may be due to any of what differs."
+
+
+def _cell(value: Spread | None) -> str:
+    return "–" if value is None else str(value)
+
+
+def draw_compared(studies: Studies) -> list[Drawing]:
+    """Every figure that there is data for."""
+    drawn = [_accuracy(studies), _class_difference(studies), _training(studies)]
+    return [d for d in drawn if d is not None]
+
+
+def _accuracy(studies: Studies) -> Drawing | None:
+    curves: dict[str, list[Row]] = {}
+    for name, study in studies.items():
+        chosen = {k.lam for k in study.selected} if study.chosen_on else set()
+        points = []
+        for lam in study.lams:
+            cells = {c: study.spread(study.at(lam), "test", c) for c in COLUMNS}
+            numbers = {c: rounded(s.mean) if s else None for c, s in cells.items()}
+            numbers |= {f"{c}_std": rounded(s.std) if s else None for c, s in cells.items()}
+            n = max((s.n for s in cells.values() if s), default=0)
+            points.append({"run": name, "lam": lam, "chosen": lam in chosen, "n": n, **numbers})
+        if points:
+            curves[name] = points
+    on = ", ".join(dict.fromkeys(SPLITS[s.choosing_split] for s in studies.values() if s.chosen_on))
+    star = f" The star marks the λ that a run chose, on {on}." if on else ""
+    caption = f"Mean ± one standard deviation of what each run repeats; test selected nothing.{star}"
+    return accuracy_curves(
+        curves,
+        name="accuracy-lambda",
+        title="Accuracy against λ, run by run",
+        caption=caption,
+        headline="Test accuracy against λ, run by run",
+    )
+
+
+def _class_difference(studies: Studies) -> Drawing | None:
+    """Test accuracy of every class in each run less that in the first; None where the classes are not the same."""
+    (first, base), *others = studies.items()
+    if any(s.first.store.class_names != base.first.store.class_names for _, s in others):
+        return None
+    accuracy = {name: _selected_accuracy(study) for name, study in studies.items()}
+    if any(a is None for a in accuracy.values()):
+        return None
+    order, names = base.by_size, base.first.store.class_names
+    known = {name: np.asarray(a)[order] for name, a in accuracy.items()}
+    table: list[Row] = [
+        {"rank": i + 1, "class": int(c), "name": names[c], "images": int(base.counts[c])}
+        | {name: rounded(a[i]) for name, a in known.items()}
+        | {f"{name} less {first}": rounded(known[name][i] - known[first][i]) for name, _ in others}
+        for i, c in enumerate(order)
+    ]
+    traces = []
+    with look.style():
+        figure = look.figure_of(11.5, 4.6)
+        axes = figure.subplots()
+        axes.axhline(0, color=BLACK, linewidth=1)
+        for number, (name, _) in enumerate(others, 1):
+            less = known[name] - known[first]
+            label, style = f"{name} less {first}", style_of(number)
+            x, y = look.thinned(less)
+            axes.plot(x, y, label=f"{label}: mean {np.nanmean(less):+.1f}".replace("-", "−"), markersize=4, **style)
+            told = [f"{row['name']}: {_shown(row[name])} less {_shown(row[first])} %" for row in table]
+            hover: Row = {"text": plain(told), "hovertemplate": "%{text} = %{y:.1f}<extra></extra>"}
+            traces.append(trace(label, np.arange(1, len(order) + 1), less, style, **hover))
+        ordered = [names[c] for c in order]
+        look.class_axis(axes, ordered, base.counts)
+        axes.set_ylabel("difference of test accuracy\n[percentage points]")
+        look.legend(figure, np.array([axes]))
+    caption = f"Test accuracy of the selected heads, each run less {first}; classes by their size in {first}."
+    points: Row = {"title": "difference [points]", "zerolinewidth": 2}
+    shown = chart(traces, x=class_axis(ordered, base.counts), y=points, showlegend=True)
+    return Drawing("class-difference", "Class by class, run by run", caption, figure, table, shown)
+
+
+def _selected_accuracy(study: Study) -> np.ndarray | None:
+    each = [b.class_accuracy(b.selected, "test") for b in study.backbones]
+    return None if any(a is None for a in each) else np.mean(np.array(each), 0)
+
+
+def _training(studies: Studies) -> Drawing | None:
+    """Loss and validation accuracy of stage 1, mean over the backbones of each run."""
+    table: list[Row] = []
+    for name, study in studies.items():
+        lines = [m for b in study.backbones for m in b.metrics]
+        for epoch in sorted({m["epoch"] for m in lines}):
+            mine = [m for m in lines if m["epoch"] == epoch]
+            means = {key: rounded(mean(m.get(key) for m in mine)) for key in ("loss", "train_accuracy", "val_accuracy")}
+            table.append({"run": name, "epoch": epoch, "n": len(mine), **means})
+    if not table:
+        return None
+    traces = []
+    panels = (("loss", "training loss"), ("val_accuracy", "validation accuracy [%]"))
+    with look.style():
+        figure = look.figure_of(11.5, 4.3)
+        grid: Any = figure.subplots(1, 2)
+        for axes, (key, title) in zip(grid, panels, strict=True):
+            for number, name in enumerate(studies):
+                x, y = _points(table, name, key)
+                style = style_of(number)
+                every = max(1, len(x) // 8)
+                axes.plot(x, y, label=name, markersize=5, markerfacecolor="white", markevery=every, **style)
+                panel: Row = {} if key == "loss" else {"xaxis": "x2", "yaxis": "y2", "showlegend": False}
+                marked = style | {"marker": style["marker"] if len(x) <= 12 else None, "linewidth": 2}
+                traces.append(trace(name, x, y, marked, legendgroup=name, **panel))
+            axes.set(xlabel="epoch", ylabel=title, ylim=(0, None))
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        look.legend(figure, grid)
+    axes_of: Row = {key: {"title": title, "rangemode": "tozero"} for key, (_, title) in zip("12", panels, strict=True)}
+    shown = chart(
+        traces,
+        x="epoch",
+        y=axes_of["1"],
+        xaxis2={"title": "epoch"},
+        yaxis2=axes_of["2"],
+        grid={"rows": 1, "columns": 2, "pattern": "independent"},
+    )
+    caption = "Stage 1, mean over the backbones of each run; losses of different kinds do not compare."
+    return Drawing("training", "Stage 1, run by run", caption, figure, table, shown)
+
+
+def _points(table: Sequence[Row], name: str, key: str) -> tuple[list[int], list[float]]:
+    known = [(row["epoch"], row[key]) for row in table if row["run"] == name and row[key] is not None]
+    return [epoch for epoch, _ in known], [value for _, value in known]
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
