@@ -12,7 +12,6 @@ from pipeline.plan.plan import Plan, Write, refuse_room
 from pipeline.report.ablation import read_ablations
 from pipeline.report.html import asked, study_of
 from pipeline.report.progress import FILE, trainings
-from pipeline.report.source import read_study
 
 
 def plan_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Plan:
