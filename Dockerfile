@@ -38,9 +38,11 @@ RUN python3 -m venv /opt/venv \
 
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-deps /wheel/*.whl && pip check
 
-# any uid will do, also one without a name or a home: what it makes goes to /work, what is made to be quicker next time to /cache
+# any uid will do, also one without a name or a home: what it makes goes to /work, what is made to be quicker next time to
+# /cache, a volume also where none is named, since torch makes a folder there even where all else may only be read
 ENV HOME=/cache USER=pipeline MPLCONFIGDIR=/cache/matplotlib HF_HOME=/cache/huggingface TORCH_HOME=/cache/torch \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor TRITON_CACHE_DIR=/cache/triton CUDA_CACHE_PATH=/cache/cuda
+VOLUME /cache
 USER 1000:1000
 WORKDIR /work
 ENTRYPOINT ["tini", "--", "pipeline"]

@@ -156,6 +156,7 @@ def test_caches_are_in_one_folder_that_any_user_may_write_to():
     environment = settings(of_stages("ENV")[-1])
     folders = {name: value for name, value in environment.items() if value.startswith("/") and name != "PATH"}
     assert folders["HOME"] == "/cache"
+    assert of_stages("VOLUME")[-1] == ["/cache"]  # may be written to under docker run --read-only too
     assert all(Path(folder).is_relative_to("/cache") for folder in folders.values())
     assert {"MPLCONFIGDIR", "HF_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} <= set(folders)
     assert environment["USER"]  # else torch asks for the name of a user that may have none
