@@ -23,6 +23,7 @@ CLASSES_IN_A_MAP = 10  # half of them the largest, half the smallest
 SAMPLES_OF_A_CLASS = 100
 LEAST_IN_A_MAP = 8  # samples; fewer have no neighbourhoods
 MAPS_IN_A_LINE = 4
+FEW = 10  # samples of a class in a map, whose name stands above them
 SHADES = {  # of the classes in a map, largest first; head and tail differ in their marks too
     "largest": ("#1561a9", "#3080bd", "#539ecd", "#7db8da", "#a6cee4"),
     "smallest": ("#a63603", "#d94801", "#f16913", "#fd8d3c", "#fdae6b"),
@@ -182,12 +183,15 @@ def _draw_map(axes: "Axes", run: Geometry, *, alone: bool) -> None:
     for c in (*head, *tail):
         of = run.map.places[run.map.labels == c]
         if len(of):
-            name = run.study.first.store.class_names[c]
-            short = name if len(name) <= 14 else name[:13] + "…"
             letters: Row = {"ha": "center", "va": "center", "fontsize": 9.5 if alone else 7.5, "color": BLACK}
-            x, y = np.median(of, axis=0)
-            told = axes.text(x, y, short, **letters)
+            above = (0, 10 if len(of) < FEW else 0)  # a name would hide them
+            name = _shortened(run.study.first.store.class_names[c])
+            told = axes.annotate(name, np.median(of, axis=0), above, textcoords="offset points", **letters)
             told.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 14 else f"{name[:8]}…{name[-5:]}"
 
 
 def _bars(axes: "Axes", run: Geometry, groups: Sequence[str]) -> None:

@@ -212,7 +212,8 @@ def _points(axes: "Axes", size: np.ndarray, of: dict[str, np.ndarray], looks: li
     small = len(size) > 500
     drawn: Row = {"linestyle": "none", "markersize": 2.5 if small else 5.5, "alpha": 0.4 if small else 0.85}
     for (name, values), style in zip(of.items(), looks, strict=False):
-        axes.plot(np.exp(size), values, label=name, **drawn, **style)
+        axes.plot(np.exp(size), values, **drawn, **style)
+        axes.plot([], [], label=name, linestyle="none", markersize=5.5, **style)  # for the legend
 
 
 def _images_axis(axes: "Axes", counts: np.ndarray) -> None:
