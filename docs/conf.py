@@ -64,13 +64,15 @@ def reference() -> str:
         names = WITHOUT_ALL.get(module.__name__) or module.__all__
         parts.append(f"\n## {module.__name__}\n")
         for name in names:
-            thing = getattr(module, name)
-            if inspect.ismodule(thing) or not callable(thing) or id(thing) in known or not inspect.getdoc(thing):
+            thing, path = getattr(module, name), f"{module.__name__}.{name}"
+            if inspect.ismodule(thing):  # that can be called as its function
+                thing, path = getattr(thing, name), f"{path}.{name}"
+            if not callable(thing) or id(thing) in known or not inspect.getdoc(thing):
                 continue
             known.add(id(thing))
             kind = "autoclass" if inspect.isclass(thing) else "autofunction"
             members = "   :members:\n" if inspect.isclass(thing) else ""
-            parts.append(f"```{{eval-rst}}\n.. {kind}:: {module.__name__}.{name}\n{members}```\n")
+            parts.append(f"```{{eval-rst}}\n.. {kind}:: {path}\n{members}```\n")
     return "\n".join(parts)
 
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -162,7 +163,7 @@ def test_links_lead_somewhere(page):
 def digits_run(tmp_path_factory) -> Path:
     """runs/digits-lt as the commands make it, trained for three epochs."""
     folder = tmp_path_factory.mktemp("docs")
-    sets = ["backbone.epochs=3", "backbone.width=0.25", "dump.views=2", "rebalance.epochs=3"]
+    sets = ["backbone.epochs=3", "dump.views=2", "rebalance.epochs=3"]
     words = ["run", "digits-lt", "--out", str(folder / "runs/digits-lt")]
     with contextlib.redirect_stdout(io.StringIO()):
         assert invoke([*words, *(word for text in sets for word in ("--set", text))]) == 0
@@ -214,17 +215,24 @@ PREPARED = {
 }
 
 
+@contextlib.contextmanager
+def captured() -> Iterator[Callable[[], str]]:
+    """What is printed, text or bytes, as a function that tells it."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    with contextlib.redirect_stdout(stream):
+        yield lambda: stream.buffer.getvalue().decode()  # type: ignore[attr-defined]
+
+
 def run_shell(block: Block) -> str:
     """What its commands print; commands of ours alone are run in this process, anything else by bash."""
     lines = command_lines(block.text)
     short = {c: [w for s in sets for w in ("--set", s)] for c, sets in SHORT.get(block.page, {}).items()}
-    printed = io.StringIO()
     if all(line.startswith("pipeline ") and not re.search(r"[&|>;$*]", line) for line in lines):
-        with contextlib.redirect_stdout(printed):
+        with captured() as printed:
             for line in lines:
                 words = shlex.split(line)[1:]
                 assert invoke([*words, *short.get(words[0], [])]) == 0, f"{block}: {line}"
-        return printed.getvalue()
+        return printed()
     bin_folder = Path(sys.executable).parent
     known = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
     text = block.text
@@ -261,10 +269,9 @@ def test_its_blocks_run_and_print_what_it_says(page, request, tmp_path, monkeypa
         elif block.language == "python":
             if first := re.match(r"# (\S+\.py)\n", block.text):
                 Path(first[1]).write_text(block.text, encoding="utf-8")
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
+            with captured() as told:
                 exec(compile("\n" * block.line + block.text, page, "exec"), names)
-            printed = out.getvalue()
+            printed = told()
         elif block.language in SHELL and block.mark == "":
             printed = run_shell(block)
         elif block.mark == "prints":
