@@ -81,6 +81,14 @@ class Geometry:
         """Mean over the classes of a group; its spread is over backbones."""
         return spread([_mean_of(values, class_groups(self.study.counts)[group]) for values in self.of_classes[measure]])
 
+    def uncorrected(self, measure: str, group: str) -> Spread | None:
+        """As of_group, of the means as they are, to which few samples lie nearer than many."""
+        split = {"training images": "train", "test images": "test"}.get(measure)
+        if split is None:
+            return None
+        inside, found = class_groups(self.study.counts)[group], [b.directions[split] for b in self.study.backbones]
+        return spread([_mean_of(of.plain, inside) for of in found if of])
+
     @cached_property
     def map(self) -> Map | None:
         return map_of(self.study.first.store, *ends(self.study.counts))
@@ -320,7 +328,8 @@ def _caption(runs: Sequence[Geometry]) -> str:
     return (
         f"{text}Dispersion is measured in all dimensions: one less the mean cosine of the clean features of a class to their "
         "mean direction, mean over the classes of a group. A mean lies nearer to few samples than to many; that is "
-        f"corrected for (1 − √ of the mean cosine of two samples), so that 5 images and 100 compare.{first}"
+        f"corrected for (1 − √ of the mean cosine of two samples), so that 5 images and 100 compare; the CSV has the uncorrected "
+        f"numbers too.{first}"
     )
 
 
@@ -334,7 +343,9 @@ def _table(runs: Sequence[Geometry], groups: Sequence[str]) -> list[Row]:
                 found = run.of_group(measure, group)
                 line: Row = {"row": "group", "run": run.called, "imbalance": rounded(run.imbalance), "group": group}
                 line |= {"classes": int(inside.sum()), "of": measure, "dispersion": rounded(found.mean)}
-                table.append(line | {"std": rounded(found.std), "n": found.n})
+                line |= {"std": rounded(found.std), "n": found.n}
+                plainly = run.uncorrected(measure, group)
+                table.append(line | {"uncorrected": rounded(plainly.mean) if plainly else None})
     for run in runs:
         names, counts = run.study.first.store.class_names, run.study.counts
         for c in run.study.by_size:

@@ -86,11 +86,11 @@ def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | No
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     look.legend(figure, grid[:1])
     caption = (
-        f"{title}. Test split, {len(compared.before[0].labels):,} samples, clean view, in the bins of confidence that ECE "
-        "has; on the grey diagonal confidence and accuracy agree, below it a head believes too much. Larger marks stand for "
-        "more predictions. Groups are those of the predicted class, which is what one knows of a new image. The picture shows "
-        "below how many predictions have which confidence. Bins hold all heads together, ECE is the mean over "
-        f"{study.repeated}."
+        f"{title}. Accuracy (up) against confidence (across) in the bins that ECE has; test split, "
+        f"{len(compared.before[0].labels):,} samples, clean view. On the grey diagonal both agree, below it a head believes "
+        "too much. Larger marks stand for more predictions. Groups are those of the predicted class, which is what one knows "
+        "of a new image. The picture shows below how many predictions have which confidence. Bins hold all heads together, "
+        f"ECE is the mean over {study.repeated}."
     )
     table = _table(columns)
     return Drawing("reliability", "How far confidences can be believed", caption, figure, table, _chart(columns))

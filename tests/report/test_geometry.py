@@ -106,6 +106,8 @@ def test_the_figure_has_what_was_measured(run):
         few = [r for r in drawing.table if (r["row"], r.get("group"), r.get("of")) == ("group", "few", measure)]
         assert few[0]["dispersion"] == pytest.approx(found[3:].mean(), abs=1e-4)
         assert (few[0]["classes"], few[0]["n"]) == (2, 1)
+        plain = read_directions(store, split).plain
+        assert few[0]["uncorrected"] == pytest.approx(plain[3:].mean(), abs=1e-4)
     points = [row for row in drawing.table if row["row"] == "point"]
     head, tail = ends(study.counts)
     assert {row["class"] for row in points} == {*head.tolist(), *tail.tolist()} == {0, 1, 3, 4}
