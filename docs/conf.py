@@ -30,14 +30,7 @@ python_maximum_signature_line_length = 90
 nitpick_ignore_regex = [("py:.*", ".*")]
 
 ABOVE = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
-MODULES = (
-    "pipeline",
-    "pipeline.rebalance",
-    "pipeline.rebalance.rivals",
-    "pipeline.predict",
-    "pipeline.config",
-    "cache",
-)
+MODULES = ("pipeline", "pipeline.rebalance.rivals", "pipeline.predict", "pipeline.config", "cache")
 WITHOUT_ALL = {
     "pipeline.predict": ("predict", "Prediction", "Guess"),
     "pipeline.config": ("find_config", "shipped_configs"),
@@ -63,7 +56,7 @@ def reference() -> str:
     for module in map(import_module, MODULES):
         names = WITHOUT_ALL.get(module.__name__) or module.__all__
         parts.append(f"\n## {module.__name__}\n")
-        for name in names:
+        for name in sorted(names, key=lambda name: (name[0].isupper(), name)):  # functions first
             thing, path = getattr(module, name), f"{module.__name__}.{name}"
             if inspect.ismodule(thing):  # that can be called as its function
                 thing, path = getattr(thing, name), f"{path}.{name}"
@@ -71,7 +64,7 @@ def reference() -> str:
                 continue
             known.add(id(thing))
             kind = "autoclass" if inspect.isclass(thing) else "autofunction"
-            members = "   :members:\n" if inspect.isclass(thing) else ""
+            members = "   :members:\n   :exclude-members: model_config\n" if inspect.isclass(thing) else ""
             parts.append(f"```{{eval-rst}}\n.. {kind}:: {path}\n{members}```\n")
     return "\n".join(parts)
 
@@ -99,6 +92,16 @@ def as_plain_text(app, what, name, obj, options, lines):
         lines[i] = "".join(parts)
 
 
+ARRAY = re.compile(r"~?(numpy\.)?ndarray\[~?(tuple|typing\.Any).*?dtype\[[^]]*\]\]")
+ARRAY_LIKE = re.compile(r"~?(numpy\._typing\.\S+\.)?_Buffer \|.*?_NestedSequence\[[^]]*?str\]")
+
+
+def shorter(app, what, name, obj, options, signature, returns):
+    """Numpy's types by the names one knows them by."""
+    return tuple(text and ARRAY_LIKE.sub("ArrayLike", ARRAY.sub("ndarray", text)) for text in (signature, returns))
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", shorter)
     app.connect("source-read", read)
     app.connect("autodoc-process-docstring", as_plain_text)
