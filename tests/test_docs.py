@@ -249,7 +249,7 @@ def bare(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip("\n").splitlines()]
 
 
-QUICK = ("docs/method.md", "docs/surviving.md", "docs/training.md")
+QUICK = ("docs/surviving.md", "docs/training.md")
 RUN = [page for page in PAGES if any(b.language in ("python", *SHELL) and b.mark == "" for b in blocks(page))]
 
 
