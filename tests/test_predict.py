@@ -1,8 +1,11 @@
 """Predictions on image files are those of encoder and head on the same pixels."""
 
 import csv
+import io
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,11 +13,12 @@ from PIL import Image
 from rich.cells import cell_len
 
 from cache import open_cache
+from pipeline.cli import invoke
 from pipeline.data import load_dataset
 from pipeline.deployed import load_model
 from pipeline.errors import ConfigError, DataError
 from pipeline.export import export_model
-from pipeline.predict import Comparison, Guess, Prediction, find_images, predict
+from pipeline.predict import Comparison, Guess, Prediction, find_images, label, predict
 from pipeline.predict_lines import csv_lines, json_lines, table_lines
 from pipeline.report.source import read_heads, read_results
 from tests.conftest import digits_tree
@@ -214,6 +218,82 @@ def test_links_are_followed_and_a_circle_of_them_ends(tmp_path):
     assert sorted({p.name for p in find_images([tmp_path / "a"])}) == ["1.png", "2.png", "3.png"]
     assert len(find_images([tmp_path / "a"])) == 3
     assert len(find_images([tmp_path / "a" / "1.png", str(tmp_path / "a" / ".." / "a" / "1.png")])) == 1
+
+
+def lines_of(capsys, *words, code=0):
+    assert invoke(["predict", *map(str, words)]) == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_the_command_prints_one_document_or_rows_and_says_on_stderr_what_it_left_out(model, folder, capsys):
+    out, err = lines_of(capsys, model, folder, "--json", "--compare")
+    document = json.loads(out)
+    assert len(document["predictions"]) == document["compared"]["images"] == 41
+    assert ["13a.jpg" in reason for reason in document["skipped"]] == [True]
+    changed = sum(row["changed"] for row in document["predictions"])
+    out, err = lines_of(capsys, model, folder, "--compare")
+    assert out.startswith(f"42 images below {folder}/\n\nimage")
+    assert out.count("◀\n") == changed
+    assert f"rebalancing changed the first answer of {changed} of 41 images" in out.splitlines()[-1]
+    assert "left out: " in err
+    assert "13a.jpg" in err
+    out, err = lines_of(capsys, model, folder, "--compare", "--format", "jsonl")
+    assert len([json.loads(line) for line in out.splitlines()]) == 41
+    assert f"of {changed} of 41" in err
+
+
+def test_names_come_from_standard_input_and_rows_go_to_a_file(model, folder, tmp_path, capsys, monkeypatch):
+    names = [str(folder / "00.png"), "", str(folder / "below" / "40.PNG")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(names) + "\n"))
+    out, _ = lines_of(capsys, model, "-", folder / "00.png", "--out", tmp_path / "labels.csv", "--top-k", 1)
+    assert out == f"{tmp_path / 'labels.csv'}: 2 images labelled\n"
+    with open(tmp_path / "labels.csv", encoding="utf-8", newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == [names[0], names[2]]
+    lines_of(capsys, model, folder / "13a.jpg", "--out", tmp_path / "none.jsonl", code=3)
+    assert [p.name for p in tmp_path.iterdir()] == ["labels.csv"]  # nothing half done
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["13a.jpg"], 3, "none of 1 image could be read; the first: "),
+        (["no*.png"], 3, "no such file, folder or pattern; give image files (.bmp"),
+        (["00.png", "--json", "--format", "csv"], 2, "give it without --format and --out"),
+        (["00.png", "--out", "labels.txt"], 2, "ends neither with .csv nor with .jsonl"),
+        (["00.png", "--top-k", "0"], 2, "0 is not in the range x>=1"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_its_code(model, folder, capsys, words, code, message):
+    out, err = lines_of(capsys, model, folder / words[0], *words[1:], code=code)
+    assert message in " ".join(err.split())
+    assert "json" in str(words) or not out
+
+
+def test_a_folder_of_many_images_is_read_by_processes_in_order(model, folder, monkeypatch):
+    """As 512 images are; the rows are the same, and so is what could not be read."""
+    alone = predict(model, [folder], batch_size=8)
+    monkeypatch.setattr(sys.modules[label.__module__], "WORKERS_FROM", 1)
+    together = predict(model, [folder], batch_size=8)
+    assert together == alone
+
+
+def test_rows_come_before_the_last_image_is_read(model, folder):
+    """The second batch's files are taken away while the first is looked at."""
+    spare = shutil.copytree(folder, folder.parent / "spare")
+    rows = label(load_model(model), sorted(spare.glob("[0-9][0-9].png")), batch_size=10)
+    first = next(rows)
+    assert first.path.endswith("00.png")
+    shutil.rmtree(spare)
+    assert len(list(rows)) < 39
+
+
+def test_a_name_that_is_no_text_does_not_end_the_work(model, folder, tmp_path, capsysbinary):
+    strange = os.fsencode(tmp_path) + b"/latin\xe9.png"
+    shutil.copy(folder / "00.png", os.fsdecode(strange))
+    for layout in ("table", "csv", "jsonl"):
+        assert invoke(["predict", str(model), str(tmp_path), "--format", layout]) == 0
+        assert rb"latin\udce9.png" in capsysbinary.readouterr().out
 
 
 def test_a_damaged_or_foreign_model_is_named(model, folder, tmp_path):
