@@ -36,7 +36,9 @@ RUN python3 -m venv /opt/venv \
  && pip install -r /opt/venv/requirements.txt \
  && find /opt/venv \( -name '*.a' -o -type d -name tests \) -prune -exec rm -r {} +
 
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-deps /wheel/*.whl && pip check
+# copied, not mounted: builders other than Docker's do not see that what they mount has changed
+COPY --from=wheel /wheel /opt/wheel
+RUN pip install --no-deps /opt/wheel/*.whl && pip check
 
 # any uid will do, also one without a name or a home: what it makes goes to /work, what is made to be quicker next time to
 # /cache, a volume also where none is named, since torch makes a folder there even where all else may only be read
