@@ -97,13 +97,27 @@ def foresee_store(
     process writes is not noticed.
     """
     place, root, contents = _wanted(path, **wanted)
+    found = _foreseen(place, root, contents, overwrite=overwrite, retry=retry or {}, skipping=skipping)
+    if isinstance(place, Local) and found.missing:
+        with place.refusals():
+            refuse_unwritable(place.path)
+    return found
+
+
+def _foreseen(
+    place: Place,
+    root: Root,
+    contents: Mapping[str, NDArray],
+    *,
+    overwrite: bool,
+    retry: Mapping[str, Collection[int]],
+    skipping: bool,
+) -> Foreseen:
     every = tuple(root.layout.chunks())
     if isinstance(place, Local):
         Lock(place.path).refuse_held()
-        if place.path.is_file() or (overwrite and place.occupied()):
+        if place.path.is_file() or place.occupied():
             place.refuse_removal()
-        with place.refusals():
-            refuse_unwritable(place.path)
     if not place.occupied():
         return Foreseen("new", root.layout, every)
     if overwrite:
@@ -113,7 +127,7 @@ def foresee_store(
         return Foreseen("new", root.layout, every)
     _refuse_other(place, there, root, contents)
     if there.sealed:
-        lost = set(_to_open(place, there, contents, retry or {}))
+        lost = set(_to_open(place, there, contents, retry))
         missing = tuple(chunk for chunk in every if (chunk.array, chunk.key) in lost)
         return Foreseen("damaged" if lost else "sealed", there.layout, missing)
     return Foreseen("open", there.layout, tuple(Writer(place, there, None).missing(skipping=skipping)))
@@ -234,6 +248,8 @@ def _continue(
     place: Place, wanted: Root, contents: Mapping[str, NDArray], retry: Mapping[str, Collection[int]]
 ) -> Writer:
     """The writer of a store that is already there: swept, its small files restored, its damaged chunks open again."""
+    if isinstance(place, Local):
+        place.refuse_removal()
     there = read_root(place)
     if isinstance(place, Objects) and there.state == REMOVING:
         return _make_of_objects(place, wanted, contents, overwrite=False)

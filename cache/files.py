@@ -29,8 +29,12 @@ def write_durably(path: Path | str, content: bytes | str | Callable[[BinaryIO], 
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600, which another user of a shared run could not read
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(
+                path
+            )  # a full disk is met by an open file, which does not say its name
         raise
     fsync(path.parent)
     return path
@@ -42,10 +46,12 @@ def refuse_unwritable(folder: Path | str) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         code = errno.EEXIST if there == folder else errno.ENOTDIR
-    elif os.access(there, os.W_OK | os.X_OK):
-        return
-    else:
+    elif not os.access(there, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+    elif os.statvfs(there).f_bavail == 0:
+        code = errno.ENOSPC
+    else:
+        return
     raise OSError(code, os.strerror(code), str(folder))
 
 

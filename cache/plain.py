@@ -72,8 +72,10 @@ def export(store: Cache | Path | str, out: Path | str, *, format: Literal["npy",
         size = sum(path.stat().st_size for path in files)
         fsync_tree(building)
         os.rename(building, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(out)
         raise
     fsync(out.parent)
     names = tuple(str(path.relative_to(building)) for path in files)

@@ -341,8 +341,12 @@ def read_tree(path: Path) -> dict:
     """The plain tree of a YAML file; ConfigError where it is none."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not a configuration, which is a text in YAML; give such a file, or a shipped name such as {DEFAULT}"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -425,9 +429,10 @@ def bytes_of(text: str) -> int:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean …?`, or nothing where no known word is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)
-    return f"; did you mean {close[0]}?" if close else ""
+    """`; did you mean …?`, or nothing where no known word is near; capitals count for nothing."""
+    words = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=0.55)
+    return f"; did you mean {words[close[0]]}?" if close else ""
 
 
 def _explain(origin: str, error: Any, model: type[BaseModel] = Config) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
@@ -11,6 +10,7 @@ from pipeline.config import Config, find_config, lay_over, load_config, make_con
 from pipeline.data import Dataset
 from pipeline.distributed import Ranks
 from pipeline.errors import DataError
+from pipeline.places import near
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +74,10 @@ def _beside(path: Path) -> Path:
 
 
 def _refuse_missing(path: Path) -> None:
-    if path.exists():
-        return
-    near = get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
-    raise DataError(
-        f"{path}: no such checkpoint; " + (f"did you mean {path.with_name(near[0])}?" if near else "check the path")
-    )
+    if (path / "zarr.json").is_file():
+        raise DataError(f"{path}: a feature store, not a checkpoint; give the checkpoint it is to be made from")
+    if not path.exists():
+        raise DataError(f"{path}: no such checkpoint{near(path) or '; check the path'}")
 
 
 def _chosen(config: Config | None, saved: Config, *, own_images: bool, settings: Sequence[str]) -> Config:

@@ -153,4 +153,6 @@ def read_scorers(path: Path) -> list[tuple[dict[str, Any], Scorer]]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; run `pipeline rebalance` again") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: not the heads of `pipeline rebalance` ({error}); run it again") from error
+        raise DataError(
+            f"{path}: not the heads of `pipeline rebalance` ({error}); give its heads.safetensors, or run it again"
+        ) from error

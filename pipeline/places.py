@@ -1,11 +1,34 @@
 """Where what belongs to a store lies, and which settings it was made for."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from cache import Cache, CacheError, open_cache
 from pipeline.config import RebalanceConfig, make_rebalance_config
 from pipeline.errors import DataError
+
+
+def near(path: Path) -> str:
+    """`; did you mean …?` with the name beside a path that is most like it, or nothing."""
+    found = get_close_matches(path.name, [other.name for other in path.parent.glob("*")], 1)
+    return f"; did you mean {path.with_name(found[0])}?" if found else ""
+
+
+def what_else(path: Path) -> str:
+    """What lies at a path where a feature store is wanted, and what to type instead; nothing where nobody knows."""
+    from pipeline.info import describe
+
+    try:
+        kind = describe(path).kind
+    except (DataError, CacheError):
+        return ""
+    beside = next(
+        (f for f in (path.parent / "features.zarr", path.parent.parent / "features.zarr") if f.exists()), None
+    )
+    made = "checkpoint" in kind or "weights" in kind
+    advice = f"make a store of it: pipeline dump-features --checkpoint {path}" if made else f"did you mean {beside}?"
+    return f" but {kind}" + (f"; {advice}" if made or beside else "")
 
 
 def results_folder(store: Cache | Path | str, kind: str = "rebalance") -> Path:

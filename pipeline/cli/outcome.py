@@ -98,6 +98,8 @@ def _explained(error: Exception) -> tuple[str, int]:
             errno.EDQUOT: "free some space, then the same command goes on where it stopped",
             errno.EACCES: "choose a folder you may write to with --out, or change its permissions",
             errno.EROFS: "choose a folder you may write to with --out",
+            errno.ENOTDIR: "a file is in the way: choose another --out",
+            errno.EEXIST: "a file is in the way: choose another --out",
         }.get(error.errno, "see --debug for where it happened")
         name = Path(str(error.filename or "file system"))
         shown = name.parent if name.suffix == ".tmp" else name  # of a durable write, whose own name says nothing

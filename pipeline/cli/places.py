@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import STORE
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.hosts import TOLD, in_worker
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ def run_folder(run: str | None) -> Path:
     """A run's folder from a path, the name of a configuration, or nothing (the default configuration's)."""
     from pipeline.config import find_config, load_config
 
+    if run is not None and is_store(run):
+        of_run = Path(run).parent if "://" not in run else "RUN"
+        raise DataError(f"{run}: a feature store, not a run; give the run it is of, such as {of_run}")
     if run is not None and Path(run).exists():
         return Path(run)
     try:
@@ -51,8 +54,7 @@ def store_and_tree(
     """
     from pipeline.config import find_config, is_stage_2_alone, load_config, read_tree
     from pipeline.console import Talk
-    from pipeline.errors import DataError
-    from pipeline.places import store_tree
+    from pipeline.places import near, store_tree, what_else
 
     talk, over = Talk(), {}
     path: Path | str
@@ -76,7 +78,9 @@ def store_and_tree(
         if several := sorted(str(found.parent) for found in run.glob("seed-*/features.zarr")):
             raise DataError(f"{run}: a run of several backbones; name one of them, such as {several[0]}")
     if isinstance(path, Path) and not path.exists():
-        raise DataError(f"{path}: no such feature store; make one with `pipeline dump-features`")
+        raise DataError(f"{path}: no such feature store{near(path)}; make one with `pipeline dump-features`")
+    if isinstance(path, Path) and not (path / "zarr.json").exists() and (other := what_else(path)):
+        raise DataError(f"{path}: not a feature store{other}")
     if named is not None and not over:
         return talk, path, named.model_dump(mode="json")
     if not settings_from_store:

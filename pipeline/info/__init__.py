@@ -14,6 +14,7 @@ from pipeline.info.results import ablation, bench, heads, kept, progress, reprod
 from pipeline.info.stores import plain_files, samples_text, skipped_of, store
 from pipeline.info.trained import BROUGHT, checkpoint, exported, training
 from pipeline.method_names import PROBE
+from pipeline.places import near
 from pipeline.shown import Shown
 
 __all__ = ["Artefact", "Verified", "describe", "verify"]
@@ -70,7 +71,7 @@ def describe(path: Path | str) -> Artefact:
         try:
             return _config(find_config(str(path)))
         except ConfigError as error:
-            raise DataError(f"{path}: no such file or folder; expected {EXPECTED}") from error
+            raise DataError(f"{path}: no such file or folder{near(path)}; expected {EXPECTED}") from error
     if path.is_dir():
         tell = next((tell for recognises, tell in _FOLDERS if recognises(path)), None)
     else:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import cache
-from cache import CacheError
+from cache import CacheError, refuse_unwritable
 from pipeline.errors import DataError
-from pipeline.plan.plan import Plan, Write, refuse_room
+from pipeline.plan.plan import Plan, Write
 from pipeline.report.ablation import read_ablations
 from pipeline.report.html import asked, study_of
 from pipeline.report.progress import FILE, trainings
@@ -31,7 +31,7 @@ def plan_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Plan:
         rows = sum(len(backbone.rows) for backbone in study.backbones)
         told[path] = f"{path}: {len(study.backbones)} backbone(s), {rows:,} rows; selected: {study.first.selected}"
         numbers.append({"run": str(path), "backbones": len(study.backbones), "rows": rows})
-    refuse_room(folder)
+    refuse_unwritable(folder)
     writes = tuple(Write(folder / name, None, _state(folder / name)) for name in ("report.html", "figures"))
     if len(runs) == 1:
         return Plan("report", {}, {"run": next(iter(told.values()))}, numbers[0], writes)
@@ -47,7 +47,7 @@ def plan_progress(runs: Sequence[Path], *, out: Path) -> Plan:
             raise DataError(
                 f"{run}: {why}" + ("" if not run.is_dir() else "train with --set backbone.diagnose_every=1")
             )
-    refuse_room(out)
+    refuse_unwritable(out)
     facts = {"compares": ", ".join(f"{run} ({len(of_run)} training(s))" for run, of_run in found.items())}
     writes = tuple(Write(out / name, None, _state(out / name)) for name in ("progress.png", "progress.csv"))
     return Plan("progress", {}, facts, {"runs": [str(run) for run in runs]}, writes)
@@ -64,7 +64,7 @@ def plan_export(
     from pipeline.plan.stage1 import model_bytes
 
     study, kind, checkpoint = settled(Path(run), to=to or "timm", out=out, lam=lam, method=method)
-    refuse_room(out)
+    refuse_unwritable(out)
     network = network_facts(checkpoint.config.backbone, checkpoint.model)
     told = f"{network['network']}, {network['parameters']:,} parameters, {len(checkpoint.class_names):,} classes"
     head = {"method": kind.method, "lam": kind.lam}
@@ -80,7 +80,7 @@ def _of_store(store: Path | str, to: str, out: Path) -> Plan:
         raise DataError(str(error)) from error
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: already holds something; choose another --out, or remove it")
-    refuse_room(out)
+    refuse_unwritable(out)
     itemsize = 4 if opened.dtype == "float32" or (to == "npy" and opened.dtype == "bfloat16") else 2
     rows = sum(opened.rows(split) for split in opened.splits)
     shapes = [(opened.views(s), opened.rows(s), opened.width) for s in opened.splits]

@@ -1,7 +1,5 @@
 """A plan: what would be computed, what would be written, what is already there."""
 
-import errno
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +9,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cache import refuse_unwritable
 from pipeline.metrics import class_groups
 from pipeline.shown import Shown, columns, size, wrapped
 
@@ -91,13 +88,6 @@ class Plan(Shown):
 def existing(path: Path) -> Path:
     """The nearest folder above that is there."""
     return next(p for p in (path, *path.parents) if p.exists())
-
-
-def refuse_room(folder: Path) -> None:
-    """Raises the OSError that writing into the folder would meet, as far as it can be known before."""
-    refuse_unwritable(folder)
-    if shutil.disk_usage(existing(folder)).free == 0:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def classes_text(names: Sequence[str], counts: np.ndarray, most: int = 3) -> str:

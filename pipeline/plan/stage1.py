@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache import CacheError, Foreseen, Layout, Lock, chunk_rows, foresee_store, is_url
+from cache import CacheError, Foreseen, Layout, Lock, chunk_rows, foresee_store, is_url, refuse_unwritable
 from pipeline.backbone.folder import TrainingFolder, identity_of
 from pipeline.backbone.mixup import Mixup
 from pipeline.backbone.model import (
@@ -31,7 +31,7 @@ from pipeline.distributed import Ranks, choose_device
 from pipeline.dump import as_data_error, encoding_precision, fitting, store_of
 from pipeline.dump_source import Source, find_source
 from pipeline.errors import DataError, PipelineError
-from pipeline.plan.plan import Plan, Write, classes_text, refuse_room
+from pipeline.plan.plan import Plan, Write, classes_text
 
 RECORD, REST, LINE = (
     250,
@@ -68,7 +68,7 @@ def foresee_training(config: Config, *, out: Path, ranks: Ranks, overwrite: bool
     settings = config.backbone
     dataset = load_dataset(config.data)
     try:
-        refuse_room(out)
+        refuse_unwritable(out)
         Lock(out).refuse_held()
     except CacheError as error:
         raise DataError(f"{error}; --out names another folder") from error

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from cache import Cache
+from cache import Cache, refuse_unwritable
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks
 from pipeline.places import results_folder, store_settings
-from pipeline.plan.plan import Plan, Write, classes_text, refuse_room
+from pipeline.plan.plan import Plan, Write, classes_text
 from pipeline.plan.stage1 import alone, where
 from pipeline.rebalance.methods import Setting, asked_methods, candidates, references
 from pipeline.rebalance.run import choosing_split, network_of, prepare
@@ -37,7 +37,7 @@ def plan_rebalance(
     for of_one, (_, possible, _) in zip(configs, prepared, strict=True):
         choosing_split(possible, _asked(of_one), loaded)
     folder = Path(out or results_folder(store, "ablations" if config.variants else "rebalance"))
-    refuse_room(folder)
+    refuse_unwritable(folder)
     cache, rows = loaded.store, int(loaded.features.counts.sum())
     file = folder / ("ablation.json" if config.variants else "results.json")
     views = loaded.store.views("train")
