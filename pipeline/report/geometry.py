@@ -31,7 +31,7 @@ SHADES = {  # of the classes in a map, largest first; head and tail differ in th
 MEASURES: dict[str, Row] = {
     "training images": {"color": BLACK, "linestyle": ":", "marker": "s", "hatch": "////", "fill": "white"},
     "test images": {"color": BLUE, "linestyle": "-", "marker": "o", "hatch": "", "fill": BLUE},
-    "test images around the training mean": {
+    "test around training mean": {
         "color": RED,
         "linestyle": "--",
         "marker": "^",
@@ -239,6 +239,7 @@ def _lines(axes: "Axes", runs: Sequence[Geometry], group: str, *, first: bool) -
     )
     axes.set_xticks(place, told)
     axes.set_xlim(-0.3, len(runs) - 0.7)
+    axes.set_ylim(bottom=0)
     axes.set(title=f"{group}: {BOUNDS[group]} images", xlabel="imbalance factor")
     if first:
         axes.set_ylabel("dispersion within a class\n1 − mean cosine to the mean")
@@ -325,11 +326,16 @@ def _caption(runs: Sequence[Geometry]) -> str:
         if several
         else ""
     )
+    apart = (
+        " At another imbalance factor a group holds other classes; the runs are compared as they are."
+        if len(runs) > 1
+        else ""
+    )
     return (
         f"{text}Dispersion is measured in all dimensions: one less the mean cosine of the clean features of a class to their "
         "mean direction, mean over the classes of a group. A mean lies nearer to few samples than to many; that is "
         f"corrected for (1 − √ of the mean cosine of two samples), so that 5 images and 100 compare; the CSV has the uncorrected "
-        f"numbers too.{first}"
+        f"numbers too.{first}{apart}"
     )
 
 

@@ -78,7 +78,9 @@ def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | No
         _curves(curve, found)
         _histogram(histogram, found)
         size = int((group == GROUPS.index(called)).sum()) if called in GROUPS else 0
-        curve.set_title(f"{f'predicted {called}: {classes(size)}' if size else 'all predictions'}\n{_told(found)}")
+        curve.set_title(
+            f"{f'predicted {called}: {classes(size)}' if size else 'all predictions'}\n{_told(found)}", fontsize=10.5
+        )
     grid[0, 0].set_ylabel("accuracy in the bin [%]")
     grid[1, 0].set_ylabel("predictions [%]")
     before, after = (found.ece for found in columns["all"].values())
