@@ -10,6 +10,7 @@ from pipeline.report.drawing import rounded
 from pipeline.report.source import Row
 
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot", "none": "solid"}
+PATTERNS = 500  # bars; each draws its own pattern, and in more no eye sees one
 SYMBOLS = {
     "o": "circle",
     "s": "square",
@@ -78,7 +79,7 @@ def bars(
 ) -> Row:
     """Bars, told apart in grey by plotly's patterns: "", "/", "\\", "x", "-", "|", "+", "."; the rest as in `trace`."""
     look: Row = {"color": color, "line": {"color": color, "width": 1}}
-    if pattern:
+    if pattern and len(x) <= PATTERNS:
         look["pattern"] = {"shape": pattern, "fgcolor": color, "bgcolor": "white", "solidity": 0.35, "size": 7}
     found = {"type": "bar", "name": escape(name, quote=False), "x": plain(x), "y": plain(y), "marker": look}
     return found | ({"meta": "classes"} if of_classes else {}) | more

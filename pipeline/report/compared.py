@@ -10,6 +10,7 @@ from pipeline.report.axes import BLACK
 from pipeline.report.chart import chart, class_axis, plain, trace
 from pipeline.report.curves import accuracy_curves, style_of
 from pipeline.report.drawing import Drawing, rounded
+from pipeline.report.geometry import feature_geometry
 from pipeline.report.source import BASELINE, COLUMNS, SPLITS, Row, Spread, Study, mean
 from pipeline.report.table import html_table
 
@@ -73,7 +74,8 @@ def _cell(value: Spread | None) -> str:
 
 def draw_compared(studies: Studies) -> list[Drawing]:
     """Every figure that there is data for."""
-    drawn = [_accuracy(studies), _class_difference(studies), _training(studies)]
+    geometry = feature_geometry(list(studies.values()), list(studies))
+    drawn = [_accuracy(studies), _class_difference(studies), geometry, _training(studies)]
     return [d for d in drawn if d is not None]
 
 

@@ -53,6 +53,22 @@ function ofClasses(trace, rows) {
   return { ...trace, text, textposition: "none", hovertemplate };
 }
 
+const MANY = 2000;
+const drawsPoints = () => Boolean(document.createElement("canvas").getContext("webgl"));
+
+/** A trace that a browser can still draw in a moment where it has thousands of points. */
+function light(trace) {
+  if (!(trace.x?.length > MANY)) return trace;
+  if (trace.type === "bar") {
+    const [x, text] = [trace.x, trace.text ?? []].map((values) => values.flatMap((v) => [v, v, null]));
+    const y = trace.y.flatMap((v) => [known(v) ? 0 : null, v, null]);
+    return { ...trace, type: "scatter", mode: "lines", x, y, text, line: { color: trace.marker.color, width: 1 }, marker: {} };
+  }
+  if (trace.type !== "scatter") return trace;
+  if (trace.mode?.includes("lines")) return { ...trace, mode: "lines", line: { ...trace.line, width: 1 } };
+  return drawsPoints() ? { ...trace, type: "scattergl" } : trace;
+}
+
 const shortened = (name) => (name.length > 60 ? `${name.slice(0, 59)}…` : name);
 
 /** Text in lines of at most 44 letters. */
@@ -69,6 +85,7 @@ function layoutOf(own) {
     margin: { l: 52, r: 12, t: 12, b: 44 },
     legend: { orientation: "h", x: 0, y: -0.02, yref: "container", yanchor: "bottom" },
     hoverlabel: { bgcolor: card, bordercolor: soft, font: { color: ink }, align: "left", namelength: -1 },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink },
     hovermode: "closest",
     dragmode: wide.matches ? "zoom" : false,
     height: 440,
@@ -96,7 +113,7 @@ async function draw(place) {
   const rows = of && data.some((trace) => trace.meta === "classes") ? read(of.id).rows : [];
   place.closest("figure")?.classList.add("live");
   place.classList.add("drawn");
-  await Plotly.react(place, data.map((trace) => ofClasses(trace, rows)), layoutOf(layout), {
+  await Plotly.react(place, data.map((trace) => light(ofClasses(trace, rows))), layoutOf(layout), {
     responsive: true,
     displaylogo: false,
     displayModeBar: wide.matches ? "hover" : false,
