@@ -114,15 +114,14 @@ def _use_onnx(exported: Exported, config: dict[str, Any]) -> str:
 
 def _use_timm(exported: Exported, config: dict[str, Any]) -> str:
     folder, mean, std = exported.out.resolve().name, config["transform"]["mean"], config["transform"]["std"]
-    known = f"\nOr the folder as it stands: `timm.create_model('local-dir:{folder}', pretrained=True)`" * (
-        not _is_own(exported)
-    )
     hub = ", from the hub `hf-hub:NAME/OF-IT`" if exported.weights.suffix == ".safetensors" else ""
+    call = f"`timm.create_model('local-dir:{folder}', pretrained=True)`{hub}"
+    whole = "" if _is_own(exported) else f"\nOr the folder as it stands, with timm 1.0.16 or newer: {call}.\n"
     return f"""```python
 {_timm_code(exported, folder)}```
 
 {_pixels(config)}, scale to 0…1, take out mean {mean} and standard deviation {std}: `transform` does.
-{known + hub + "." if known else ""}"""
+{whole}"""
 
 
 def _timm_code(exported: Exported, folder: str) -> str:

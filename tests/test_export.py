@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import timm
@@ -11,8 +12,8 @@ from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.backbone.model import encode
 from pipeline.cli import invoke
 from pipeline.errors import ConfigError, DataError
-from pipeline.export import export_model
-from pipeline.report.source import read_heads, read_results
+from pipeline.export import export_model, wanted_kind
+from pipeline.report.source import Kind, read_heads, read_results, read_study
 from tests.small_run import digits_run
 
 
@@ -64,6 +65,28 @@ def test_another_lambda_is_taken_and_not_called_chosen(run, tmp_path):
     assert f"| IWB, λ = {lam:g} (given) |" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     with pytest.raises(DataError, match=r"it has λ = 0, 0.05, 0.2; run `pipeline rebalance --lam 0.7`"):
         export_model(run, out=tmp_path / "model", lam=0.7)
+
+
+def test_of_a_method_that_was_not_tuned_validation_prefers_a_lambda(run):
+    study = read_study(run)
+    other = replace(study, backbones=[replace(study.first, selected=Kind("cb", "cb", None))])
+    val = {lam: study.spread(Kind("iwb", "cb", lam), "val", "all").mean for lam in (0.05, 0.2)}
+    assert wanted_kind(other, lam=None, method="iwb") == Kind("iwb", "cb", max(val, key=val.get))
+    assert wanted_kind(other, lam=0.05000001, method=None) == Kind("iwb", "cb", 0.05)  # as tables show it
+    assert wanted_kind(other, lam=None, method=None) == Kind("cb", "cb", None)
+    low = min(val, key=val.get)
+    for backbone in other.backbones:  # whatever the two really scored, the higher one is taken
+        for row in backbone.rows:
+            if row["method"] == "iwb" and row["lam"] == low:
+                row["all"] = 100.0
+    assert wanted_kind(other, lam=None, method="iwb").lam == low
+
+
+def test_another_programs_folder_with_a_config_is_left_alone(run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
+    with pytest.raises(ConfigError, match="holds no exported model; take another --out"):
+        export_model(run, out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_exporting_again_replaces_but_never_another_folders_content(run, tmp_path):
