@@ -2,7 +2,8 @@
 
 What a command does is one function with a typed result, and all of them are here: `run_pipeline`, `train_backbone`,
 `dump_features`, `rebalance`, … A result prints as the command shows it, and `to_dict()` is the document of its --json.
-`iwb_objective` is the loss itself. Nothing heavy is imported before it is used.
+What --dry-run says is `plan_run`, `plan_training`, …; `iwb_objective` is the loss itself. Nothing heavy is
+imported before it is used.
 
 `pipeline.rebalance`, `predict`, `doctor` and `reproduce` are modules as well, which can be called as their function.
 """
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from pipeline.errors import PipelineError
     from pipeline.export import Exported, export_model
     from pipeline.info import Artefact, Verified, describe, verify
+    from pipeline.plan.after import plan_export, plan_progress, plan_report
+    from pipeline.plan.plan import Plan
+    from pipeline.plan.stage1 import plan_dump, plan_training, plan_tries
+    from pipeline.plan.stage2 import plan_rebalance
+    from pipeline.plan.whole import plan_reproduce, plan_run
     from pipeline.predict import Prediction, predict
     from pipeline.rebalance.ablation import AblationResult, ablate
     from pipeline.rebalance.evaluate import EvaluateResult, evaluate
@@ -55,6 +61,11 @@ _PUBLIC = {
     "pipeline.errors": ("PipelineError",),
     "pipeline.export": ("Exported", "export_model"),
     "pipeline.info": ("Artefact", "Verified", "describe", "verify"),
+    "pipeline.plan.after": ("plan_export", "plan_progress", "plan_report"),
+    "pipeline.plan.plan": ("Plan",),
+    "pipeline.plan.stage1": ("plan_dump", "plan_training", "plan_tries"),
+    "pipeline.plan.stage2": ("plan_rebalance",),
+    "pipeline.plan.whole": ("plan_reproduce", "plan_run"),
     "pipeline.predict": ("Prediction", "predict"),
     "pipeline.rebalance": ("AblationResult", "EvaluateResult", "RebalanceResult", "ablate", "evaluate", "rebalance"),
     "pipeline.rebalance.objective": ("iwb_objective",),

@@ -442,6 +442,9 @@ def _explain(origin: str, error: Any, model: type[BaseModel] = Config) -> str:
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1], model)
         return f"{origin}: unknown key {where}{nearest(str(error['loc'][-1]), known)}; known here: {', '.join(known)}"
+    if error["type"] == "model_type":
+        keys = _fields_at(error["loc"], model)
+        return f"{origin}: {where} is a section, got {error['input']!r}; set its keys, such as {where}.{keys[0]}"
     if error["type"] == "missing":
         return f"{origin}: {where} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -75,7 +75,9 @@ def _beside(path: Path) -> Path:
 
 def _refuse_missing(path: Path) -> None:
     if (path / "zarr.json").is_file():
-        raise DataError(f"{path}: a feature store, not a checkpoint; give the checkpoint it is to be made from")
+        of_run = path.parent / "backbone" / "last.pt"
+        such = f", such as {of_run}" if of_run.is_file() else ""
+        raise DataError(f"{path}: a feature store, not a checkpoint; give the checkpoint it is to be made from{such}")
     if not path.exists():
         raise DataError(f"{path}: no such checkpoint{near(path) or '; check the path'}")
 

@@ -6,7 +6,7 @@ from typing import Any
 PROBE = "linear probe"
 
 METHODS = {
-    "baseline": "the head it starts from, as it is: of stage 1, or a linear probe",
+    "baseline": "the head it starts from, of stage 1 or a linear probe",
     "ce": "retrain with cross-entropy",
     "cb": "retrain with the class-balanced loss",
     "iwb": "inverse weight-balancing",
@@ -17,7 +17,7 @@ METHODS = {
     "lws": "a learned scale for each class vector",
     "balanced-softmax": "retrain with the prior inside the softmax",
     "ldam-drw": "cosine classifier with margins, deferred re-weighting",
-    "maxnorm": "class-balanced loss, weight decay, norms held under a threshold",
+    "maxnorm": "class-balanced loss, weight decay, norms under a threshold",
     "marc": "a learned margin for each class",
     "disalign": "logits aligned by a learned gate",
     "iif-trained": "retrain with logits times inverse image frequency",

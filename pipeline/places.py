@@ -28,7 +28,7 @@ def what_else(path: Path) -> str:
     )
     made = "checkpoint" in kind or "weights" in kind
     advice = f"make a store of it: pipeline dump-features --checkpoint {path}" if made else f"did you mean {beside}?"
-    return f" but {kind}" + (f"; {advice}" if made or beside else "")
+    return f" (it is: {kind})" + (f"; {advice}" if made or beside else "")
 
 
 def results_folder(store: Cache | Path | str, kind: str = "rebalance") -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -233,6 +234,37 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert "Example:" in out
     assert f"pipeline {command}" in out.split("Example:")[1]
     assert "--json" in out
+
+
+def every_command():
+    """(words, command) of all commands, those of groups too."""
+    from pipeline.cli import cli
+
+    for name, command in cli.commands.items():
+        yield [name], command
+        for inner, of in getattr(command, "commands", {}).items():
+            yield [name, inner], of
+
+
+def test_every_help_fits_80_columns_and_its_example_is_understood(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words, command in every_command():
+        assert invoke([*words, "--help"]) == 0
+        help_text = capsys.readouterr().out
+        assert max(map(len, help_text.splitlines())) <= 80, words
+        if "Example:" in help_text:
+            line = shlex.split(help_text.split("Example:")[1])
+            if line[0] == "pipeline":
+                assert line[1 : len(words) + 1] == words
+                command.make_context(words[-1], line[len(words) + 1 :])  # raises a usage error where it is wrong
+
+
+def test_commands_stand_in_the_order_of_use(capsys):
+    assert invoke(["--help"]) == 0
+    told = [line.split()[0] for line in capsys.readouterr().out.split("Commands:")[1].splitlines() if line.strip()]
+    stages = ["run", "train-backbone", "dump-features", "rebalance", "evaluate", "report", "export", "predict"]
+    at = [told.index(name) for name in stages]
+    assert at == sorted(at)
 
 
 def test_a_run_of_several_backbones_is_named_with_one_of_them(tmp_path, capsys):

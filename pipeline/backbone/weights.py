@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.places import near
 
 # in this order: of what a file holds twice the average is taken, and a teacher before its student
 CONTAINERS = (
@@ -43,7 +44,7 @@ def weights_file(path: Path, named: str | None = None) -> Path:
     """The file that holds the weights: the path, or of a folder the named or usual one. DataError where there is none."""
     if not path.is_dir():
         if not path.is_file():
-            raise DataError(f"{path}: no such checkpoint")
+            raise DataError(f"{path}: no such checkpoint{near(path) or '; check the path'}")
         return path
     names = (named,) if named else INSIDE
     found = next((path / name for name in names if (path / name).is_file()), None)

@@ -12,7 +12,13 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class Commands(click.Group):
-    """A group that also names the commands of which only the beginning was typed; click names those that look alike."""
+    """A group whose help has the commands in the order in which they are used.
+
+    It also names the commands of which only the beginning was typed; click names those that look alike.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:

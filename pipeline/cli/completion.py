@@ -15,8 +15,8 @@ from pipeline.method_names import METHODS
 from pipeline.shipped import shipped_configs
 
 INSTALL = {
-    "bash": "pipeline completion bash > ~/.local/share/bash-completion/completions/pipeline",
-    "zsh": "pipeline completion zsh > ~/.zfunc/_pipeline   (fpath+=~/.zfunc before compinit in ~/.zshrc)",
+    "bash": "pipeline completion bash >> ~/.bashrc",
+    "zsh": "pipeline completion zsh >> ~/.zshrc    (below its compinit)",
     "fish": "pipeline completion fish > ~/.config/fish/completions/pipeline.fish",
 }
 

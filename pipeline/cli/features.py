@@ -141,7 +141,7 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
     "evaluate",
     short_help="The table of given heads on a split; nothing is fitted.",
     cls=Examples,
-    example="pipeline evaluate runs/digits-lt --heads runs/digits-lt/rebalance/heads.safetensors",
+    example="pipeline evaluate runs/digits-lt --split val",
 )
 @click.argument("store", required=False, shell_complete=stores)
 @click.option(

@@ -32,6 +32,8 @@ def run_folder(run: str | None) -> Path:
     if run is not None and is_store(run):
         of_run = Path(run).parent if "://" not in run else "RUN"
         raise DataError(f"{run}: a feature store, not a run; give the run it is of, such as {of_run}")
+    if run is not None and (Path(run) / "last.pt").is_file():
+        raise DataError(f"{run}: the training of a run; give the run itself, such as {Path(run).parent}")
     if run is not None and Path(run).exists():
         return Path(run)
     try:
