@@ -44,9 +44,9 @@ def contents(index: str) -> str:
         pages = [
             f"{title} <{page}>" for title, page in re.findall(r"^- \*\*\[([^]]+)\]\(([\w-]+)\.md\)", section, re.M)
         ]
-        parts.append(
-            f"```{{toctree}}\n:hidden:\n:caption: {section.splitlines()[0]}\n\n" + "\n".join(pages) + "\n```\n"
-        )
+        caption = section.splitlines()[0]
+        if pages:
+            parts.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```\n")
     return "\n".join(parts)
 
 
