@@ -66,7 +66,8 @@ def lambda_chart(study: Study, table: Sequence[Row]) -> Row:
                 )
             )
         if study.chosen_on:
-            chosen = [r for r in table if r["split"] == split and r["lam"] in {k.lam for k in study.selected}]
+            selected = {k.lam for k in study.selected} - {None}  # of a method without λ
+            chosen = [r for r in table if r["split"] == split and r["lam"] in selected]
             x, y = [where[lams.index(r["lam"])] for r in chosen], [r["mean"] for r in chosen]
             traces.append(trace(f"chosen on {SPLITS[study.choosing_split]}", x, y, STAR, hoverinfo="skip", **shown))
     ticks = kept_apart(where, TICKS)

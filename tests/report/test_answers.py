@@ -1,16 +1,19 @@
 """What heads say of the test samples: confusion between groups and reliability, by hand and against the table."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.heads import Gated, Linear, predict, predict_array
+from pipeline.method_names import PROBE
 from pipeline.metrics import confidence_bins, expected_calibration_error
 from pipeline.report import answers as scoring
 from pipeline.report.answers import Answers, answers, read_compared
 from pipeline.report.confusion import confusion_between_groups, frequent_confusions, group_confusion
+from pipeline.report.figures import draw_all
 from pipeline.report.reliability import reliability_diagram
 from pipeline.report.source import BASELINE, Kind, read_study
 from tests.small_run import made_run
@@ -147,6 +150,21 @@ def test_a_head_that_is_not_linear_is_scored(tmp_path):
     [found] = answers(backbone, Kind("disalign", None, None))
     row = next(r for r in backbone.rows if r["method"] == "disalign" and r["split"] == "test")
     assert expected_calibration_error(found.confidence, found.hit) == pytest.approx(row["ece"], abs=1e-3)
+    study = replace(read_study(run), backbones=[replace(backbone, selected=Kind("disalign", None, None))])
+    drawn = {drawing.name: drawing for drawing in draw_all(study)}
+    assert {"weight-norms", "norm-size", "confusion", "reliability", "feature-geometry"} <= drawn.keys()
+    assert "disalign" in {row["head"] for row in drawn["reliability"].table}
+    assert not [column for row in drawn["weight-norms"].table for column in row if "disalign" in column]  # it has none
+
+
+def test_a_linear_probe_is_called_that_where_it_is_what_stage_2_started_from(run, monkeypatch):
+    monkeypatch.setattr("pipeline.report.source.start_name", lambda fingerprint: PROBE)
+    drawn = {drawing.name: drawing for drawing in draw_all(read_study(run))}
+    for name in ("confusion", "reliability"):
+        assert {row["head"] for row in drawn[name].table} == {PROBE, str(read_study(run).first.selected)}
+    for name in ("weight-norms", "norm-size"):
+        assert PROBE in drawn[name].table[-1]
+    assert "of its length in the linear probe" in drawn["weight-norms"].caption
 
 
 def test_skipped_test_samples_and_a_class_that_lost_all_of_them(tmp_path):
