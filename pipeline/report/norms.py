@@ -24,9 +24,8 @@ def weight_norms(study: Study) -> Drawing:
     chosen, store = backbone.selected, backbone.store
     before = np.linalg.norm(store.classifier[0].astype(np.float64), axis=1)
     aim = target_norms(backbone, target_of(backbone))
-    others = {
-        kind: other for kind, other in (("tau-norm", tau_norm(backbone)), ("maxnorm", maxnorm(backbone))) if other
-    }
+    found = {"tau-norm": tau_norm(backbone), "maxnorm": maxnorm(backbone)}
+    others = {kind: other for kind, other in found.items() if other and kind != chosen.method}
     lines: list[tuple[str, np.ndarray | None, Row]] = [
         (study.start.removeprefix("the "), before, BEFORE | {"marker": "s"}),
         (f"{backbone.alone.loss_name} alone", backbone.norms(backbone.alone), ALONE | {"marker": "^"}),
@@ -61,7 +60,7 @@ def weight_norms(study: Study) -> Drawing:
     if aim is not None:
         caption += " The norm term fixes only differences of lengths: its target is drawn at the mean of the heads."
     caption = " ".join([caption, *(other.told for other in others.values())])
-    if "maxnorm" not in others:
+    if found["maxnorm"] is None:
         caption += " MaxNorm is not drawn: it is not among the heads of this run, and fitting it would take minutes."
     shown = chart(
         traces,

@@ -1,5 +1,7 @@
 """Lengths of class vectors: of the run's own heads, of other methods, of the target; and how they go with class size."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -144,3 +146,11 @@ def test_the_natural_logarithm_of_the_authors_code_is_said(tmp_path):
     counts = np.array([150, 60, 30, 12, 5])
     expected = np.log(counts.sum() / (counts + 1))
     assert [row["number coefficient NC"] for row in drawing.table[2:]] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_chosen_method_is_drawn_once(tuned):
+    study = read_study(tuned)
+    chosen = replace(study, backbones=[replace(study.first, selected=lengths.TAU_NORM)])
+    columns = weight_norms(chosen).table[0].keys()
+    assert "tau-norm" in columns
+    assert not [column for column in columns if "τ-norm" in column]
