@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cache import open_writer
+from cache import Lock, open_writer
 from pipeline.cli import invoke
 from tests.conftest import digits_tree
 
@@ -188,6 +188,30 @@ def test_a_training_that_was_stopped_goes_on_as_said(place, tmp_path, monkeypatc
     with pytest.raises(Exception, match=r"last\.pt"):
         plan_training(config, out=out)
     assert before.keys() | {"before"} == tree(tmp_path).keys()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_as_said(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    last = Path("runs/tiny/backbone/last.pt")
+    last.write_bytes(last.read_bytes()[:-500])
+    plan = planned(capsys, "train-backbone")
+    assert plan["writes"][0]["state"] == "goes on after epoch 1 of 2"
+    assert plan["steps"] == 6
+    assert any(str(last) in note for note in plan["notes"])
+    assert done(capsys, "train-backbone")["trained_epochs"] == 1
+
+
+def test_what_another_process_writes_is_refused_alike(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    for words, folder in ((["train-backbone"], "backbone"), (["dump-features", "--overwrite"], "features.zarr")):
+        with Lock(Path("runs/tiny") / folder):
+            errors = []
+            for more in (["--dry-run"], []):
+                assert invoke([*words, *more, "--json"]) == 3
+                errors.append(json.loads(capsys.readouterr().out)["error"])
+        assert errors[0] == errors[1]
+        assert f"another process is writing it (process {os.getpid()} on " in errors[0]
 
 
 def test_a_store_that_lacks_chunks_is_finished_as_said(finished, tmp_path, monkeypatch, capsys):

@@ -197,6 +197,7 @@ _FILES: dict[str, Callable[[Path], Artefact]] = {
     "store.json": lambda p: plain_files(p.parent),
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".tar"), checkpoint),
     ".safetensors": heads,
+    ".onnx": lambda p: exported(p.parent),
     ".yaml": _config,
     ".yml": _config,
     ".json": _document,
