@@ -122,6 +122,7 @@ def feature_geometry(studies: Sequence[Study], names: Sequence[str] | None = Non
             axes = figure.add_subplot(grid[lines, slice(i * each, (i + 1) * each)], sharey=panels[-1] if i else None)
             _lines(axes, runs, group, first=i == 0)
             panels.append(axes)
+        panels[-1].set_ylim(bottom=0)  # once all groups are drawn: they share the axis
     for axes, run in zip(panels, runs, strict=False):
         _draw_map(axes, run, alone=len(runs) == 1)
     title = _title(runs, groups)
@@ -239,7 +240,6 @@ def _lines(axes: "Axes", runs: Sequence[Geometry], group: str, *, first: bool) -
     )
     axes.set_xticks(place, told)
     axes.set_xlim(-0.3, len(runs) - 0.7)
-    axes.set_ylim(bottom=0)
     axes.set(title=f"{group}: {BOUNDS[group]} images", xlabel="imbalance factor")
     if first:
         axes.set_ylabel("dispersion within a class\n1 − mean cosine to the mean")

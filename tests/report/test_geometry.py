@@ -131,6 +131,10 @@ def test_several_runs_stand_side_by_side_by_imbalance(run, tmp_path):
     few = drawing.figure.axes[-1]
     assert few.get_title() == "few: < 20 images"
     assert [t.get_text() for t in few.get_xticklabels()] == ["1.67", "30"]
+    low, high = few.get_ylim()
+    shown = [y for axes in drawing.figure.axes[2:] for line in axes.lines for y in line.get_ydata() if np.isfinite(y)]
+    assert low == 0
+    assert max(shown) < high
 
 
 def test_spread_is_over_backbones(runs):
