@@ -31,10 +31,8 @@ def write_durably(path: Path | str, content: bytes | str | Callable[[BinaryIO], 
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(
-                path
-            )  # a full disk is met by an open file, which does not say its name
+        if isinstance(error, OSError):  # a full disk is met by an open file, which does not say its name
+            error.filename = error.filename or str(path)
         raise
     fsync(path.parent)
     return path
