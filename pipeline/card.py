@@ -1,5 +1,6 @@
 """README.md of an exported model: a card that people, and the Hugging Face hub, can read."""
 
+import math
 from typing import Any
 
 from pipeline.export import Exported, create_call, head_text, main_table
@@ -93,7 +94,7 @@ def _pixels(config: dict[str, Any]) -> str:
 
 
 def _shorter(config: dict[str, Any]) -> int:
-    return round(min(config["transform"]["size"]) / config["transform"]["crop_pct"])
+    return math.floor(min(config["transform"]["size"]) / config["transform"]["crop_pct"])
 
 
 def _use_onnx(exported: Exported, config: dict[str, Any]) -> str:

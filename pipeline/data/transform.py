@@ -244,7 +244,7 @@ class ImageFiles(torch.utils.data.Dataset):
         self.read, self.size, self.transform = split.stored.reader, transform.size, transform
         height, width = transform.size
         interpolation = InterpolationMode(transform.interpolation)
-        shorter = round(min(height, width) / transform.crop_pct)
+        shorter = math.floor(min(height, width) / transform.crop_pct)  # as timm rounds
         self.evaluate = v2.Compose(
             [v2.Resize(shorter, interpolation=interpolation), v2.CenterCrop(transform.size), v2.PILToTensor()]
         )

@@ -92,3 +92,13 @@ def test_an_unreadable_file_is_named(files, workers):
     (files.stored.root / "7.png").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"7\.png: unreadable image"):
         list(Loader(files, transform("none"), device=CPU, workers=workers).batches([np.arange(12)]))
+
+
+def test_files_are_resized_and_cut_as_timm_does_it(files):
+    from timm.data import create_transform
+
+    wanted = create_transform((3, 30, 30), crop_pct=0.95, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+    ours = Transform((30, 30), (0, 0, 0), (1, 1, 1), "none", crop_pct=0.95, interpolation="bicubic")
+    (pixels,) = Loader(files, ours, device=CPU, workers=0).batches([np.arange(3)], key=None)
+    for i in range(3):
+        torch.testing.assert_close(pixels[i], wanted(Image.open(files.stored[i])))
