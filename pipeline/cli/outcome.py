@@ -14,6 +14,8 @@ from pipeline.cli.job import job_of, without_job
 from pipeline.errors import DATA, FAILED, INTERRUPTED, TERMINATED, USAGE, Elsewhere, Lost, PipelineError
 from pipeline.hosts import TOLD, in_worker
 
+RESUMING = {"run", "train-backbone", "dump-features", "reproduce"}  # commands that keep what they have done
+
 
 def show(result: Any, as_json: bool) -> None:
     """The result on stdout, of rank 0 only: one JSON document, or what a person reads."""
@@ -71,7 +73,8 @@ def exit_code(command: click.Command, words: list[str]) -> int:
     except click.ClickException as error:
         return _failed(words, error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        return _failed(words, "interrupted; the same command goes on where it stopped", INTERRUPTED)
+        goes_on = "; the same command goes on where it stopped" if RESUMING & set(words[:1]) else ""
+        return _failed(words, f"interrupted{goes_on}", INTERRUPTED)
     except Elsewhere as error:
         return _told(error.exit_code)
     except Lost as error:
