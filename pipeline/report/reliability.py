@@ -115,11 +115,17 @@ def _curves(axes: "Axes", found: dict[str, Reliability]) -> None:
         x, y = of.points
         axes.plot(x, y, linewidth=1.8, **style | {"marker": None})
         axes.plot([], [], linewidth=1.8, label=name, **style)  # for the legend: all marks of one size
-        size = 12 + 6 * np.minimum(of.share[of.samples > 0], LARGEST_MARK)
+        size = 12 + 6 * _weights(of, found)
         face = style.get("markerfacecolor", style["color"])
         mark: Row = {"marker": style["marker"], "facecolor": face, "edgecolor": style["color"]}
         axes.scatter(x, y, size, zorder=3, clip_on=False, **mark)
     axes.set(xlim=(0, 100), ylim=(0, 103))
+
+
+def _weights(of: Reliability, found: dict[str, Reliability]) -> np.ndarray:
+    """How large the marks are, by predictions in the bin: in % of those of the head that has most of them in this panel."""
+    most = max(head.samples.sum() / head.heads for head in found.values())
+    return np.minimum(100 * of.samples[of.samples > 0] / of.heads / max(most, 1), LARGEST_MARK)
 
 
 def _histogram(axes: "Axes", found: dict[str, Reliability]) -> None:
@@ -147,7 +153,7 @@ def _chart(columns: dict[str, dict[str, Reliability]]) -> Row:
             }
             only: Row = {"legendgroup": name, "showlegend": panel == 1, "cliponaxis": False}
             line = trace(name, x, y, style, **told, **only, **at)
-            size = 6 + 0.8 * np.minimum(of.share[of.samples > 0], LARGEST_MARK)
+            size = 6 + 0.8 * _weights(of, found)
             traces.append(line | {"marker": line["marker"] | {"size": plain(size), "opacity": 1}})
         which = "all predictions" if called == "all" else f"predicted {called}"
         ends: Row = {"range": [0, 104]}
