@@ -137,8 +137,10 @@ def explorer(study: Study, table: Sequence[Row], key: str) -> str:
 
 
 def _choice(study: Study, lams: Sequence[float], chosen: Sequence[int]) -> str:
-    if not study.chosen_on or not chosen:
-        return "No λ of these was chosen: one setting was given." if not study.chosen_on else ""
+    if not study.chosen_on:
+        return "No λ of these was chosen: one setting was given."
+    if not chosen:
+        return f"{study.first.selected} was chosen on {SPLITS[study.choosing_split]}, none of these λ."
     which = ", ".join(f"{lams[i]:g}" for i in chosen)
     whose = " by the backbones, each for itself," if len(chosen) > 1 else ""
     return f"λ = {which} was chosen{whose} on {SPLITS[study.choosing_split]} alone, before test was looked at."

@@ -113,13 +113,19 @@ async function draw(place) {
   const rows = of && data.some((trace) => trace.meta === "classes") ? read(of.id).rows : [];
   place.closest("figure")?.classList.add("live");
   place.classList.add("drawn");
-  await Plotly.react(place, data.map((trace) => light(ofClasses(trace, rows))), layoutOf(layout), {
-    responsive: true,
-    displaylogo: false,
-    displayModeBar: wide.matches ? "hover" : false,
-    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // not those that send a chart to a server
-    plotlyServerURL: "",
-  });
+  try {
+    await Plotly.react(place, data.map((trace) => light(ofClasses(trace, rows))), layoutOf(layout), {
+      responsive: true,
+      displaylogo: false,
+      displayModeBar: wide.matches ? "hover" : false,
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // not those that send a chart to a server
+      plotlyServerURL: "",
+    });
+  } catch (error) {
+    place.classList.remove("drawn"); // the picture comes back
+    place.closest("figure")?.classList.remove("live");
+    throw error;
+  }
 }
 
 function drawNear(places) {

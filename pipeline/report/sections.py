@@ -133,8 +133,9 @@ def choice(study: Study) -> str:
 def methods(study: Study) -> str:
     """What each tuned method was given and chose, and what that is worth on test."""
     shown = [c for c in DIFFERENCES if study.spread(BASELINE, "test", c)]
-    titles = ["trials", "chosen", f"All on {SPLITS[study.choosing_split]}", *(f"{TITLES[c]} on test" for c in shown)]
-    head = "".join(f"<th>{escape(t)}</th>" for t in titles)
+    on = f"<th>All<small>on {escape(SPLITS[study.choosing_split])}</small></th>"
+    tested = "".join(f"<th>{TITLES[c]}<small>on test</small></th>" for c in shown)
+    head = f"<th>Trials</th><th>Chosen</th>{on}{tested}"
     body = []
     for c in study.document["chosen"]:
         kinds = [Kind(c["method"], c["loss"], b.tuned_lam(c["method"])) for b in study.backbones]

@@ -185,11 +185,11 @@ def test_what_cannot_be_reported_is_told_in_a_line(run, tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to_is_refused_before_anything_is_drawn(run, tmp_path):
-    (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match="no permission to write there; name another folder with --out"):
+def test_a_folder_that_may_not_be_written_to_is_refused_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed")  # root may write anywhere
+    with pytest.raises(ConfigError, match="closed: no permission to write there; name another folder with --out"):
         write_report(run, out=tmp_path / "closed")
+    assert not any((tmp_path / "closed").iterdir())
 
 
 def test_places_of_lambda_keep_zero_and_references_apart():
@@ -200,3 +200,18 @@ def test_places_of_lambda_keep_zero_and_references_apart():
     assert places([0.0, 0.5], 0)[1] == [0.25, 0.5]
     assert kept_apart([0, 1, 2, 50, 99, 100], 0.06) == [0, 3, 5]
     assert kept_apart([3], 0.1) == [0]
+
+
+def test_where_a_method_without_lambda_was_chosen_no_lambda_is_called_chosen(tmp_path):
+    run = made_run(tmp_path / "run", lam="0.1,1", method=["iwb", "tau-norm"], trials=2)
+    for place in (run / "rebalance" / "results.json",):
+        document = json.loads(place.read_text())
+        rival = next(c for c in document["chosen"] if c["method"] == "tau-norm")
+        document["selected"] |= {"method": "tau-norm", "loss": rival["loss"], "lam": None}
+        place.write_text(json.dumps(document))
+    page = write_report(run).path.read_text(encoding="utf-8")
+    found = data_of(page, "explorer-0")
+    assert found["chosen"] == []
+    assert found["choice"] == "tau-norm was chosen on validation, none of these λ."
+    stars = [t for t in data_of(page, "chart-accuracy-lambda-0")["data"] if t["name"].startswith("chosen")]
+    assert all(t["x"] == [] for t in stars)
