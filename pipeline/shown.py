@@ -1,6 +1,7 @@
 """How results read: the same text for print(), a terminal and a notebook."""
 
 import io
+import re
 import shutil
 import sys
 import textwrap
@@ -32,10 +33,18 @@ def columns(most: int = WIDTH) -> int:
 
 
 def wrapped(name: str, text: str, width: int, *, indent: int) -> list[str]:
-    """`name` and the text behind it, in lines of a width, those after the first indented; words longer than it stay whole."""
-    return textwrap.wrap(
-        text, width, initial_indent=name, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    ) or [name.rstrip()]
+    """`name` and the text behind it, in lines of a width, those after the first indented; words longer than it stay whole,
+    and so do `λ = 0.1` and `1 ± 2`."""
+    whole = re.sub(" ([=±]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", text)
+    lines = textwrap.wrap(
+        whole,
+        width,
+        initial_indent=name,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] or [name.rstrip()]
 
 
 def size(number: float | None) -> str:

@@ -11,6 +11,7 @@ from pipeline.doctor import SHARED, _check, _warnings, doctor
 from pipeline.errors import DataError
 from pipeline.export import export_model
 from pipeline.info import describe, verify
+from pipeline.shown import wrapped
 from tests.small_run import digits_run, made_run, made_store
 
 
@@ -33,7 +34,7 @@ def run(tiny_backbone, tmp_path_factory):
             "feature store",
             ["sealed", "363 samples, 3 view(s)", "16 wide, float16", "fingerprint dataset"],
         ),
-        ("rebalance/results.json", "rebalancing results", ["2 batch order(s) of one backbone", "λ       "]),
+        ("rebalance/results.json", "rebalancing results", ["2 batch order(s) of one backbone", "λ 0, 0.05, 0.2"]),
         ("rebalance", "rebalancing results", ["stage 1"]),
         ("rebalance/heads.safetensors", "rebalanced heads", ["10 classes × 16 features", "iwb (cb, λ = 0.05): 2"]),
     ],
@@ -41,7 +42,8 @@ def run(tiny_backbone, tmp_path_factory):
 def test_every_artefact_says_what_it_is_and_what_made_it(run, part, kind, said):
     found = describe(run / part)
     assert found.kind == kind
-    assert all(text in str(found) for text in said)
+    told = " ".join(str(found).split())  # as wide as the terminal
+    assert [text for text in said if text not in told] == []
     assert "argv" in found.made
     assert "made by" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["kind"] == kind
@@ -252,6 +254,18 @@ def test_little_shared_memory_is_told_with_what_docker_calls_it(tmp_path):
     assert "--shm-size 8g" in told
     assert not _warnings(memory=16.0, shared=8.0, disk=100.0, folder=tmp_path)
     assert not _warnings(memory=None, shared=None, disk=100.0, folder=tmp_path)
+
+
+def test_what_is_told_is_as_wide_as_the_terminal_and_tears_no_number_from_its_name(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    text = str(describe(run / "rebalance"))
+    assert max(map(len, text.splitlines())) <= 70 + len(str(run))
+    for width in range(40, 100):
+        (first, *more) = wrapped(
+            "kinds  ", "iwb (cb, λ = 0.05): 2, iwb (cb, λ = 0.2): 2, all 1.0 ± 0.2", width, indent=7
+        )
+        assert not [line for line in (first, *more) if line.rstrip().endswith(("=", "±", "λ"))]
+        assert " ".join([first, *map(str.strip, more)]).endswith("iwb (cb, λ = 0.2): 2, all 1.0 ± 0.2")
 
 
 def test_doctor_knows_the_kernel_the_extras_and_what_takes_how_long(monkeypatch):
