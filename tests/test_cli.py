@@ -61,6 +61,7 @@ def test_without_any_configuration_the_digits_are_taken(tmp_path):
     assert json.loads(out)["checkpoint"] == "runs/digits-lt/backbone/last.pt"
 
 
+@pytest.mark.slow
 def test_another_name_is_another_run_in_every_command(finished, tmp_path):
     folder, _ = finished
     (tmp_path / "pipeline.yaml").write_text((folder / "pipeline.yaml").read_text())
@@ -89,6 +90,7 @@ def test_rebalance_json_follows_the_contract(finished):
     assert {("cb", None), ("iwb", 0.0), ("iwb", 0.05), ("iwb", 0.2)} <= methods
 
 
+@pytest.mark.slow
 def test_verify_and_info_and_report_and_evaluate(finished):
     folder, _ = finished
     for words in (
@@ -105,6 +107,7 @@ def test_verify_and_info_and_report_and_evaluate(finished):
     assert (folder / "runs/tiny/report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_export_and_predict(finished):
     """Real digits through the exported model: the labels it gives are those of the digits it was trained on."""
     import numpy as np

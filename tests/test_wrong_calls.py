@@ -174,6 +174,7 @@ def without_the_right_to_overrule() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+@pytest.mark.slow
 def test_a_folder_one_may_not_write_to(place, tmp_path):
     shut = tmp_path / "shut"
     shut.mkdir(mode=0o555)
