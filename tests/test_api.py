@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -104,3 +105,16 @@ def test_results_print_as_commands_show_them(tmp_path):
         json.dumps(result.to_dict(), allow_nan=False)
         assert "object at 0x" not in str(result)
         assert not str(result).startswith(type(result).__name__), result
+
+
+def test_every_package_is_in_the_wheel():
+    import tomllib
+
+    root = Path(pipeline.__file__).parents[1]
+    found = {
+        ".".join(file.parent.relative_to(root).parts)
+        for of in ("pipeline", "cache")
+        for file in (root / of).rglob("__init__.py")
+    }
+    listed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert found | {"pipeline.configs"} == set(listed)
