@@ -179,7 +179,9 @@ class Signals:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: object, *_) -> None:
+        if error and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return  # a rank that has lost another says so before it heeds the signal with which torchrun then ends it
         for s, handler in self._before.items():
             signal.signal(s, handler)
 
