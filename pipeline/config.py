@@ -326,8 +326,12 @@ def find_config(name: str | None) -> Path:
     stem = str(path.with_suffix("")).removeprefix("configs/") if path.suffix in (".yaml", ".yml") else name
     if stem in shipped and not path.is_absolute():
         return shipped[stem]
+    if path.is_dir():
+        how = f"data: {{source: folder, path: {name}}}"
+        raise ConfigError(f"no configuration {name}: it is a folder; one of images is named in a configuration: {how}")
+    files = [str(file) for file in path.parent.glob("*") if file.suffix in (".yaml", ".yml")]
     raise ConfigError(
-        f"no configuration {name}: neither a file nor a shipped name{nearest(name, shipped)}; "
+        f"no configuration {name}: neither a file nor a shipped name{nearest(name, [*files, *shipped])}; "
         f"shipped: {', '.join(sorted(shipped))}"
     )
 

@@ -8,11 +8,28 @@ from cache import Cache, CacheError, open_cache
 from pipeline.config import RebalanceConfig, make_rebalance_config
 from pipeline.errors import DataError
 
+_OF_A_RUN = ("backbone/last.pt", "features.zarr", "rebalance/results.json", "seed-*/backbone", "seed-*/features.zarr")
+
 
 def near(path: Path) -> str:
     """`; did you mean …?` with the name beside a path that is most like it, or nothing."""
     found = get_close_matches(path.name, [other.name for other in path.parent.glob("*")], 1)
     return f"; did you mean {path.with_name(found[0])}?" if found else ""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder has a training, features or results of its own, or of several backbones."""
+    return any(next(folder.glob(part), None) is not None for part in _OF_A_RUN)
+
+
+def holds_runs(folder: Path) -> str:
+    """That a folder is no run but has some in it, which are named; nothing where that is not so."""
+    runs = [] if is_run(folder) else sorted(str(path) for path in folder.glob("*") if is_run(path))
+    if not runs:
+        return ""
+    others = f" ({len(runs)} in all: {', '.join(Path(run).name for run in runs[:8])}" if runs[1:] else ""
+    others += (", …)" if runs[8:] else ")") if others else ""
+    return f"{folder}: holds runs, is none; name one, such as {runs[0]}{others}"
 
 
 def what_else(path: Path) -> str:

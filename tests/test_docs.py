@@ -159,15 +159,28 @@ def test_links_lead_somewhere(page):
 # what lies in the folder in which a page is run
 
 
-@pytest.fixture(scope="session")
-def digits_run(tmp_path_factory) -> Path:
-    """runs/digits-lt as the commands make it, trained for three epochs."""
-    folder = tmp_path_factory.mktemp("docs")
+def small_digits(folder: Path, *options: str) -> Path:
     sets = ["backbone.epochs=3", "dump.views=2", "rebalance.epochs=3"]
-    words = ["run", "digits-lt", "--out", str(folder / "runs/digits-lt")]
+    words = ["run", "digits-lt", "--out", str(folder / "runs/digits-lt"), *options]
     with contextlib.redirect_stdout(io.StringIO()):
         assert invoke([*words, *(word for text in sets for word in ("--set", text))]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory) -> Path:
+    """runs/digits-lt as the commands make it, trained for three epochs."""
+    return small_digits(tmp_path_factory.mktemp("docs"))
+
+
+@pytest.fixture(scope="session")
+def digits_seeds(tmp_path_factory) -> Path:
+    """The same of two backbones."""
+    return small_digits(tmp_path_factory.mktemp("docs"), "--seeds", "0,1")
+
+
+def with_seeds(request, folder):
+    shutil.copytree(request.getfixturevalue("digits_seeds"), folder, dirs_exist_ok=True)
 
 
 def with_run(request, folder):
@@ -204,7 +217,7 @@ def with_small_cifar(request, folder):
 PREPARED = {
     "docs/backbones.md": with_foreign_files,
     "docs/cache.md": with_store,
-    "docs/choosing.md": with_run,
+    "docs/choosing.md": with_seeds,
     "docs/commands.md": with_run,
     "docs/method.md": with_run,
     "docs/methods.md": with_run,

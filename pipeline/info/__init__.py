@@ -14,7 +14,7 @@ from pipeline.info.results import ablation, bench, heads, kept, progress, reprod
 from pipeline.info.stores import plain_files, samples_text, skipped_of, store
 from pipeline.info.trained import BROUGHT, checkpoint, exported, training
 from pipeline.method_names import PROBE
-from pipeline.places import near
+from pipeline.places import holds_runs, near
 from pipeline.shown import Shown
 
 __all__ = ["Artefact", "Verified", "describe", "verify"]
@@ -76,6 +76,8 @@ def describe(path: Path | str) -> Artefact:
         tell = next((tell for recognises, tell in _FOLDERS if recognises(path)), None)
     else:
         tell = _FILES.get(path.name) or _FILES.get(path.suffix)
+    if tell is None and path.is_dir() and (told := holds_runs(path)):
+        raise DataError(told)
     if tell is None:
         raise DataError(f"{path}: not an artefact of this program; expected {EXPECTED}")
     try:

@@ -15,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.heads import Linear, Scorer, read_scorers
 from pipeline.method_names import PROBE, start_name
 from pipeline.metrics import GROUPS
+from pipeline.places import holds_runs
 from pipeline.report.dispersion import Directions, read_directions
 
 COLUMNS = ("all", *GROUPS)
@@ -299,6 +300,8 @@ def read_study(run: Path) -> Study:
     if not run.is_dir():
         raise DataError(f"{run}: no such run folder; make one with `pipeline run`")
     found = results_files(run)
+    if not found and (told := holds_runs(run)):
+        raise DataError(told)
     if not found:
         first = f"run `pipeline rebalance {run / 'features.zarr'}` first"
         raise DataError(f"{run}: nothing to report: no rebalance/results.json; {first}")
