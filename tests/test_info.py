@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import RebalanceConfig
 from pipeline.doctor import SHARED, _check, _warnings, doctor
 from pipeline.errors import DataError
 from pipeline.export import export_model
 from pipeline.info import describe, verify
+from pipeline.rebalance import rebalance
 from pipeline.shown import wrapped
 from tests.small_run import digits_run, made_run, made_store
 
@@ -47,6 +49,14 @@ def test_every_artefact_says_what_it_is_and_what_made_it(run, part, kind, said):
     assert "argv" in found.made
     assert "made by" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["kind"] == kind
+
+
+def test_a_run_shows_the_settings_that_its_results_were_made_with(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    rebalance(copy / "features.zarr", RebalanceConfig(lam="0.07", epochs=1), out=copy / "rebalance", device="cpu")
+    config = describe(copy).made["config"]
+    assert config["rebalance"]["lam"] == "0.07"
+    assert config["backbone"] == json.loads((copy / "backbone/run.json").read_text())["config"]["backbone"]
 
 
 def test_a_folder_of_a_training_says_how_it_went_and_what_is_damaged(run, tmp_path):

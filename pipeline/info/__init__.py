@@ -143,7 +143,13 @@ def _run(path: Path) -> Artefact:
         facts |= {key: known[key] for key in (*STARTS, "selected", "its test accuracy") if key in known}
     records = [try_json(p) for p in (path / "run.json", *sorted(path.glob("**/backbone/run.json")))]
     made: Facts = next(filter(None, records), {})
-    return Artefact(path, f"run of {len(seeds)} backbones" if seeds else "run", facts, made)
+    return Artefact(path, f"run of {len(seeds)} backbones" if seeds else "run", facts, _as_rebalanced(made, path))
+
+
+def _as_rebalanced(made: Facts, run: Path) -> Facts:
+    """What made a run, with the settings of stage 2 that its results were made with: `rebalance` may have had others."""
+    own, config = try_json(run / "rebalance" / "run.json").get("config"), made.get("config")
+    return made | {"config": config | {"rebalance": own}} if own and isinstance(config, dict) else made
 
 
 def _reproduced(path: Path) -> Artefact:

@@ -198,6 +198,9 @@ def _write(result: AblationResult, config: RebalanceConfig) -> None:
     if drawn:
         write_durably(out / "accuracy-lambda.png", png(drawn.figure))
         write_durably(out / "accuracy-lambda.csv", drawn.csv)
+    else:
+        for kind in ("png", "csv"):
+            (out / f"accuracy-lambda.{kind}").unlink(missing_ok=True)  # of results that stood here before
     write_durably(out / "table.csv", csv_text([plain_row(row) for row in result.rows]))
     write_durably(out / "heads.csv", csv_text(result.heads))
     run = provenance(

@@ -118,10 +118,16 @@ def _number(part: str, whole: str) -> float:
     return lam
 
 
-def at_the_border(lam: float | None, asked: Sequence[float | None]) -> list[str]:
-    """What a person should know of a selected λ beyond which none was asked for; λ ends at 1 by its definition."""
-    others = [other for other in asked if other]
-    if not lam or len(others) < 2 or min(others) < lam < max(others) or lam == 1:
+def at_the_border(lam: float | None, asked: Sequence[float | None], *, auto: bool = False) -> list[str]:
+    """What a person should know of a selected λ beyond which none was tried, and what to type; λ ends at 1 by its
+    definition. auto: whether nobody named the λ.
+    """
+    tried = sorted({other for other in asked if other})
+    if not lam or len(tried) < 2 or tried[0] < lam < tried[-1] or lam == 1:
         return []
-    side = "smallest" if lam == min(others) else "largest"
-    return [f"the selected λ, {lam:g}, is the {side} that was asked for: others beyond it may do as well or better"]
+    side, low, high = ("smallest", lam / 10, tried[1]) if lam == tried[0] else ("largest", tried[-2], min(1, 10 * lam))
+    of, others = "that auto tries" if auto else "of those given", "smaller" if side == "smallest" else "larger"
+    return [
+        f"the selected λ, {lam:g}, is the {side} {of}: {others} ones may do as well or better, and "
+        f"--lam {low:g}:{high:g}:log:8 tries them"
+    ]

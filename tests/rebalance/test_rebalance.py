@@ -253,6 +253,44 @@ def test_a_single_lambda_is_not_chosen_and_needs_no_validation(tmp_path):
     assert {r.split for r in result.results} == {"test"}
 
 
+def test_results_of_other_settings_are_told_before_they_are_replaced_and_leave_no_file_behind(
+    store, tmp_path, monkeypatch
+):
+    told: list[str] = []
+    tuned = RebalanceConfig(method=("cb", "baseline"), tune=True, trials=2, seeds=(0,), **QUICK)
+    first = rebalance(store, tuned, out=tmp_path, report=told.append)
+    assert (tmp_path / "trials.csv").exists()
+    assert not any("replaces" in line for line in told)
+    fit = run.fit
+    monkeypatch.setattr(run, "fit", lambda *args, **more: told.append("fits") or fit(*args, **more))
+    told.clear()
+    given = RebalanceConfig(lam="0.2", seeds=(0,), **QUICK)
+    rebalance(store, given, out=tmp_path, report=told.append)
+    heads = f"3 methods, {first.timing['heads']} heads"
+    assert told == [f"replaces the results in {tmp_path} ({heads}); --out DIR keeps both", "fits"]
+    assert not (tmp_path / "trials.csv").exists()
+    told.clear()
+    rebalance(store, given, out=tmp_path, report=told.append)
+    assert told == ["fits"]  # the same settings: nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"epochs": 10}, "60 steps at a learning rate of 0.005"),
+        ({"epochs": 70}, "420 steps"),
+        ({"epochs": 71}, None),  # 426 × 0.005 is a quarter of 1,700 × 0.005
+        ({"epochs": 8, "lr": 0.05}, None),
+        ({"epochs": 1, "method": ("baseline",)}, None),
+    ],
+)
+def test_few_steps_at_a_small_learning_rate_are_told(store, tmp_path, settings, told):
+    config = RebalanceConfig(**({"lam": "0.2", "seeds": (0,), "batch_size": 32} | settings))
+    notes = [note for note in rebalance(store, config, out=tmp_path).notes if "under-fitted" in note]
+    assert len(notes) == (told is not None)
+    assert all(told in note and "--tune" in note for note in notes)
+
+
 def test_auto_goes_from_coarse_to_fine(store, tmp_path):
     result = rebalance(store, RebalanceConfig(seeds=(0,), **QUICK), out=tmp_path)
     lams = {r.lam for r in result.results if r.method == "iwb"}

@@ -141,3 +141,19 @@ def test_a_selected_lam_at_the_border_of_the_sweep_is_told(lam, told):
     notes = at_the_border(lam, [None, 0.0, 0.05, 0.1, 0.4, *([1.0] if lam == 1 else [])])
     assert [told in note for note in notes] == [True] * (told is not None)
     assert at_the_border(0.05, [0.05]) == []
+
+
+@pytest.mark.parametrize(
+    ("lam", "auto", "said", "others"),
+    [
+        (0.01, True, "the smallest that auto tries: smaller ones", "0.001:0.02:log:8"),
+        (0.01, False, "the smallest of those given: smaller ones", "0.001:0.02:log:8"),
+        (0.2, False, "the largest of those given: larger ones", "0.1:1:log:8"),
+    ],
+)
+def test_what_is_told_at_the_border_names_lams_beyond_it(lam, auto, said, others):
+    (note,) = at_the_border(lam, [None, 0.0, 0.01, 0.02, 0.1, 0.2], auto=auto)
+    assert said in note
+    assert f"--lam {others} tries them" in note
+    tried = parse_lam(others)
+    assert tried[0] < lam < tried[-1]
