@@ -8,7 +8,7 @@ torch nor zarr.
 
 from cache.create import Foreseen, Split, create_store, foresee_store
 from cache.files import refuse_unwritable, write_durably
-from cache.layout import CacheError, Chunk, Layout, Unlockable, chunk_rows, owned_chunks
+from cache.layout import CacheError, Chunk, Layout, Otherwise, Unlockable, chunk_rows, owned_chunks
 from cache.lock import Lock
 from cache.place import is_url, locate
 from cache.plain import Exported, export
@@ -26,6 +26,7 @@ __all__ = [
     "Foreseen",
     "Layout",
     "Lock",
+    "Otherwise",
     "Split",
     "Unlockable",
     "Writer",

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from cache import store
 from cache.chunks import Torn, checksum, read_chunk
 from cache.files import refuse_unwritable
-from cache.layout import STORED, CacheError, Chunk, Layout, canonical, chunk_rows
+from cache.layout import STORED, CacheError, Chunk, Layout, Otherwise, canonical, chunk_rows
 from cache.lock import Lock
 from cache.objects import ABSENT, LEASE, Objects
 from cache.place import Local, Place, locate
@@ -293,15 +293,16 @@ def _to_open(
 
 
 def _refuse_other(place: Place, there: Root, wanted: Root, contents: Mapping[str, NDArray]) -> None:
-    """Raises CacheError naming each field in which the store differs from the one that is wanted."""
+    """Raises Otherwise naming each field in which the store differs from the one that is wanted."""
     old, new = _identity(there), _identity(wanted)
-    for name, values in contents.items():
-        for key, crc in there.manifest.get(name, {}).items():
-            old[f"crc32c of {name}/{key}"], new[f"crc32c of {name}/{key}"] = crc, checksum(values)
+    if old == new:  # else labels and ids that differ follow from it
+        for name, values in contents.items():
+            for key, crc in there.manifest.get(name, {}).items():
+                old[f"crc32c of {name}/{key}"], new[f"crc32c of {name}/{key}"] = crc, checksum(values)
     fields = [f for f in dict.fromkeys([*new, *old]) if old.get(f) != new.get(f)]
     if fields:
         listed = "; ".join("{} is {} there, {} wanted".format(f, *_shown(old.get(f), new.get(f))) for f in fields)
-        raise CacheError(
+        raise Otherwise(
             f"{place}: holds features made otherwise: {listed}. Choose another --out, or replace it with --overwrite"
         )
 

@@ -28,6 +28,10 @@ class Refused(CacheError):
     exit_code = 1
 
 
+class Otherwise(CacheError):
+    """The store that is there was made from something else."""
+
+
 class Unlockable(Refused):
     """The file system has no locks."""
 

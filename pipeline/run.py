@@ -3,12 +3,13 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache import CacheError, is_url, locate, write_durably
+from cache import CacheError, Otherwise, is_url, locate, write_durably
 from pipeline import distributed
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.backbone.foreign import bring
@@ -244,7 +245,7 @@ def _one_backbone(
                 lambda r: r.trained_epochs > 0,
             )
         backbone, images = load_checkpoint(trained.checkpoint), None
-    with talk.progress("dumping") as bar:
+    with talk.progress("dumping") as bar, told_what_stays(store):
         dumped = timed(
             "dump-features",
             lambda: dump_features(
@@ -273,6 +274,19 @@ def _one_backbone(
     if not ranks.first:
         return {}
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def told_what_stays(store: Path | str) -> Iterator[None]:
+    """Of a store that was made otherwise a run is not to be told to begin anew: its training is good."""
+    try:
+        yield
+    except (DataError, Otherwise) as error:
+        if not isinstance(error, Otherwise) and not isinstance(error.__cause__, Otherwise):
+            raise
+        cause = str(error).partition(" Choose another --out")[0]
+        remedy = "give another --store" if isinstance(store, str) else f"remove {store}"
+        raise DataError(f"{cause} The training is good: {remedy}, then the same command makes its features") from error
 
 
 def _report(out: Path, backbones: Sequence[Path], ledger: Ledger, talk: Talk) -> tuple[Path, tuple[Path, ...]]:

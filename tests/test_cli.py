@@ -276,6 +276,24 @@ def test_a_run_of_several_backbones_is_named_with_one_of_them(tmp_path, capsys):
     assert f"a run of several backbones; name one of them, such as {tmp_path}/seed-3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["train-backbone"], 2, "`pipeline run --seeds 1,2,10` goes on with it"),
+        (["train-backbone", "--dry-run"], 2, "take another --out"),
+        (["dump-features"], 3, "name one of them, such as --checkpoint runs/digits-lt/seed-1/backbone/last.pt"),
+    ],
+)
+def test_the_commands_do_not_mix_one_backbone_into_a_run_of_several(words, code, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed in (10, 2, 1):
+        (tmp_path / f"runs/digits-lt/seed-{seed}/backbone").mkdir(parents=True)
+        (tmp_path / f"runs/digits-lt/seed-{seed}/backbone/last.pt").touch()
+    assert invoke(words) == code
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "runs/digits-lt/backbone").exists()
+
+
 def test_what_commands_do_is_told_whole_on_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for command in ([], ["bench"]):

@@ -3,10 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from pipeline.config import load_config, make_config, shipped_configs
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
+from pipeline.plan import plan_run
 from pipeline.run import run_pipeline
 from tests.conftest import digits_tree
 
@@ -71,6 +75,44 @@ def test_other_rebalance_settings_touch_neither_backbone_nor_store(run, tiny):
     other = tiny.model_copy(update={"rebalance": tiny.rebalance.model_copy(update={"lam": "0.1"})})
     assert run_pipeline(other, out=out).redone == ("rebalance", "report")
     assert run_pipeline(tiny, out=out).redone == ("rebalance", "report")
+
+
+def test_other_test_images_cost_the_dump_and_not_the_training(tmp_path):
+    """A folder of images: one that cannot be read is found in the dump, taken away, and the training is still good."""
+    folder_of_digits(tmp_path / "images")
+    tree = digits_tree() | {
+        "name": "t",
+        "data": {"source": "folder", "path": str(tmp_path / "images"), "image_size": 8},
+    }
+    config = make_config(tree | {"backbone": tree["backbone"] | {"epochs": 1}, "dump": {"views": 1}}, "t")
+    bad = tmp_path / "images/test/1/bad.png"
+    bad.write_text("no image")
+    with pytest.raises(DataError, match=r"bad\.png: unreadable image"):
+        run_pipeline(config, out=tmp_path / "run")
+    bad.unlink()
+    refusal = r"features\.zarr: holds features made otherwise: .* The training is good: remove .*features\.zarr, then"
+    for attempt in (run_pipeline, plan_run):
+        with pytest.raises(DataError, match=refusal) as found:
+            attempt(config, out=tmp_path / "run")
+        assert "--overwrite" not in str(found.value)
+        assert "crc32c" not in str(found.value)
+    shutil.rmtree(tmp_path / "run/features.zarr")
+    assert run_pipeline(config, out=tmp_path / "run").redone == ("dump-features", "rebalance", "report")
+    (tmp_path / "images/train/1/bad.png").write_text("no image")
+    with pytest.raises(ConfigError, match="is of another training"):
+        run_pipeline(config, out=tmp_path / "run")
+
+
+def folder_of_digits(path):
+    """train, val and test with twelve, two and two images of three digits each."""
+    digits = load_digits()
+    for digit in range(3):
+        images = digits.images[digits.target == digit]
+        for number, image in enumerate(images[:16]):
+            split = "train" if number < 12 else "val" if number < 14 else "test"
+            place = path / split / str(digit)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 15.9).astype(np.uint8)).save(place / f"{number}.png")
 
 
 def test_several_backbones_are_combined(tiny, tmp_path):

@@ -246,7 +246,8 @@ class TrainingFolder:
 
 
 def identity_of(settings: BackboneConfig, *, dataset: str, transform: dict[str, Any]) -> dict[str, Any]:
-    """What decides the result: two checkpoints that differ in any of it are different trainings. dataset: fingerprint."""
+    """What decides the result: two checkpoints that differ in any of it are different trainings. dataset: fingerprint of
+    the training and validation images."""
     images = {"dataset": dataset, "transform": json.dumps(transform, sort_keys=True)}
     return _settings(settings) | {f"data ({key})": value for key, value in images.items()}
 

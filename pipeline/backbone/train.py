@@ -126,7 +126,7 @@ class Trainer:
         self.epoch, self.step_in_epoch, self.best = 0, 0, None  # type: int, int, float | None
         self.tally = Tally(len(dataset.class_names), device=device)
         self.kill = KillPoint(os.environ.get("PIPELINE_KILL_AT"), rank=ranks.rank)
-        identity = identity_of(settings, dataset=dataset.fingerprint, transform=self.transform.to_dict())
+        identity = identity_of(settings, dataset=dataset.training_fingerprint, transform=self.transform.to_dict())
         self.folder = TrainingFolder(out, identity, kill=self.kill)
         self.learner = Learner(self.model, settings.weaken, scale=self.objective.scale)
         self.average = WeightAverage(self.learner, decay=settings.ema) if settings.ema else None

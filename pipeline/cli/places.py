@@ -25,6 +25,12 @@ def take_config(name: str | None, sets: Any, *, told: bool = True) -> "tuple[Tal
     return talk, chosen
 
 
+def backbones_of(run: Path) -> list[Path]:
+    """The seed-N folders of a run of several backbones, in the order of N; none of any other."""
+    found = [file.parents[1] for file in run.glob("seed-*/backbone/last.pt")]
+    return sorted(found, key=lambda place: (len(place.name), place.name))
+
+
 def run_folder(run: str | None) -> Path:
     """A run's folder from a path, the name of a configuration, or nothing (the default configuration's)."""
     from pipeline.config import find_config, load_config

@@ -20,7 +20,7 @@ from pipeline.cli.options import (
     workers,
 )
 from pipeline.cli.outcome import processes, relaunched, show
-from pipeline.cli.places import take_config
+from pipeline.cli.places import backbones_of, take_config
 from pipeline.errors import ConfigError, DataError
 
 
@@ -124,6 +124,12 @@ def train_command(
         config, (*sets, *_said(on_error=on_error), *(["backbone.tensorboard=true"] if tensorboard else []))
     )
     numbers = whole_numbers("--seeds", seeds)
+    if out is None and (several := backbones_of(chosen.run_dir)):
+        names = ",".join(place.name.removeprefix("seed-") for place in several)
+        raise ConfigError(
+            f"{chosen.run_dir} holds a run of several backbones: `pipeline run --seeds {names}` goes on with it; "
+            "for another training take another --out"
+        )
     where: Any = {"out": out or chosen.run_dir / "backbone", "device": device, "overwrite": overwrite}
     if dry_run:
         from pipeline.plan import plan_training, plan_tries
@@ -212,6 +218,11 @@ def dump_command(
     talk, named = take_config(config, sets, told=config is not None or checkpoint is None)
     path = checkpoint or named.run_dir / "backbone" / "last.pt"
     if checkpoint is None and not path.exists():
+        if several := backbones_of(named.run_dir):
+            one = several[0] / "backbone" / "last.pt"
+            raise DataError(
+                f"{named.run_dir}: a run of several backbones; name one of them, such as --checkpoint {one}"
+            )
         raise DataError(
             f"{path}: no such checkpoint; make one with `pipeline train-backbone{f' {config}' if config else ''}`"
         )

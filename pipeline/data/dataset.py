@@ -105,6 +105,12 @@ class Dataset:
         """sha256 over class names and every split's labels, ids and images."""
         return self.fingerprint_without({})
 
+    @cached_property
+    def training_fingerprint(self) -> str:
+        """The same of what a training sees: test images may change without making it another training."""
+        digests = sorted((name, digest) for name, (digest, _) in self._digests.items() if name != "test")
+        return hashlib.sha256(repr([self.class_names, digests]).encode()).hexdigest()
+
     def fingerprint_without(self, rows: Mapping[str, Collection[int]]) -> str:
         """The fingerprint of what is left when the files of some rows of the splits may hold anything."""
         digests = {name: digest for name, (digest, _) in self._digests.items()}

@@ -87,7 +87,9 @@ def foresee_training(config: Config, *, out: Path, ranks: Ranks, overwrite: bool
     check_place(model, settings.weaken.at, size=transform.size, device=cpu)
     network = network_facts(settings, model) | augmentation_facts(settings, transform)
     Objective(settings, dataset.counts, device=cpu)
-    folder = TrainingFolder(out, identity_of(settings, dataset=dataset.fingerprint, transform=transform.to_dict()))
+    folder = TrainingFolder(
+        out, identity_of(settings, dataset=dataset.training_fingerprint, transform=transform.to_dict())
+    )
     state, why = folder.foresee(overwrite=overwrite)
     epoch, step = (state["epoch"], state["step_in_epoch"]) if state else (0, 0)
     left = (settings.epochs - epoch) * steps - step

@@ -14,7 +14,7 @@ from pipeline.plan.stage1 import alone, dump_plan, foresee_dump, foresee_trainin
 from pipeline.plan.stage2 import stage2_plan
 from pipeline.reproduce.backbone import METHODS, TABLES, settings_of
 from pipeline.reproduce.run import Part, plan, refuse_unknown
-from pipeline.run import Brought, places_of, reach, refuse_other_kind, store_of_seed, with_seed
+from pipeline.run import Brought, places_of, reach, refuse_other_kind, store_of_seed, told_what_stays, with_seed
 
 
 def plan_run(
@@ -36,7 +36,9 @@ def plan_run(
     parts: list[Plan] = []
     for place, of_one in places.items():
         where_to = store_of_seed(place, store, named=bool(seeds))
-        stages = _stages(of_one, place, where_to, ranks, brought, overwrite=overwrite, name=place.name if seeds else "")
+        title = place.name if seeds else ""
+        with told_what_stays(where_to):
+            stages = _stages(of_one, place, where_to, ranks, brought, overwrite=overwrite, name=title)
         parts += [_without_data(stage) for stage in stages] if parts else stages
     report = Write(out / "report.html", None, "replaced" if (out / "report.html").is_file() else "new")
     numbers = {"out": str(out), "seeds": list(seeds or [config.backbone.seed])} | where(

@@ -165,7 +165,7 @@ def finished(config: Config, out: Path) -> Path | None:
         return None
     images = load_dataset(config.data)
     transform = input_transform(config.data, config.backbone, images.train).to_dict()
-    folder = TrainingFolder(out, identity_of(config.backbone, dataset=images.fingerprint, transform=transform))
+    folder = TrainingFolder(out, identity_of(config.backbone, dataset=images.training_fingerprint, transform=transform))
     state = folder.state()
     return folder.last if state is not None and state["complete"] else None
 
