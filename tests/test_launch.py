@@ -25,7 +25,7 @@ def train(folder, *words, program=("-m", "pipeline"), **environment):
 def test_killed_workers_are_told_once_and_with_restarts_started_again(tmp_path):
     armed = {"PIPELINE_KILL_AT": "after:step-4"}
     done = train(tmp_path, "--nproc", "2", "--json", **armed)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     assert done.stderr.count("Error") == 1
     assert "was killed (SIGKILL" in done.stderr
     assert json.loads(done.stdout)["exit_code"] == 1
@@ -46,5 +46,5 @@ def test_an_error_that_was_told_is_not_tried_again(tmp_path):
 def test_under_your_own_torchrun_a_lost_fellow_is_told_once(tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "pipeline")
     done = train(tmp_path, program=torchrun, PIPELINE_KILL_AT="after:step-4@1")
-    assert done.returncode == 1
-    assert done.stderr.count("another process of this job ended without a word") == 1
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("another process of this job ended without a word") == 1, done.stderr
