@@ -137,16 +137,29 @@ class Local:
             with _claimed(leftover) as ours:
                 if ours:
                     shutil.rmtree(leftover, ignore_errors=True)
-        if not path.exists():
+        seen = _inode(path)
+        if seen is None:
             return
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
             return
-        self.refuse_removal()
+        try:
+            self.refuse_removal()
+        except CacheError:
+            if _inode(path) == seen:
+                raise
+            raise CacheError(f"{self}: another process has replaced it meanwhile; run the same command again") from None
         with Lock(path):
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".building"))
             os.rename(path, aside)
             shutil.rmtree(aside, ignore_errors=True)  # another process may take it for a leftover and help
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 
 from cache import CacheError, open_cache, open_writer, verify
 from cache.lock import Lock
+from cache.place import Local
 from tests.cache.conftest import Small
 
 _context = multiprocessing.get_context("forkserver")
@@ -86,6 +87,24 @@ def test_letting_go_of_a_lock_leaves_the_one_of_who_came_after(tmp_path):
         Lock(tmp_path).take()
     second.release()
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_store_that_another_process_takes_away_meanwhile_is_not_called_something_else(small, monkeypatch):
+    small.sealed()
+    refuse = Local.refuse_removal
+
+    def after_another(self):
+        small.path.rename(small.path.with_name("aside"))
+        small.path.mkdir()
+        refuse(self)
+
+    monkeypatch.setattr(Local, "refuse_removal", after_another)
+    with pytest.raises(CacheError, match="another process has replaced it meanwhile"):
+        small.create(overwrite=True)
+    monkeypatch.undo()
+    (small.path / "photo.jpg").touch()
+    with pytest.raises(CacheError, match="not a feature store"):
+        small.create(overwrite=True)
 
 
 def test_a_file_system_without_locks_is_said_to_be_one(small, monkeypatch):
