@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import time
 import zipfile
@@ -163,9 +164,10 @@ def flip(path: Path, name: str) -> None:
     """Inverts one bit in the middle of a record of a checkpoint."""
     with zipfile.ZipFile(path) as records:
         record = next(r for r in records.infolist() if r.filename.endswith(name))
-        content = records.read(record)
     data = bytearray(path.read_bytes())
-    data[data.index(content, record.header_offset) + len(content) // 2] ^= 8
+    # behind 30 bytes, the name and padding, where a short content may stand by chance too
+    lengths = struct.unpack_from("<HH", data, record.header_offset + 26)
+    data[record.header_offset + 30 + sum(lengths) + record.file_size // 2] ^= 8
     path.write_bytes(data)
 
 
