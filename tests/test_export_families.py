@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard, constants
+from torch import nn
 
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.backbone.model import encode
@@ -18,16 +19,32 @@ from pipeline.data import load_dataset
 from pipeline.data.transform import Loader, Transform
 from pipeline.export import export_model, input_facts
 from pipeline.report.source import read_study
-from tests.backbone.test_foreign import FAMILIES, network
 
 pytestmark = pytest.mark.slow
+
+FAMILIES = {
+    "test_resnet": {},
+    "mobilenetv3_small_050": {},
+    "test_vit": {"img_size": 32},
+    "test_convnext": {},
+    "test_efficientnet": {},
+    "vgg11": {"mlp_ratio": 0.02},
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def run(request, tmp_path_factory):
     """A run on digits, 32 × 32, with a timm network of random weights and batch statistics, and its rebalanced heads."""
     name, args, run = request.param, FAMILIES[request.param], tmp_path_factory.mktemp("family") / "run"
-    torch.save(network(name, **args).state_dict(), run.parent / "weights.pth")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **args)
+    for key, buffer in model.named_buffers():
+        if key.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif key.endswith("running_var"):
+            buffer.uniform_(0.2, 1.0)
+    nn.init.normal_(model.get_classifier().weight, std=0.1)
+    torch.save(model.state_dict(), run.parent / "weights.pth")
     sets = [f"backbone.model={name}", "data.image_size=32", "data.workers=0", "dump.views=1"]
     sets += [f"backbone.model_args.{key}={value}" for key, value in args.items()]
     words = ["--checkpoint", str(run.parent / "weights.pth"), "--out", str(run / "features.zarr"), "--device", "cpu"]
