@@ -48,6 +48,16 @@ def launch(job: Job, arguments: Sequence[str]) -> int:
 
     Raises PipelineError for what no worker could tell: it was killed, or another host is gone, closed the job, or never came.
     """
+    silent, environment = logging.root.manager.disable, dict(os.environ)
+    try:
+        return _launch(job, arguments)
+    finally:  # what workers were to inherit is not for the other processes that this one may start
+        logging.disable(silent)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+
+
+def _launch(job: Job, arguments: Sequence[str]) -> int:
     logging.disable(logging.ERROR)  # torchrun's own words; the worker that failed has said why
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // job.nproc)))
     talk = Talk()

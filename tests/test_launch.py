@@ -1,6 +1,7 @@
 """Workers that die, or tell an error, under the launcher of --nproc."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import sys
 import pytest
 import yaml
 
+from pipeline.cli import cli
+from pipeline.cli.outcome import exit_code
 from tests.conftest import digits_tree
 from tests.hosts import ROOT
 
@@ -41,6 +44,16 @@ def test_an_error_that_was_told_is_not_tried_again(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("max_per_class=5000: class 0 would need") == 1
     assert "start again" not in done.stderr
+
+
+def test_what_workers_inherit_is_not_left_in_a_process_that_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(digits_tree(epochs=1)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = dict(os.environ)
+    assert exit_code(cli, ["train-backbone", "tiny.yaml", "--out", "out", "--device", "cpu", "--nproc", "2"]) == 0
+    assert {**os.environ, "TORCH_CPP_LOG_LEVEL": ""} == {**before, "TORCH_CPP_LOG_LEVEL": ""}
+    assert logging.root.manager.disable == 0
 
 
 def test_under_your_own_torchrun_a_lost_fellow_is_told_once(tmp_path):
