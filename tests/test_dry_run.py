@@ -7,8 +7,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from cache import Lock, open_writer
 from pipeline.cli import invoke
@@ -155,6 +157,32 @@ def test_every_command_that_writes_can_say_what(finished, words, monkeypatch, ca
     assert "free there: " in out
 
 
+def test_labels_take_the_images_and_batches_that_were_said(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    for i in range(5):
+        Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    words = [
+        "predict",
+        "runs/tiny",
+        tmp_path,
+        tmp_path / "absent.png",
+        "--batch-size",
+        "2",
+        "--out",
+        tmp_path / "l.csv",
+    ]
+    plan = planned(capsys, *words)
+    assert (plan["images"], plan["batches"], plan["classes"], plan["device"]) == (5, 3, 10, "cpu")
+    assert [write["path"] for write in plan["writes"]] == [str(tmp_path / "l.csv")]
+    assert any("absent.png: no such file" in note for note in plan["notes"])
+    assert not (tmp_path / "l.csv").exists()
+    assert invoke([*map(str, words)]) == 0
+    assert len((tmp_path / "l.csv").read_text().splitlines()) == 1 + plan["images"]
+    capsys.readouterr()
+    assert invoke([*map(str, words[:3]), "--dry-run"]) == 0
+    assert "free there" not in capsys.readouterr().out  # nothing is written without --out
+
+
 def test_exports_take_what_was_said(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     for words in (
@@ -251,6 +279,8 @@ def test_a_store_that_lacks_chunks_is_finished_as_said(finished, tmp_path, monke
         (["export", "--lam", "0.7", "--out", "model"], 3),
         (["export", "--out", "runs"], 2),
         (["progress", "nowhere"], 3),
+        (["predict", "nowhere", "pipeline.yaml"], 3),
+        (["predict", "runs/tiny", "nowhere.png"], 3),
         (["reproduce", "digits-lt", "--tables", "table9"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -145,19 +145,27 @@ def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time.")
 @click.option("--compare", is_flag=True, help="Also say what the head before rebalancing says, and what has changed.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
+@dry_run
 @shared
-def predict_command(model, images, top_k, layout, out, batch_size, compare, device, as_json, debug):
+def predict_command(model, images, top_k, layout, out, batch_size, compare, device, dry_run, as_json, debug):
     """Label images with an exported model or a run.
 
     MODEL is a folder of `pipeline export` or a run; IMAGES are files, folders, globs, and - for a list of them on standard
     input, one a line. Unreadable files are reported and left out; exit code 3 if none could be read.
     """
-    if as_json and (layout or out):
+    if as_json and (layout or out) and not dry_run:
         raise click.UsageError("--json is one document on stdout: give it without --format and --out")
     if out and not layout and out.suffix not in (".csv", ".jsonl"):
         raise click.UsageError(f"{out}: ends neither with .csv nor with .jsonl; say --format")
     layout = layout or (out.suffix[1:] if out else "table")
-    given = [name for word in images for name in (sys.stdin.read().splitlines() if word == "-" else [word])]
+    words = [name for word in images for name in (sys.stdin.read().splitlines() if word == "-" else [word])]
+    given = [name for name in words if name]
+    if dry_run:
+        from pipeline.plan.after import plan_predict
+
+        how = {"batch_size": batch_size, "compare": compare, "device": device}
+        show(plan_predict(model, given, out=out, **how), as_json)
+        return
     from cache import write_durably
     from pipeline import predict_lines
     from pipeline.console import Talk
@@ -165,7 +173,7 @@ def predict_command(model, images, top_k, layout, out, batch_size, compare, devi
 
     talk = Talk()
     skipped: list[str] = []
-    paths = find_images([name for name in given if name], skipped.append)
+    paths = find_images(given, skipped.append)
     unfound = len(skipped)
     loaded = load_model(model, device=device)
     comparison = Comparison(loaded.groups) if compare else None

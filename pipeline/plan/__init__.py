@@ -4,14 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.plan.after import plan_export, plan_progress, plan_report
+    from pipeline.plan.after import plan_export, plan_predict, plan_progress, plan_report
     from pipeline.plan.plan import Plan, Write
     from pipeline.plan.stage1 import plan_dump, plan_training, plan_tries
     from pipeline.plan.stage2 import plan_rebalance
     from pipeline.plan.whole import plan_reproduce, plan_run
 
 _MODULES = {
-    "after": ("plan_export", "plan_progress", "plan_report"),
+    "after": ("plan_export", "plan_predict", "plan_progress", "plan_report"),
     "plan": ("Plan", "Write"),
     "stage1": ("plan_dump", "plan_training", "plan_tries"),
     "stage2": ("plan_rebalance",),

@@ -1,4 +1,4 @@
-"""Plans of what is made of a run: report, progress, export."""
+"""Plans of what is made of a run: report, progress, export, labels."""
 
 from collections.abc import Sequence
 from math import prod
@@ -90,6 +90,30 @@ def _of_store(store: Path | str, to: str, out: Path) -> Plan:
         "export", {}, {"store": f"{opened.path}: {told}, {opened.dtype}"}, {"store": str(opened.path), "to": to},
         (Write(out, size, "new"),),
     )  # fmt: skip
+
+
+def plan_predict(
+    model: Path, images: Sequence[Path | str], *, out: Path | None, batch_size: int, compare: bool, device: str
+) -> Plan:
+    """What labelling would do; raises what it would raise before it reads the first image."""
+    from pipeline.deployed import load_model
+    from pipeline.distributed import choose_device
+    from pipeline.predict import counted, find_images
+
+    notes: list[str] = []
+    paths = find_images(images, notes.append)
+    loaded = load_model(model, device=device)
+    if out:
+        refuse_unwritable(out.parent)
+    heads = "the rebalanced head and that of stage 1" if compare else "the rebalanced head"
+    where, batches = str(choose_device(device)), -(-len(paths) // batch_size)
+    facts = {
+        "model": f"{model}: {len(loaded.class_names):,} classes; {heads}",
+        "images": f"{counted(len(paths))} in {batches:,} batch{'' if batches == 1 else 'es'}, by {where}",
+    }
+    numbers: dict[str, Any] = {"images": len(paths), "batches": batches, "classes": len(loaded.class_names)}
+    writes = () if out is None else (Write(out, None, _state(out)),)
+    return Plan("predict", {}, facts, numbers | {"device": where, "compare": compare}, writes, tuple(notes))
 
 
 def _state(path: Path) -> str:

@@ -74,12 +74,16 @@ class Plan(Shown):
 
     def _room(self) -> list[str]:
         """Total and free space, and a warning where they do not fit."""
-        local = [w.path for w in self._all_writes() if "://" not in str(w.path)]
+        writes = self._all_writes()
+        if not writes:
+            return []
+        total = size(self.bytes if any(w.bytes is not None for w in writes) else None)
+        local = [w.path for w in writes if "://" not in str(w.path)]
         if not local:
-            return [f"in all {size(self.bytes or None)}"]
+            return [f"in all {total}"]
         free = shutil.disk_usage(existing(Path(local[0]))).free
         little = f"; free some space before: {size(self.bytes - free)} are missing" if free < self.bytes else ""
-        return [f"in all {size(self.bytes)}; free there: {size(free)}{little}"]
+        return [f"in all {total}; free there: {size(free)}{little}"]
 
     def _all_writes(self) -> list[Write]:
         return [*self.writes, *(w for part in self.parts for w in part._all_writes())]

@@ -19,7 +19,16 @@ from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
 from pipeline.rebalance.methods import Setting, candidates, resolved
 from pipeline.rebalance.result import csv_text, mean_and_std
-from pipeline.rebalance.run import fit, hits_of, network_of, refuse_too_many, row_of, with_possible_views, write_choice
+from pipeline.rebalance.run import (
+    fit,
+    hits_of,
+    little_training,
+    network_of,
+    refuse_too_many,
+    row_of,
+    with_possible_views,
+    write_choice,
+)
 from pipeline.rebalance.selection import Choice, count_lam
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import refuse_double_balancing
@@ -127,11 +136,12 @@ def _ablate(
     for variant, asked_for in zip(config.variants, configs, strict=True):
         possible, told = with_possible_views(asked_for, loaded)
         refuse_too_many(possible, loaded)
-        sweep, asked, on, _ = fit(loaded, possible, ranks, report)
+        sweep, asked, on, tuned = fit(loaded, possible, ranks, report)
         choice = sweep.choose(asked, on) if on else Choice(0, math.nan, math.nan, ())
         fitted.append(Fitted(variant, sweep, asked, choice, on))
         report(f"{variant.name}: {fitted[-1].chosen}" + (f", chosen on {on}" if on else ""))
         notes += told + ([CAVEAT] if on == "kfold" else [])
+        notes += [] if tuned else little_training(possible, asked, len(loaded.features.labels))
     write_choice(out, [f.told for f in fitted], ranks)
 
     split = loaded.test()

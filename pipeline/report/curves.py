@@ -29,8 +29,8 @@ def style_of(number: int) -> Row:
 def accuracy_curves(curves: Points, *, name: str, title: str, caption: str, headline: str) -> Drawing | None:
     """Test accuracy by group over λ, a line a curve; None where no two λ were tried.
 
-    curves: by name the points of each: lam, chosen, n, and of every group its mean and NAME_std. One of a single point
-    without λ is a level line. The star marks a λ that was chosen, never on the test split.
+    curves: by name the points of each: lam, chosen, n, and of every group its mean and NAME_std. A curve without λ is a
+    level line. The star marks a λ that was chosen, never on the test split.
     """
     table = [dict(point) for points in curves.values() for point in points]
     lams = sorted({p["lam"] for p in table if p["lam"] is not None})
@@ -55,18 +55,26 @@ def accuracy_curves(curves: Points, *, name: str, title: str, caption: str, head
 def _draw(axes: "Axes", label: str, points: Sequence[Mapping[str, Any]], column: str, style: Row) -> None:
     known = [p for p in points if p[column] is not None]
     line: Any = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": style["linewidth"]}
-    if len(known) == 1:
+    if _level(known):
         axes.axhline(known[0][column], alpha=0.7, label=label, **line)
         return
     x, y = [p["lam"] for p in known], np.array([p[column] for p in known])
     error = np.array([p[f"{column}_std"] or 0.0 for p in known])
     axes.fill_between(x, y - error, y + error, color=style["color"], alpha=0.15, linewidth=0)
-    axes.plot(x, y, label=label, markersize=4, markerfacecolor="white", marker=style["marker"], **line)
+    if len(known) == 1:  # it must be seen between the others' lines
+        axes.errorbar(x, y, error, color=style["color"], linewidth=1.2, capsize=3)
+    size = 8 if len(known) == 1 else 4
+    axes.plot(x, y, label=label, markersize=size, markerfacecolor="white", marker=style["marker"], **line)
     for p in known:
         if p["chosen"]:
             axes.plot(
                 p["lam"], p[column], marker="*", markersize=15, color=style["color"], markeredgecolor=BLACK, zorder=5
             )
+
+
+def _level(known: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a curve has no λ: it is the same at all of them."""
+    return len(known) == 1 and known[0]["lam"] is None
 
 
 def _chart(curves: Points, columns: Sequence[str], lams: Sequence[float]) -> Row:
@@ -85,16 +93,17 @@ def _chart(curves: Points, columns: Sequence[str], lams: Sequence[float]) -> Row
             shown: Row = place | {"legendgroup": str(i), "hovertemplate": "%{text}<extra></extra>"}
             if not known:
                 continue
-            if len(known) == 1:
+            level = _level(known)
+            if level:
                 known = [{**known[0], "lam": lam} for lam in (lams[0], lams[-1])]
                 style = style_of(i) | {"marker": None}
             else:
-                style = style_of(i) | {"markersize": 4.5, "markerfacecolor": "white"}
+                style = style_of(i) | {"markersize": 9 if len(known) == 1 else 4.5, "markerfacecolor": "white"}
                 shown["error_y"] = {"type": "data", "array": plain([p[f"{column}_std"] for p in known]), "thickness": 1}
-            told = [_told(label, p, column, level=style["marker"] is None) for p in known]
+            told = [_told(label, p, column, level=level) for p in known]
             x, y = [p["lam"] for p in known], [p[column] for p in known]
             traces.append(trace(label, x, y, style, text=plain(told), showlegend=panel == 1, **shown))
-            stars = [p for p in known if p["chosen"] and style["marker"]]
+            stars = [p for p in known if p["chosen"] and not level]
             star: Row = {"color": style["color"], "marker": "*", "markersize": 11, "markeredgecolor": BLACK}
             if stars:
                 x, y = [p["lam"] for p in stars], [p[column] for p in stars]

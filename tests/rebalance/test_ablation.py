@@ -50,6 +50,10 @@ def test_each_row_is_what_rebalancing_that_variant_alone_gives(ablated, store, t
     assert [row["n"] for row in ablated.rows] == [1, 2, 2, 2, 1]
 
 
+def test_few_steps_are_told_once_not_by_every_variant(ablated):
+    assert sum("may be under-fitted" in note for note in ablated.notes) == 1
+
+
 def test_differences_are_to_the_loss_alone(ablated):
     assert ablated.against == "cb"
     alone = next(row for row in ablated.rows if row["name"] == "cb")

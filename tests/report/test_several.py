@@ -80,6 +80,14 @@ def test_figures_of_several_runs_show_what_each_measured(run, runs, tmp_path):
     assert "class-difference" not in {d.name for d in draw_compared(others)}
 
 
+def test_a_run_of_one_given_lambda_is_a_point_there_not_a_line_over_all(run, tmp_path):
+    given = made_run(tmp_path / "given", lam="0.1")
+    drawn = {d.name: d for d in draw_compared({"one": read_study(run), "given": read_study(given)})}
+    lines = [line for line in drawn["accuracy-lambda"].chart["data"] if line["name"] == "given"]
+    assert [line["x"] for line in lines] == [[0.1]] * 4
+    assert all("λ = 0.1: " in line["text"][0] for line in lines)
+
+
 def test_several_runs_make_one_page_with_all_their_figures(run, runs, tmp_path):
     report = write_report([run, runs], out=tmp_path)
     text = text_of(report)
