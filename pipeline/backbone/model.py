@@ -38,7 +38,8 @@ def build_model(config: BackboneConfig, *, num_classes: int, size: tuple[int, in
             reason = " ".join(str(error).split())[:300]
             if config.pretrained:
                 raise ConfigError(
-                    f"backbone.model={name}: no pretrained weights to be had ({reason}); set backbone.pretrained=false"
+                    f"backbone.model={name}: no pretrained weights to be had ({reason}); set backbone.pretrained=false, "
+                    "or bring the folder HF_HOME of a host that has fetched them"
                 ) from error
             raise ConfigError(f"backbone.model={name}: timm cannot build it ({reason})") from error
     classifier(model)
