@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.doctor import Diagnosis, doctor
     from pipeline.dump import DumpResult, dump_features
     from pipeline.errors import PipelineError
-    from pipeline.export import Exported, export_model
+    from pipeline.export import Exported, export_model, rebalanced_head
     from pipeline.info import Artefact, Verified, describe, verify
     from pipeline.plan.after import plan_export, plan_progress, plan_report
     from pipeline.plan.plan import Plan
@@ -59,7 +59,7 @@ _PUBLIC = {
     "pipeline.doctor": ("Diagnosis", "doctor"),
     "pipeline.dump": ("DumpResult", "dump_features"),
     "pipeline.errors": ("PipelineError",),
-    "pipeline.export": ("Exported", "export_model"),
+    "pipeline.export": ("Exported", "export_model", "rebalanced_head"),
     "pipeline.info": ("Artefact", "Verified", "describe", "verify"),
     "pipeline.plan.after": ("plan_export", "plan_progress", "plan_report"),
     "pipeline.plan.plan": ("Plan",),

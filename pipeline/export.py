@@ -138,6 +138,19 @@ def settled(
     return study, kind, checkpoint
 
 
+def rebalanced_head(run: Path | str, *, lam: float | None = None, method: str | None = None) -> Scorer:
+    """The head that stage 2 selected, or that of a λ or method, to be used on features (M, D) wherever they come from.
+
+    run: as for `export_model`, also the results of a store of one's own features. Returns a head whose
+    `array_logits(features)` are the logits (M, C) of an array, `logits(features)` those of a torch tensor; a linear one has
+    `weight` (C, D) and `bias` (C,). Of several backbones or batch orders the first is taken. Raises DataError where results
+    or the head are missing.
+    """
+    study = read_study(Path(run))
+    _, scorer = study.first.head(wanted_kind(study, lam=lam, method=method))
+    return scorer
+
+
 def wanted_kind(study: Study, *, lam: float | None, method: str | None) -> Kind:
     """The heads that are meant: the selected ones, or those of a λ or method; DataError naming the λ there are."""
     selected = study.first.selected
@@ -195,6 +208,11 @@ def matching_checkpoint(backbone: Backbone) -> "Checkpoint":
             if checkpoint.weights_digest == wanted:
                 return checkpoint
             digests[name] = checkpoint.weights_digest[:12]
+    if wanted is None:
+        raise DataError(
+            f"{store}: features that no network of this program made, so there is only the head: "
+            f"pipeline.rebalanced_head({str(backbone.results_path.parent)!r}).array_logits(features) in Python"
+        )
     if not digests:
         raise DataError(f"{folder}: no checkpoint beside the store; copy the run's backbone/last.pt there")
     found = ", ".join(f"{name} has weights {digest}" for name, digest in digests.items())

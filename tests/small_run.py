@@ -62,10 +62,11 @@ def made_store(
     views=2,
     config=None,
     absent=None,
+    own=False,
 ) -> Path:
     """A store of features (N, 8) around one centre a class; config: what its provenance says of its configuration.
 
-    absent: rows of splits that have no features.
+    absent: rows of splits that have no features. own: no network of this program made it, and it says nothing of one.
     """
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(len(counts), 8))
@@ -80,8 +81,10 @@ def made_store(
         bias=np.linspace(1, -1, len(counts)),
         class_names=names,
         counts=counts,
-        fingerprint={"dataset": "d" * 8, "checkpoint": "c" * 8, "seed": seed},
-        provenance={
+        fingerprint={"dataset": "d" * 8} | ({} if own else {"checkpoint": "c" * 8, "seed": seed}),
+        provenance={}
+        if own
+        else {
             "argv": ["pipeline", "dump-features"],
             "network": {"network": "made", "parameters": 1234, "feature_width": 8},
         }

@@ -4,17 +4,22 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
 
+from cache import open_cache
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.backbone.model import encode
 from pipeline.cli import invoke
+from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.export import export_model, wanted_kind
+from pipeline.export import export_model, rebalanced_head, wanted_kind
+from pipeline.rebalance import rebalance
+from pipeline.report import write_report
 from pipeline.report.source import Kind, read_heads, read_results, read_study
-from tests.small_run import digits_run
+from tests.small_run import COUNTS, digits_run, made_store
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,24 @@ def test_a_checkpoint_that_the_store_was_not_made_from_is_refused(run, tmp_path)
     with pytest.raises(DataError, match="no checkpoint beside the store"):
         export_model(copy, out=tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_features_of_ones_own_have_a_report_and_a_head_but_no_model(tmp_path, capsys):
+    store = made_store(tmp_path / "mine.zarr", own=True)
+    result = rebalance(store, RebalanceConfig(lam="0.1,1", epochs=1, seeds=(0,)), out=tmp_path / "mine-rebalance")
+    assert f"{sum(COUNTS)} training images" in write_report(tmp_path / "mine-rebalance").path.read_text()
+    with pytest.raises(DataError, match=r"there is only the head: pipeline\.rebalanced_head\('.*mine-rebalance'\)"):
+        export_model(tmp_path / "mine-rebalance", out=tmp_path / "model")
+    opened = open_cache(store)
+    features, labels = opened.read_rows("test", np.arange(opened.rows("test"))), opened.labels("test")
+    for lam in (None, 0.1, 1.0):
+        head = rebalanced_head(tmp_path / "mine-rebalance", lam=lam)
+        right = head.array_logits(features.astype(np.float32)).argmax(1) == labels
+        wanted = result.selected["lam"] if lam is None else lam
+        (row,) = (r for r in result.results if r.split == "test" and r.method == "iwb" and r.lam == wanted)
+        assert 100 * right.mean() == pytest.approx(row.all)
+    assert invoke(["report", str(store)]) == 3
+    assert f"such as {tmp_path / 'mine-rebalance'}" in capsys.readouterr().err
 
 
 def test_of_several_backbones_the_first_is_exported_and_named(run, tmp_path):

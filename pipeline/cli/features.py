@@ -86,7 +86,11 @@ from pipeline.method_names import METHODS
 @click.option(
     "--select-on", type=click.Choice(["val", "kfold"]), help="What the choice of λ is made on; never the test split."
 )
-@click.option("--out", type=PATH, help="Where results go [default: rebalance/ beside the store].")
+@click.option(
+    "--out",
+    type=PATH,
+    help="Where results go [default: rebalance/ beside features.zarr, NAME-rebalance/ beside another NAME.zarr].",
+)
 @click.option(
     "--spread",
     type=click.Choice(["rows", "heads"]),

@@ -36,7 +36,9 @@ def run_folder(run: str | None) -> Path:
     from pipeline.config import find_config, load_config
 
     if run is not None and is_store(run):
-        of_run = Path(run).parent if "://" not in run else "RUN"
+        from pipeline.places import results_folder
+
+        of_run = Path(run).parent if "://" not in run and Path(run).name == "features.zarr" else results_folder(run)
         raise DataError(f"{run}: a feature store, not a run; give the run it is of, such as {of_run}")
     if run is not None and (Path(run) / "last.pt").is_file():
         raise DataError(f"{run}: the training of a run; give the run itself, such as {Path(run).parent}")

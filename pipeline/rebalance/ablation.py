@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from pipeline.provenance import provenance
 from pipeline.rebalance.differences import LEVEL, RESAMPLES, paired_difference
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
-from pipeline.rebalance.methods import Setting, candidates, resolved
+from pipeline.rebalance.methods import Setting, candidates, cb_form, resolved
 from pipeline.rebalance.result import csv_text, mean_and_std
 from pipeline.rebalance.run import (
     fit,
@@ -43,7 +43,10 @@ class AblationResult(Shown):
     """The table of an ablation and what it was made from.
 
     rows: of each variant its name, what it sets, the chosen setting with chosen_on and within_one_se, the mean and NAME_std
-    of every measure on the test split over n batch orders, how it differs there from `against`, and what the paper says.
+    of every measure on the test split over n batch orders, how it differs there from the variant `against` (less_alone), and
+    what the paper says. A variant is held against class-balanced loss alone in the form and on the views that it has itself,
+    where the ablation has such a row, so that the difference is the norm term's; else against the first such row, which is
+    the `against` of the whole.
     heads: every head on every split, as in `rebalance`, with its variant.
     """
 
@@ -72,13 +75,18 @@ class AblationResult(Shown):
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A variant with its heads and what was chosen for it; on: the split, None where a single setting was given."""
+    """A variant with its heads and what was chosen for it.
+
+    on: the split, None where a single setting was given; form: of its class-balanced loss; views: that it was fitted on.
+    """
 
     variant: Variant
     sweep: Sweep
     asked: list[Setting]
     choice: Choice
     on: str | None
+    form: str
+    views: str
 
     @property
     def chosen(self) -> Setting:
@@ -138,7 +146,7 @@ def _ablate(
         refuse_too_many(possible, loaded)
         sweep, asked, on, tuned = fit(loaded, possible, ranks, report)
         choice = sweep.choose(asked, on) if on else Choice(0, math.nan, math.nan, ())
-        fitted.append(Fitted(variant, sweep, asked, choice, on))
+        fitted.append(Fitted(variant, sweep, asked, choice, on, cb_form(possible), possible.views))
         report(f"{variant.name}: {fitted[-1].chosen}" + (f", chosen on {on}" if on else ""))
         notes += told + ([CAVEAT] if on == "kfold" else [])
         notes += [] if tuned else little_training(possible, asked, len(loaded.features.labels))
@@ -154,16 +162,12 @@ def _ablate(
         if s in f.asked
     ]
     rates = [hits_of(of, split.labels).rate(f.chosen.facts) for f, of in zip(fitted, tested, strict=True)]
-    alone = next((i for i, f in enumerate(fitted) if f.chosen.method == "cb"), None)
-    counts = loaded.features.counts
+    counts, alone = loaded.features.counts, [_alone(i, fitted) for i in range(len(fitted))]
     rows = [
         _variant_row(f, of)
-        | {
-            "less_alone": None
-            if alone in (None, i)
-            else paired_difference(rates[i], rates[alone], split.labels, counts)
-        }
-        for i, (f, of) in enumerate(zip(fitted, tested, strict=True))
+        | {"against": None if other is None else fitted[other].variant.name}
+        | {"less_alone": None if other is None else paired_difference(rates[i], rates[other], split.labels, counts)}
+        for i, (f, of, other) in enumerate(zip(fitted, tested, alone, strict=True))
     ]
     result = AblationResult(
         name=out.name,
@@ -174,7 +178,7 @@ def _ablate(
         settings=resolved(configs[0])
         | {"device": str(ranks.device), "ranks": ranks.world}
         | {"views_stored": loaded.store.views("train")},
-        against=None if alone is None else fitted[alone].variant.name,
+        against=next((f.variant.name for f in fitted if f.chosen.method == "cb"), None),
         bootstrap={"resamples": RESAMPLES, "level": LEVEL, "samples": len(split.labels)},
         rows=tuple(rows),
         heads=tuple(heads),
@@ -190,6 +194,18 @@ def _ablate(
     if ranks.first:
         _write(result, config)
     return result
+
+
+def _alone(variant: int, fitted: Sequence[Fitted]) -> int | None:
+    """The variant of class-balanced loss alone that one is held against; None where there is no other."""
+    those = [i for i, f in enumerate(fitted) if f.chosen.method == "cb"]
+    mine = fitted[variant]
+    if variant in those or mine.chosen.loss != "cb":  # another loss, or another form of it, is held against the first
+        alike = those[:1]
+    else:
+        same = [i for i in those if fitted[i].form == mine.form]
+        alike = [i for i in same if fitted[i].views == mine.views] or same or those[:1]
+    return next((i for i in alike if i != variant), None)
 
 
 def _variant_row(fitted: Fitted, tested: Scored) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import PipelineError
+from pipeline.metrics import GROUPS
 from pipeline.rebalance.best import TRIALS
 from pipeline.rebalance.methods import BASELINE, Setting, asked_methods, references
 from pipeline.rebalance.result import spread_of
@@ -16,6 +17,8 @@ from pipeline.rebalance.selection import parse_lam
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import edges, lams_of, next_trials, parameters
 from pipeline.report.table import told_parameters
+
+ALIKE = 0.2  # percentage points
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,12 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
         found.notes.append(
             f"the best trial lies at the border of its grid, so that a better one may lie beyond, for {', '.join(at_border)}"
         )
+    idle = [s.method for s in found.winners if s.method not in ("baseline", "ce") and _stays(sweep, s, split)]
+    if idle:
+        found.notes.append(
+            f"{', '.join(idle)}: at the best of the trials every group is within {ALIKE:g} points of the stage-1 head, so on "
+            "these features the method has not got going"
+        )
     lams, asked_lams = lams_of(config), parse_lam(config.lam)
     if "iwb" in asked and asked_lams and len(lams) < len(asked_lams):
         tried_lams = ", ".join(f"{lam:g}" for lam in lams)
@@ -93,6 +102,14 @@ def _tune(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> tup
         best = alive[sweep.choose(alive, split).index]
     assert best is not None
     return tried, best
+
+
+def _stays(sweep: Sweep, setting: Setting, split: str) -> bool:
+    """Whether a setting's accuracies on the choosing split are those of the stage-1 head."""
+    scored = sweep.scored[split]
+    (start,) = (scores.summary for (s, _), scores in scored.items() if s == BASELINE)
+    each = [(scored[setting, seed].summary[g], start[g]) for seed in sweep.seeds_of(setting) for g in (*GROUPS, "all")]
+    return all(abs(a - b) < ALIKE for a, b in each if a is not None and b is not None)
 
 
 def _trial(sweep: Sweep, setting: Setting, split: str, *, chosen: bool) -> dict[str, Any]:

@@ -4,7 +4,10 @@ import numpy as np
 
 from pipeline.seeds import derive
 
-CAVEAT = "chosen over folds of the training features: the encoder has seen these images, so the scores are optimistic"
+CAVEAT = (
+    "chosen over folds of the training features: encoder and stage-1 head have seen these images, so the scores are "
+    "optimistic, more so for rows that keep that head: they may rank the λ of one method, not methods"
+)
 
 
 def stratified_folds(labels: np.ndarray, *, folds: int = 5) -> np.ndarray:

@@ -71,7 +71,9 @@ def load(store: Cache | Path | str, *, augmented: bool, memory_bytes: int | None
     try:
         store = store if isinstance(store, Cache) else open_cache(store)
         if "test" not in store.splits:
-            raise DataError(f"{store.path}: no test split; dump again from data that has one")
+            raise DataError(
+                f"{store.path}: no test split, without which nothing is measured; make it again from data that has one"
+            )
         weight, bias = store.classifier
         number = store.views("train") if augmented else 1
         fits = view_bytes(store) <= memory
@@ -95,7 +97,7 @@ def read_split(store: Cache, name: str) -> Split:
     except CacheError as error:
         raise DataError(str(error)) from error
     if not len(split.labels):
-        why = "not one of its images could be read" if store.rows(name) else "dump again from data that has one"
+        why = "not one of its images could be read" if store.rows(name) else "make it again from data that has one"
         raise DataError(f"{store.path}: the {name} split is empty: {why}")
     check_finite(split.features, f"{store.path}: {name} features")
     return split

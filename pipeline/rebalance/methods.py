@@ -100,12 +100,16 @@ def penalty_of(config: RebalanceConfig) -> Penalty:
     )
 
 
+def cb_form(config: RebalanceConfig) -> str:
+    """softmax or bce: the form of class-balanced loss that a configuration means."""
+    return config.cb or preset_cb(config.formulation)
+
+
 def head_of(setting: Setting, config: RebalanceConfig) -> Head:
     """What the engine fits for ce, cb, iwb and best."""
     if setting.method == "best":
         return best_head(setting.lam or 0.0)
-    cb = config.cb or preset_cb(config.formulation)
-    form = "ce" if setting.loss in ("ce", "la") else "cb-bce" if cb == "bce" else "cb-softmax"
+    form = "ce" if setting.loss in ("ce", "la") else f"cb-{cb_form(config)}"
     rule, tau = penalty_of(config) if setting.method == "iwb" else ALONE, float(setting.loss == "la")
     return Head(form, setting.lam or 0.0, rule, config.beta, tau)  # type: ignore[arg-type]
 
@@ -128,7 +132,7 @@ def resolved(config: RebalanceConfig) -> dict[str, Any]:
     """Every switch of stage 2 with the value it really has, JSON-ready."""
     rule = penalty_of(config)
     return config.model_dump(mode="json", exclude={"method", "lam", "select_on", "variants"}) | {
-        "cb": config.cb or preset_cb(config.formulation),
+        "cb": cb_form(config),
         "log_base": rule.log_base,
         "direction": rule.direction,
         "kl_weight": rule.kl_weight,

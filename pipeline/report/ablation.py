@@ -44,22 +44,29 @@ def ablation_tables(document: Mapping[str, Any]) -> Group:
 
 
 def _differences(document: Mapping[str, Any]) -> Table:
-    bootstrap = document["bootstrap"]
+    bootstrap, each = document["bootstrap"], _of_each(document)
     table = Table(
-        title=f"Less {document['against']}, in points, with 95 % intervals",
+        title=f"Less {'the loss alone' if each else document['against']}, in points, with 95 % intervals",
         caption=f"Paired bootstrap of {bootstrap['samples']:,} test samples within their classes, "
         f"{bootstrap['resamples']:,} resamples; it speaks of other samples, not of other trainings.",
         caption_justify="left",
         title_justify="left",
         box=box.SIMPLE,
     )
-    table.add_column("variant", no_wrap=True)
+    for column in ("variant", "less") if each else ("variant",):
+        table.add_column(column, no_wrap=True)
     for column in DIFFERENCES:
         table.add_column(column.capitalize(), justify="right")
     for row in document["rows"]:
         if row["less_alone"]:
-            table.add_row(row["name"], *(difference(row["less_alone"][column]) for column in DIFFERENCES))
+            names = [row["name"], row["against"]] if each else [row["name"]]
+            table.add_row(*names, *(difference(row["less_alone"][column]) for column in DIFFERENCES))
     return table
+
+
+def _of_each(document: Mapping[str, Any]) -> bool:
+    """Whether the variants are not all held against the same one."""
+    return any(row.get("against") not in (None, document["against"]) for row in document["rows"])
 
 
 def _caption(document: Mapping[str, Any], n: int) -> str:
@@ -86,7 +93,7 @@ def _paper(paper: Mapping[str, float]) -> str:
 
 def plain_row(row: Row) -> dict[str, Any]:
     """A variant as one line of table.csv."""
-    flat = {key: row[key] for key in ("name", "method", "loss", "lam", "chosen_on", "n")}
+    flat = {key: row.get(key) for key in ("name", "method", "loss", "lam", "chosen_on", "n", "against")}
     flat |= {key: row[key] for column in (*DIFFERENCES, "ece") for key in (column, f"{column}_std")}
     for column in DIFFERENCES:
         less = (row["less_alone"] or {}).get(column) or {}
@@ -151,9 +158,15 @@ def ablation_section(document: Mapping[str, Any]) -> str:
     html = html_table("Variant", heads, lines) + f"<p class=note>Test accuracy in %. {escape(told)}</p>"
     if not against:
         return html
-    less = [(row["name"], [difference(row["less_alone"][c]) for c in DIFFERENCES]) for row in rows if row["less_alone"]]
+    each = _of_each(document)
+    less = [
+        (row["name"], [*([row["against"]] if each else []), *(difference(row["less_alone"][c]) for c in DIFFERENCES)])
+        for row in rows
+        if row["less_alone"]
+    ]
     note = f"Points, with 95 % intervals. {differences_caption(document['bootstrap'])}"
-    table = html_table(f"Less {against}", [c.capitalize() for c in DIFFERENCES], less)
+    heads = [*(["less"] if each else []), *(c.capitalize() for c in DIFFERENCES)]
+    table = html_table("Variant" if each else f"Less {against}", heads, less)
     return f"{html}{table}<p class=note>{note}</p>"
 
 

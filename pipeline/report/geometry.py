@@ -99,6 +99,11 @@ def feature_geometry(studies: Sequence[Study], names: Sequence[str] | None = Non
 
     names: what the runs are called, their folders' names by default. None where no run has test features.
     """
+    with look.style():
+        return _drawn(studies, names)
+
+
+def _drawn(studies: Sequence[Study], names: Sequence[str] | None) -> Drawing | None:
     called = names or [study.folder.resolve().name for study in studies]
     runs = [Geometry(study, name) for study, name in zip(studies, called, strict=True)]
     runs = sorted((run for run in runs if "test images" in run.of_classes), key=lambda run: run.imbalance)
@@ -122,7 +127,7 @@ def feature_geometry(studies: Sequence[Study], names: Sequence[str] | None = Non
             axes = figure.add_subplot(grid[lines, slice(i * each, (i + 1) * each)], sharey=panels[-1] if i else None)
             _lines(axes, runs, group, first=i == 0)
             panels.append(axes)
-        panels[-1].set_ylim(bottom=0)  # once all groups are drawn: they share the axis
+        panels[-1].set_ylim(0, 1.04 * panels[-1].get_ylim()[1])  # once all groups are drawn: they share the axis
     for axes, run in zip(panels, runs, strict=False):
         _draw_map(axes, run, alone=len(runs) == 1)
     title = _title(runs, groups)
@@ -189,14 +194,32 @@ def _draw_map(axes: "Axes", run: Geometry, *, alone: bool) -> None:
         label = f"{len(part)} {size} classes" if len(part) > 1 else f"the {size} class"
         shown: Row = {"marker": face["marker"], "markerfacecolor": middle if size == "largest" else "white"}
         axes.plot([], [], linestyle="none", color=middle, label=label, **shown)
-    for c in (*head, *tail):
-        of = run.map.places[run.map.labels == c]
-        if len(of):
-            letters: Row = {"ha": "center", "va": "center", "fontsize": 9.5 if alone else 7.5, "color": BLACK}
-            above = (0, 10 if len(of) < FEW else 0)  # a name would hide them
-            name = _shortened(run.study.first.store.class_names[c])
-            told = axes.annotate(name, np.median(of, axis=0), above, textcoords="offset points", **letters)
-            told.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    points = {c: run.map.places[run.map.labels == c] for c in (*head, *tail)}
+    names = {c: _shortened(run.study.first.store.class_names[c]) for c, of in points.items() if len(of)}
+    letters: Row = {"ha": "center", "va": "center", "fontsize": 9.5 if alone else 7.5, "color": BLACK}
+    size = letters["fontsize"] * axes.figure.dpi / 72 / axes.bbox.size  # of a letter, in parts of the panel
+    middles = {c: axes.transLimits.transform(np.median(points[c], axis=0)) for c in names}
+    for c, place in _apart(middles, names, size).items():
+        above = (0, 10 if len(points[c]) < FEW else 0)  # a name would hide them
+        told = axes.annotate(names[c], place, above, "axes fraction", textcoords="offset points", **letters)
+        told.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
+def _apart(middles: dict[int, np.ndarray], names: dict[int, str], letter: np.ndarray) -> dict[int, tuple[float, float]]:
+    """Places of names that do not lie on one another: from the top down, each is lowered until it is free.
+
+    middles and letter (width, height): in parts of the panel.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for c in sorted(middles, key=lambda c: -middles[c][1]):
+        x, y = map(float, middles[c])
+        while any(
+            abs(x - other_x) < 0.3 * letter[0] * (len(names[c]) + len(names[other])) and abs(y - other_y) < letter[1]
+            for other, (other_x, other_y) in found.items()
+        ):
+            y -= letter[1] / 4
+        found[c] = (x, y)
+    return found
 
 
 def _shortened(name: str) -> str:

@@ -86,10 +86,15 @@ def _length_title(before: np.ndarray, after: np.ndarray | None, order: np.ndarra
         text = f"The {tenth} smallest classes against the {tenth} largest"
     whose = "their" if tenth > 1 else "its"
     when = f"after {start}" if start == "stage 1" else f"in {start}"
-    text += f": {before[-tenth:].mean() / before[:tenth].mean():.2f} of {whose} length {when}"
+    text += f": {_ratio(before[-tenth:], before[:tenth])} of {whose} length {when}"
     if after is None:
         return text
-    return text + f", {after[order[-tenth:]].mean() / after[order[:tenth]].mean():.2f} rebalanced"
+    return text + f", {_ratio(after[order[-tenth:]], after[order[:tenth]])} rebalanced"
+
+
+def _ratio(small: np.ndarray, large: np.ndarray) -> str:
+    """Of mean lengths; a head that starts from nothing has none."""
+    return f"{small.mean() / large.mean():.2f}" if large.mean() else "–"
 
 
 def norm_against_size(study: Study) -> Drawing:

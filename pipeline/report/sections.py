@@ -9,7 +9,15 @@ from typing import Any
 
 from pipeline.metrics import class_groups
 from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Kind, Row, Spread, Study, classes, signed
-from pipeline.report.table import DIFFERENCES, difference, differences_caption, html_table, labelled, told_parameters
+from pipeline.report.table import (
+    DIFFERENCES,
+    difference,
+    differences_caption,
+    html_table,
+    labelled,
+    network_text,
+    told_parameters,
+)
 
 TITLES = {"all": "All", "many": "Many", "medium": "Medium", "few": "Few", "ece": "ECE"}
 
@@ -55,11 +63,7 @@ def result(study: Study, lines: Sequence[Line]) -> str:
 
 def lead(study: Study) -> str:
     network = study.first.network
-    named = (
-        f"{escape(network['network'])}, {network['parameters']:,} parameters, {network['feature_width']}-d features; "
-        if network
-        else ""
-    )
+    named = f"{escape(network_text(network))}; " if network else ""
     return (
         f"<p class=lead>{named}{len(study.counts):,} classes, {study.counts.sum():,} training images. Top-1 accuracy "
         f"on test, a group's accuracy being the mean over its classes; {escape(study.repeated)}.</p>"
@@ -190,8 +194,7 @@ def made(study: Study) -> str:
     views = f"{store.views('train')} view(s) of each training image, {store.dtype}, digest {store.digest[:16]}"
     lines: list[tuple[str, Any]] = [("Features", views), ("Repeated", study.repeated)]
     if n := first.network:
-        text = f"{n['network']}, {n['parameters']:,} parameters, features {n['feature_width']} wide"
-        lines.insert(0, ("Network", text))
+        lines.insert(0, ("Network", network_text(n)))
     if first.metrics:
         took = _clock(sum(m.get("seconds", 0) for m in first.metrics))
         where = f"{stage1.get('device', 'unknown device')}, {stage1.get('ranks', 1)} rank(s)"

@@ -144,14 +144,20 @@ def tries_table(document: Mapping[str, Any]) -> Table:
     return table
 
 
+def network_text(network: Mapping[str, Any]) -> str:
+    """`cifar_resnet32, 470,004 parameters, 64-d features`, as far as the store of the features says."""
+    parts = [str(network.get("network", "network unknown"))]
+    if network.get("parameters"):
+        parts.append(f"{network['parameters']:,} parameters")
+    if network.get("feature_width"):
+        parts.append(f"{network['feature_width']}-d features")
+    return ", ".join(parts)
+
+
 def caption(document: Mapping[str, Any]) -> str:
     """What the numbers were made from and chosen on; METHODS wants it beside every table."""
     network, selected, settings = document.get("network", {}), document["selected"], document.get("settings", {})
-    parts = [str(network.get("network", "network unknown"))]
-    if "parameters" in network:
-        parts.append(f"{network['parameters']:,} parameters")
-    if "feature_width" in network:
-        parts.append(f"{network['feature_width']}-d features")
+    parts = [network_text(network)]
     if "augmentation" in network:
         parts.append(f"stage 1 with {network['augmentation']}")
     if settings:

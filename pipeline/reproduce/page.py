@@ -82,11 +82,11 @@ def worth_of_selection(rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row]) -> list[str]:
     compared = any(r["less_cb"] for r in rows)
     columns = ["row", "chosen", "n", "Many", "Medium", "Few", "All", "paper", "ours − paper"]
-    columns += ["less CB alone: Few", "All"] if compared else []
+    columns += ["less", "Few", "All"] if compared else []
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for r in (r for r in rows if _shown(r)):
         cells = [_value(r["ours"][g], r["ours_std"][g]) for g in GROUPS]
-        far = [_less(r, g) for g in ("few", "all")] if compared else []
+        far = [r["less_cb_of"] or "–", *(_less(r, g) for g in ("few", "all"))] if compared else []
         lines.append(
             f"| {' | '.join([r['row'], _chosen(r['chosen']), str(r['n']), *cells, _paper(r), _apart(r), *far])} |"
         )

@@ -29,12 +29,13 @@ def row(
     chosen: Mapping[str, Any],
     paper: Accuracies | None,
     less_cb: Mapping[str, Any] | None = None,
+    less_cb_of: str | None = None,
 ) -> Row:
     """One row, accuracies in % as {many, medium, few, all}.
 
     facts: config, network, parameters, width, device of the backbone. spread: measures and NAME_std. chosen: what was chosen
     on validation, empty where nothing was. difference: ours − paper, of the groups the paper prints. less_cb: ours less
-    `CB alone`, with the interval of a paired bootstrap over test samples.
+    the row less_cb_of, which is class-balanced loss alone, with the interval of a paired bootstrap over test samples.
     """
     ours = {g: _rounded(spread[g]) for g in GROUPS}
     return {
@@ -53,6 +54,7 @@ def row(
         "paper": paper,
         "difference": difference(ours, paper),
         "less_cb": less_cb,
+        "less_cb_of": less_cb_of,
     }
 
 
@@ -133,6 +135,7 @@ def ablation_rows(
                 chosen=_chosen(variant["lam"], {}) if variant["chosen_on"] else {},
                 paper=variant_accuracies(published, variant),
                 less_cb=variant["less_alone"],
+                less_cb_of=variant["against"],
             )
         )
         heads = [h for h in document["heads"] if h["variant"] == variant["name"]]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,29 @@ def test_differences_are_to_the_loss_alone(ablated):
             assert row["less_alone"] is None
         else:
             assert row["less_alone"]["few"]["difference"] == pytest.approx(row["few"] - alone["few"])
+
+
+def test_a_row_is_held_against_the_loss_alone_in_its_own_form_and_on_its_own_views(store, tmp_path):
+    variants = [
+        {"name": "stage 1", "set": {"method": ["baseline"]}},
+        {"name": "cb", "set": {"method": ["cb"]}},
+        {"name": "cb bce", "set": {"method": ["cb"], "cb": "bce"}},
+        {"name": "cb bce clean", "set": {"method": ["cb"], "cb": "bce", "views": "clean"}},
+        {"name": "softmax"},
+        {"name": "bce", "set": {"cb": "bce"}},
+        {"name": "code", "set": {"formulation": "code"}},
+        {"name": "code clean", "set": {"formulation": "code", "views": "clean"}},
+        {"name": "softmax clean", "set": {"views": "clean"}},
+        {"name": "without cb", "set": {"loss": "ce"}},
+    ]
+    config = RebalanceConfig(lam="0.2", formulation="paper", seeds=(0,), epochs=1, variants=variants)
+    result = ablate(store, config, out=tmp_path / "a")
+    assert [row["against"] for row in result.rows] == [
+        "cb", None, "cb", "cb", "cb", "cb bce", "cb bce", "cb bce clean", "cb", "cb",
+    ]  # fmt: skip
+    rows = {row["name"]: row for row in result.rows}
+    assert rows["code"]["less_alone"]["all"]["difference"] == pytest.approx(rows["code"]["all"] - rows["cb bce"]["all"])
+    assert re.search(r"code clean +cb bce clean +[+−]", _printed(result))
 
 
 def test_what_is_written_agrees(ablated):

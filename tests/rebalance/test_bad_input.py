@@ -103,9 +103,9 @@ def test_no_validation_split(tmp_path, capsys):
         assert "--select-on kfold" in message
     words = ["--select-on", "kfold", "--lam", "0.1,1", "--epochs", "1", "--seeds", "0"]
     assert invoke(["rebalance", str(store), *words]) == 0
-    assert "the encoder has seen these images" in " ".join(capsys.readouterr().out.split()).lower()
+    assert "stage-1 head have seen these images" in " ".join(capsys.readouterr().out.split()).lower()
     stored = json.loads((tmp_path / "rebalance/results.json").read_text())
-    assert any("the encoder has seen these images" in note for note in stored["notes"])
+    assert any("stage-1 head have seen these images" in note for note in stored["notes"])
 
 
 def test_no_test_split(tmp_path, capsys):

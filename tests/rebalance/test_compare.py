@@ -17,7 +17,7 @@ from pipeline.method_names import METHODS
 from pipeline.rebalance import evaluate, rebalance
 from pipeline.rebalance.backbones import combine
 from pipeline.rebalance.differences import read_hits
-from pipeline.rebalance.rivals import FREE, RIVALS
+from pipeline.rebalance.rivals import FREE, RIVALS, Free, add_method
 from pipeline.report import write_report
 from pipeline.report.source import read_study
 from tests.small_run import made_store
@@ -149,6 +149,15 @@ def test_lambdas_that_do_not_fit_the_trials_are_told(tmp_path):
     result = rebalance(store, config, out=tmp_path / "out")
     assert "λ 0.2, 0.4 of the 4 asked for were tried" in " ".join(result.notes)
     assert {t["lam"] for t in of(result.trials, method="iwb")} == {0.2, 0.4}
+
+
+@pytest.mark.usefixtures("methods_as_before")
+def test_a_method_that_never_left_the_stage_1_head_is_named(tmp_path):
+    add_method(Free("still", lambda given, samples, own: (given.weight * 2, given.bias * 2)))
+    config = RebalanceConfig(method=("still", "ncm", "crt", "baseline"), **QUICK)
+    notes = rebalance(made_store(tmp_path / "features.zarr"), config, out=tmp_path / "out").notes
+    told = [note for note in notes if "has not got going" in note]
+    assert [note.partition(":")[0] for note in told] == ["still"]
 
 
 def test_a_diverged_trial_is_told_and_never_chosen(tmp_path):

@@ -122,14 +122,14 @@ def test_the_figure_has_what_was_measured(run):
 def test_several_runs_stand_side_by_side_by_imbalance(run, tmp_path):
     even = made_run(tmp_path / "even", counts=(40, 36, 32, 28, 24), lam="0.1")  # neither many nor few
     drawing = feature_geometry([read_study(run), read_study(even)])
-    titles = [axes.get_title() for axes in drawing.figure.axes]
+    titles = [axes.get_title(loc="left") for axes in drawing.figure.axes]
     assert titles[:2] == ["Test features (t-SNE), IF 1.67", "Test features (t-SNE), IF 30"]
     groups = [
         (row["run"], row["group"]) for row in drawing.table if row["row"] == "group" and row["of"] == "test images"
     ]
     assert groups == [("even", "medium"), ("one", "many"), ("one", "medium"), ("one", "few")]
     few = drawing.figure.axes[-1]
-    assert few.get_title() == "few: < 20 images"
+    assert few.get_title(loc="left") == "few: < 20 images"
     assert [t.get_text() for t in few.get_xticklabels()] == ["1.67", "30"]
     low, high = few.get_ylim()
     shown = [y for axes in drawing.figure.axes[2:] for line in axes.lines for y in line.get_ydata() if np.isfinite(y)]
