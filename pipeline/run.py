@@ -16,6 +16,7 @@ from pipeline.backbone.foreign import bring
 from pipeline.backbone.train import train_backbone
 from pipeline.config import Config
 from pipeline.console import Talk, TrainingReporter, clock
+from pipeline.data import Dataset, load_dataset
 from pipeline.distributed import Ranks
 from pipeline.dump import dump_features
 from pipeline.errors import ConfigError, DataError
@@ -23,6 +24,9 @@ from pipeline.provenance import provenance
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.backbones import combine
 from pipeline.rebalance.differences import read_hits
+from pipeline.rebalance.methods import candidates
+from pipeline.rebalance.selection import AUTO, parse_lam
+from pipeline.rebalance.tuning import is_comparison
 from pipeline.report import write_report
 from pipeline.report.table import results_tables
 from pipeline.shown import Shown
@@ -133,6 +137,8 @@ def run_pipeline(
     with distributed.ranks(device) as ranks:
         ranks.together(lambda: refuse_other_kind(out, seeds))
         ranks.together(lambda: reach(store))
+        images = None if brought else ranks.together(lambda: load_dataset(config.data))
+        ranks.together(lambda: refuse_endless(config, images) if images else None)
         ledger = Ledger(out / "run.json")
         documents = [
             _one_backbone(
@@ -146,6 +152,7 @@ def run_pipeline(
                 talk,
                 named=bool(seeds),
                 brought=brought,
+                images=images,
             )
             for p, c in places.items()
         ]
@@ -178,6 +185,21 @@ def refuse_other_kind(out: Path, seeds: Sequence[int] | None) -> None:
         raise ConfigError(f"{out} holds a run of one backbone; take another --out for --seeds, or leave --seeds away")
     if not seeds and any(out.glob("seed-*/backbone/last.pt")):
         raise ConfigError(f"{out} holds a run of several backbones; give its --seeds again, or take another --out")
+
+
+def refuse_endless(config: Config, images: Dataset) -> None:
+    """DataError or ConfigError where the images have no split that stage 2 will need, before hours of training."""
+    if "test" not in images.splits:
+        raise DataError(
+            f"{images.name}: no test images, so nothing could be measured; set data.test_per_class, or bring test images"
+        )
+    asked = candidates(config.rebalance, parse_lam(config.rebalance.lam) or AUTO)
+    choice = len(asked) > 1 or is_comparison(config.rebalance)
+    if choice and config.rebalance.select_on == "val" and "val" not in images.splits:
+        raise ConfigError(
+            f"{images.name}: no validation images to choose on; choose over folds of the training features with "
+            "--set rebalance.select_on=kfold, give one λ with --set rebalance.lam=0.1, or set data.val_per_class"
+        )
 
 
 def reach(store: Path | str | None) -> None:
@@ -213,6 +235,7 @@ def _one_backbone(
     *,
     named: bool,
     brought: Brought | None,
+    images: Dataset | None,
 ) -> dict[str, Any]:
     """Stages 1, dump and 2 of one backbone; the results document."""
     name = f"{out.name}/" if named else ""
@@ -232,6 +255,7 @@ def _one_backbone(
             overwrite=overwrite, ranks=ranks,
         )  # fmt: skip
         config = backbone.config
+        ranks.together(lambda: refuse_endless(config, images))
         talk.say(f"checkpoint: {brought.path}, kept in {out / 'backbone' / 'last.pt'}")
         talk.notes((backbone.brought or {}).get("notes", ()))
     else:
@@ -240,11 +264,11 @@ def _one_backbone(
             trained = timed(
                 "train-backbone",
                 lambda: train_backbone(
-                    config, out=out / "backbone", device=device, overwrite=overwrite, report=reporter
+                    config, out=out / "backbone", device=device, overwrite=overwrite, report=reporter, images=images
                 ),
                 lambda r: r.trained_epochs > 0,
             )
-        backbone, images = load_checkpoint(trained.checkpoint), None
+        backbone = load_checkpoint(trained.checkpoint)
     with talk.progress("dumping") as bar, told_what_stays(store):
         dumped = timed(
             "dump-features",

@@ -103,6 +103,45 @@ def test_other_test_images_cost_the_dump_and_not_the_training(tmp_path):
         run_pipeline(config, out=tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("missing", "error", "says"),
+    [
+        ({"val_per_class": 0}, ConfigError, "no validation images to choose on.*--set rebalance.select_on=kfold"),
+        ({"test_per_class": 0}, DataError, "no test images, so nothing could be measured; set data.test_per_class"),
+    ],
+)
+def test_what_cannot_end_is_refused_before_the_first_step(missing, error, says, tmp_path):
+    folder_of_digits(tmp_path / "all")
+    (tmp_path / "all/train").rename(tmp_path / "images")
+    data = {"source": "folder", "path": str(tmp_path / "images"), "image_size": 8, "test_per_class": 2, **missing}
+    tree = digits_tree(epochs=1) | {"name": "t", "data": data, "dump": {"views": 1}}
+    for attempt in (plan_run, run_pipeline):
+        with pytest.raises(error, match=says):
+            attempt(make_config(tree, "t"), out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    if "val_per_class" in missing:
+        for remedy in ({"select_on": "kfold"}, {"lam": "0.1"}):
+            config = make_config(tree | {"rebalance": tree["rebalance"] | remedy}, "t")
+            assert "rebalance" in {part.command for part in plan_run(config, out=tmp_path / "run").parts}
+            run_pipeline(config, out=tmp_path / "run")
+
+
+def test_nothing_is_written_among_the_images_or_where_a_network_is_refused(tmp_path):
+    folder_of_digits(tmp_path / "all")
+    tree = digits_tree(epochs=1) | {"name": "t"}
+    for path, out in (("all", "all/train/run"), ("all/train", "all/train"), ("all/train", "all/train/run")):
+        data = {"source": "folder", "path": str(tmp_path / path), "image_size": 8}
+        for attempt in (plan_run, run_pipeline):
+            with pytest.raises(ConfigError, match=r"lies among the class folders of .*train; take another --out"):
+                attempt(make_config(tree | {"data": data}, "t"), out=tmp_path / out)
+        assert {place.name for place in (tmp_path / "all/train").iterdir()} == {"0", "1", "2"}
+    data = {"source": "folder", "path": str(tmp_path / "all"), "image_size": 8}
+    wrong = make_config(tree | {"data": data, "backbone": tree["backbone"] | {"model": "resnet5", "width": 1}}, "t")
+    with pytest.raises(ConfigError, match="unknown to timm"):
+        run_pipeline(wrong, out=tmp_path / "all/new/run")  # beside train
+    assert not (tmp_path / "all/new").exists()
+
+
 def folder_of_digits(path):
     """train, val and test with twelve, two and two images of three digits each."""
     digits = load_digits()

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cache import CacheError, Lock, Unlockable, write_durably
 from pipeline.backbone import checkpoint, diagnosis
 from pipeline.backbone.events import Epoch
 from pipeline.backbone.tensorboard import EventFiles
-from pipeline.config import BackboneConfig
+from pipeline.config import BackboneConfig, DataConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.killpoint import KillPoint
@@ -34,6 +34,16 @@ SEEN_WITHIN = 60.0  # seconds until every host sees what another has written; NF
 Found = tuple[dict[str, Any], str]  # a checkpoint's state, and the digest of its file
 
 
+def refuse_among_images(path: Path, data: DataConfig) -> None:
+    """ConfigError where a folder to be written lies where the next reading of the images would take it for a class."""
+    if data.source != "folder" or data.path is None:
+        return
+    root = data.path.expanduser().resolve()
+    classes = root / "train" if (root / "train").is_dir() else root
+    if path.resolve().is_relative_to(classes):
+        raise ConfigError(f"{path}: lies among the class folders of {classes}; take another --out")
+
+
 @contextmanager
 def alone_in(path: Path, ranks: Ranks) -> Iterator[list[str]]:
     """Nobody else trains into the folder, which is made, while this is entered; yields notes for a person.
@@ -42,6 +52,7 @@ def alone_in(path: Path, ranks: Ranks) -> Iterator[list[str]]:
     the lock with its owner, however that ends.
     """
     lock, notes = Lock(path), []
+    new = [place for place in (path, *path.parents) if not place.exists()] if ranks.first else []
 
     def take() -> None:
         try:
@@ -59,6 +70,9 @@ def alone_in(path: Path, ranks: Ranks) -> Iterator[list[str]]:
         yield notes
     finally:
         lock.release()
+        with suppress(OSError):  # what is refused leaves nothing
+            for place in new:
+                place.rmdir()
 
 
 class TrainingFolder:

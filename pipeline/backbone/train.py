@@ -22,7 +22,7 @@ from pipeline import distributed
 from pipeline.backbone import diagnosis
 from pipeline.backbone.ema import WeightAverage
 from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
-from pipeline.backbone.folder import TrainingFolder, alone_in, identity_of
+from pipeline.backbone.folder import TrainingFolder, alone_in, identity_of, refuse_among_images
 from pipeline.backbone.learner import Learner, Parallel
 from pipeline.backbone.mixup import Mixup
 from pipeline.backbone.model import (
@@ -60,15 +60,18 @@ def train_backbone(
     device: str = "auto",
     overwrite: bool = False,
     report: Callable[[Event], None] = lambda event: None,
+    images: Dataset | None = None,
 ) -> TrainResult:
     """Trains the backbone of a configuration, or goes on; writes last.pt, best.pt, metrics.jsonl and run.json into `out`.
 
-    report is called on rank 0 with Begin, Step and Epoch. Raises DataError (data, damaged checkpoint), ConfigError (a
-    checkpoint of another configuration in `out`), Terminated (SIGTERM or Ctrl-C, checkpoint saved).
+    report is called on rank 0 with Begin, Step and Epoch. images: the configuration's data set, if it is loaded. Raises
+    DataError (data, damaged checkpoint), ConfigError (a checkpoint of another configuration in `out`, or `out` among the
+    images), Terminated (SIGTERM or Ctrl-C, checkpoint saved).
     """
     started = time.perf_counter()
     with distributed.ranks(device) as ranks, Signals() as signals:
-        dataset = ranks.together(lambda: load_dataset(config.data))
+        dataset = ranks.together(lambda: images or load_dataset(config.data))
+        ranks.together(lambda: refuse_among_images(out, config.data))
         with alone_in(out, ranks) as notes:
             trainer = Trainer(config, dataset, out=out, ranks=ranks, signals=signals, overwrite=overwrite)
             trainer.folder.notes[:0] = notes

@@ -111,7 +111,7 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
         options["seeds"] = list(whole_numbers("--seeds", options["seeds"]) or ())
     options["method"] = list(options["method"]) or None
     talk, path, tree = store_and_tree(store, config, sets=sets)
-    from pipeline.config import lay_over, make_rebalance_config
+    from pipeline.config import find_config, lay_over, make_rebalance_config
     from pipeline.places import results_folder
 
     for key, value in options.items():
@@ -136,7 +136,8 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
         return
     from pipeline.rebalance import ablate, rebalance
 
-    talk.say(f"store: {path}; {variants}results: {out or own}")
+    taken = config or (find_config(None) if store is None else "the store's")
+    talk.say(f"store: {path}; settings: {taken}; {variants}results: {out or own}")
     fit = ablate if variants else rebalance
     show(fit(path, chosen, out=out or own, device=device, report=talk.say), as_json)
 

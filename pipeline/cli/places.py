@@ -92,7 +92,8 @@ def store_and_tree(
     if isinstance(path, Path) and not (path / "zarr.json").exists() and (other := what_else(path)):
         raise DataError(f"{path}: not a feature store{other}")
     if named is not None and not over:
-        return talk, path, named.model_dump(mode="json")
+        own = {"rebalance": named.rebalance.model_dump(mode="json", exclude_unset=True)}  # a default is not insisted on
+        return talk, path, named.model_dump(mode="json") | own
     if not settings_from_store:
         return talk, path, {}
     own = store_tree(path)

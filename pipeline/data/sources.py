@@ -1,6 +1,7 @@
 """One function per source: what it holds, before any subset is drawn."""
 
 import os
+import unicodedata
 import zipfile
 from array import array
 from collections.abc import Sequence
@@ -172,18 +173,30 @@ def _folders(place: Path) -> list[str]:
 
 
 def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[str]) -> Split:
-    known = set(names)
-    strangers = [name for name in _folders(place) if name not in known]
+    there = _folders(place)
+    alike = {
+        unicodedata.normalize("NFC", name): name for name in there
+    }  # é is one letter or two, as who packed them has it
+    own = {name: name if name in there else alike.get(unicodedata.normalize("NFC", name), name) for name in names}
+    known = set(own.values())
+    strangers = [name for name in there if name not in known]
     if strangers:
         raise DataError(
             f"{place}: class folder {strangers[0]} is not among the training classes; rename it or add it to train"
         )
     found, labels = FileNames(), array("q")
     ignored: list[str] = []
+    again: list[str] = []
     for label, name in enumerate(names):
-        for folder, below, files in os.walk(place / name, followlinks=True):
+        read: set[str] = set()
+        for folder, below, files in os.walk(place / own[name], followlinks=True):
             below.sort()
-            here = os.path.relpath(folder, root)
+            here, real = os.path.relpath(folder, root), os.path.realpath(folder)
+            if real in read:
+                below.clear()
+                again.append(here)
+                continue
+            read.add(real)
             for file in sorted(files):
                 if file.startswith("."):
                     continue
@@ -195,6 +208,11 @@ def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[st
     if ignored:
         notes.append(
             f"{len(ignored)} file(s) under {place} are no images by their ending and were left out: {', '.join(ignored[:3])}"
+        )
+    if again:
+        notes.append(
+            f"{len(again)} folder(s) under {place} lead to one of their class that was read already and were left out: "
+            f"{', '.join(again[:3])}"
         )
     if not labels:
         raise DataError(f"{place}: no images in its class folders (known endings: {' '.join(sorted(EXTENSIONS))})")

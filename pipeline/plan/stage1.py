@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cache import CacheError, Foreseen, Layout, Lock, chunk_rows, foresee_store, is_url, refuse_unwritable
-from pipeline.backbone.folder import TrainingFolder, identity_of
+from pipeline.backbone.folder import TrainingFolder, identity_of, refuse_among_images
 from pipeline.backbone.mixup import Mixup
 from pipeline.backbone.model import (
     augmentation_facts,
@@ -67,6 +67,7 @@ def plan_training(
 def foresee_training(config: Config, *, out: Path, ranks: Ranks, overwrite: bool) -> Training:
     settings = config.backbone
     dataset = load_dataset(config.data)
+    refuse_among_images(out, config.data)
     try:
         refuse_unwritable(out)
         Lock(out).refuse_held()

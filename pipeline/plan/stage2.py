@@ -13,6 +13,7 @@ from pipeline.distributed import Ranks
 from pipeline.places import results_folder, store_settings
 from pipeline.plan.plan import Plan, Write, classes_text
 from pipeline.plan.stage1 import alone, where
+from pipeline.rebalance.earlier import refuse_foreign
 from pipeline.rebalance.methods import Setting, asked_methods, candidates, references
 from pipeline.rebalance.run import choosing_split, network_of, prepare
 from pipeline.rebalance.selection import AUTO, parse_lam
@@ -38,6 +39,7 @@ def plan_rebalance(
         choosing_split(possible, _asked(of_one), loaded)
     folder = Path(out or results_folder(store, "ablations" if config.variants else "rebalance"))
     refuse_unwritable(folder)
+    refuse_foreign(folder)
     cache, rows = loaded.store, int(loaded.features.counts.sum())
     file = folder / ("ablation.json" if config.variants else "results.json")
     views = loaded.store.views("train")

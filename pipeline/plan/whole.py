@@ -14,7 +14,16 @@ from pipeline.plan.stage1 import alone, dump_plan, foresee_dump, foresee_trainin
 from pipeline.plan.stage2 import stage2_plan
 from pipeline.reproduce.backbone import METHODS, TABLES, settings_of
 from pipeline.reproduce.run import Part, plan, refuse_unknown
-from pipeline.run import Brought, places_of, reach, refuse_other_kind, store_of_seed, told_what_stays, with_seed
+from pipeline.run import (
+    Brought,
+    places_of,
+    reach,
+    refuse_endless,
+    refuse_other_kind,
+    store_of_seed,
+    told_what_stays,
+    with_seed,
+)
 
 
 def plan_run(
@@ -74,6 +83,7 @@ def _stages(
             dump = dump_plan(config, dataset, found, out=store, ranks=ranks, network=training.network)
             dump = replace(dump, writes=(replace(dump.writes[0], state=store_state(store)),))
         stages = [training.plan, dump]
+    refuse_endless(config, dataset)
     results = place / "rebalance" / "results.json"
     state = "kept where it is of the same features and settings, else replaced" if results.is_file() else "new"
     fit = stage2_plan(

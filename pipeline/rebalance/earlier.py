@@ -24,5 +24,17 @@ def replaced(out: Path, config: RebalanceConfig, digest: str) -> str | None:
     return f"replaces the results in {out} ({counts}); --out DIR keeps both"
 
 
+def refuse_foreign(out: Path) -> None:
+    """DataError where results of something else lie where results are to go."""
+    if not (out / "results.json").is_file():
+        return
+    try:
+        known = {"results", "digest"} <= read_json(out / "results.json").keys()
+    except DataError:
+        known = False
+    if not known:
+        raise DataError(f"{out}: holds a results.json that is not of `pipeline rebalance`; take another --out")
+
+
 def _settings(config: Facts) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in NO_MATTER}

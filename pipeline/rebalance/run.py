@@ -21,7 +21,7 @@ from pipeline.places import results_folder, store_settings
 from pipeline.provenance import provenance
 from pipeline.rebalance.compare import Comparison, compare
 from pipeline.rebalance.differences import Hits, differences
-from pipeline.rebalance.earlier import replaced
+from pipeline.rebalance.earlier import refuse_foreign, replaced
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
 from pipeline.rebalance.methods import REFERENCES, Setting, candidates, references, resolved
@@ -63,6 +63,7 @@ def rebalance(
     with distributed.ranks(device) as ranks:
         chosen = config or ranks.together(lambda: store_settings(store))
         folder = Path(out or results_folder(store))
+        ranks.together(lambda: refuse_foreign(folder))
         return _rebalance(store, chosen, folder, ranks, report if ranks.first else lambda line: None)
 
 
@@ -192,7 +193,7 @@ def with_possible_views(config: RebalanceConfig, loaded: Loaded) -> tuple[Rebala
         if "views" in config.model_fields_set:
             raise ConfigError(
                 f"{loaded.store.path}: has the clean view alone; take --views clean, or dump again: "
-                "pipeline dump-features … --views 11 --overwrite"
+                "pipeline dump-features … --views N --overwrite"
             )
         return config.model_copy(update={"views": "clean"}), ["the store has the clean view alone: no augmentation"]
     return config, []

@@ -224,6 +224,8 @@ def _images_axis(axes: "Axes", counts: np.ndarray) -> None:
     """Training images on a logarithmic axis, written out."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
+    if counts.min() == counts.max():
+        axes.set_xlim(counts.min() / 2, 2 * counts.max())
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -111,6 +111,29 @@ def test_folder_with_splits(tmp_path):
     assert dataset.fingerprint_covers == "file contents"
 
 
+def test_a_link_that_leads_back_adds_no_image(tmp_path):
+    write_images(tmp_path, {"cat": 6, "dog": 4}, split="train")
+    (tmp_path / "train/dog/loop").symlink_to("../dog")
+    (tmp_path / "more").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "more/x.png")
+    for name in ("first", "second"):
+        (tmp_path / f"train/cat/{name}").symlink_to(tmp_path / "more")
+    dataset = load_dataset(DataConfig(source="folder", path=tmp_path, val_per_class=0, test_per_class=0))
+    assert dataset.counts.tolist() == [7, 4]
+    (note,) = (note for note in dataset.notes if "read already" in note)
+    assert note.startswith("2 folder(s)")
+    assert note.endswith("train/cat/second, train/dog/loop")
+
+
+def test_a_name_is_the_same_in_whatever_unicode_form(tmp_path):
+    composed, apart = "\u00c4pfel", "A\u0308pfel"
+    write_images(tmp_path, {composed: 6, "dog": 4}, split="train")
+    write_images(tmp_path, {apart: 2, "dog": 1}, split="test")
+    dataset = load_dataset(DataConfig(source="folder", path=tmp_path, val_per_class=0))
+    assert dataset.class_names == ("dog", composed)
+    assert np.bincount(dataset.test.labels).tolist() == [1, 2]
+
+
 def test_folder_without_splits_is_split(tmp_path):
     write_images(tmp_path, {"cat": 10, "dog": 6, "one": 1})
     dataset = load_dataset(DataConfig(source="folder", path=tmp_path))

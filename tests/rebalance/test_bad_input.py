@@ -3,13 +3,16 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import cache
 from cache.store import write_chunk
 from pipeline.cli import invoke
+from tests.conftest import digits_tree
 from tests.small_run import COUNTS, made_store
 
 
@@ -93,6 +96,20 @@ def test_a_stores_own_wish_for_augmented_views_does_not_stop_it(tmp_path, capsys
     store = made_store(tmp_path / "features.zarr", views=1, config=config)
     assert invoke(["rebalance", str(store), "--lam", "0.1", "--epochs", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["views"] == "clean"
+
+
+def test_what_settings_were_taken_is_said_and_a_default_view_is_not_insisted_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("pipeline.yaml").write_text(yaml.safe_dump(digits_tree() | {"name": "mine"}))
+    made_store(Path("runs/mine/features.zarr"), views=1)
+    given = ["runs/mine", "--config", "pipeline.yaml"]
+    for words, taken in (([], "pipeline.yaml"), (["runs/mine"], "the store's"), (given, "pipeline.yaml")):
+        assert invoke(["rebalance", *words, "--lam", "0.1", "--epochs", "1"]) == 0
+        told = capsys.readouterr()
+        assert f"settings: {taken}; results: runs/mine/rebalance" in told.err
+        assert "the store has the clean view alone" in " ".join(told.out.split()).lower()
+    assert invoke(["rebalance", "--views", "augmented", "--lam", "0.1"]) == 2
+    assert "take --views clean" in capsys.readouterr().err
 
 
 def test_no_validation_split(tmp_path, capsys):

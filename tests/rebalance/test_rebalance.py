@@ -13,6 +13,7 @@ import cache
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.metrics import scores
+from pipeline.plan import plan_rebalance
 from pipeline.rebalance import RebalanceResult, rebalance, run, sweep
 from pipeline.rebalance.differences import paired_difference
 from pipeline.rebalance.engine import Head, Schedule, fit_heads
@@ -272,6 +273,16 @@ def test_results_of_other_settings_are_told_before_they_are_replaced_and_leave_n
     told.clear()
     rebalance(store, given, out=tmp_path, report=told.append)
     assert told == ["fits"]  # the same settings: nothing is lost
+
+
+def test_what_is_not_of_this_program_is_not_replaced(store, tmp_path):
+    for content in ("z", "{}", '{"results": []}'):
+        (tmp_path / "results.json").write_text(content)
+        for attempt in (rebalance, plan_rebalance):
+            with pytest.raises(DataError, match=r"holds a results\.json that is not of `pipeline rebalance`"):
+                attempt(store, RebalanceConfig(lam="0.2", seeds=(0,), **QUICK), out=tmp_path)
+        assert (tmp_path / "results.json").read_text() == content
+        assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 @pytest.mark.parametrize(
