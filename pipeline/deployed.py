@@ -46,7 +46,7 @@ class Whole(nn.Module):
 class Model:
     """What labels images. run: uint8 images (B, 3, H, W) → logits (B, C), features (B, D), all on the CPU.
 
-    stage1: the head before rebalancing, on the same features; counts (C,): training images a class.
+    stage1: the head before rebalancing, on the same features; counts (C,): usable training images a class.
     """
 
     run: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -82,7 +82,7 @@ def load_model(path: Path | str, *, device: str = "auto") -> Model:
         Linear(*study.first.store.classifier),
         transform,
         checkpoint.class_names,
-        checkpoint.counts,
+        study.counts,
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from cache import write_durably
 from pipeline.errors import ConfigError, DataError
 from pipeline.heads import Linear, Scorer
@@ -93,7 +95,7 @@ def export_model(
         "of_seeds": sum(kind.matches(other) for other, _ in backbone.scorers),
         "chosen_on": study.chosen_on if lam is None and (method is None or kind.lam is not None) else None,
     }
-    weights, facts = out / WEIGHTS[to], _facts(checkpoint, head)
+    weights, facts = out / WEIGHTS[to], _facts(checkpoint, study.counts, head)
     if to == "onnx":
         facts["onnx"] = _write_graph(weights, checkpoint, scorer, facts)
     else:
@@ -278,8 +280,11 @@ def _stage1(backbone: Backbone) -> bytes:
     return save({"weight": weight, "bias": bias})
 
 
-def _facts(checkpoint: "Checkpoint", head: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of the model: enough to build it, feed it and name its classes."""
+def _facts(checkpoint: "Checkpoint", counts: np.ndarray, head: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the model: enough to build it, feed it and name its classes.
+
+    counts (C,): usable training images, as the table has them; a checkpoint counts unreadable ones too.
+    """
     transform, settings = input_facts(checkpoint), checkpoint.config.backbone
     return {
         "format": FORMAT,
@@ -291,7 +296,7 @@ def _facts(checkpoint: "Checkpoint", head: dict[str, Any]) -> dict[str, Any]:
         "pretrained": settings.pretrained,
         "head": head,
         "class_names": list(checkpoint.class_names),
-        "counts": checkpoint.counts.tolist(),
+        "counts": counts.tolist(),
         "transform": transform,
         "pretrained_cfg": {  # timm's names for the same
             "input_size": [3, *transform["size"]],
