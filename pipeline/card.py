@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from pipeline.export import Exported, create_call, head_text, main_table
-from pipeline.metrics import class_groups
+from pipeline.metrics import class_groups, unmeasured
 from pipeline.report.source import BOUNDS, SPLITS, Kind, Study, spread
 
 COLUMNS = ("many", "medium", "few", "all", "ece")
@@ -19,7 +19,9 @@ BY_DIRECTION = {  # heads whose probabilities are not what was trained, though t
 def model_card(study: Study, exported: Exported, config: dict[str, Any]) -> str:
     """The card: how to use the model, what it scores, how its head was chosen, what it was trained on, its limits."""
     head, counts, names = exported.head, study.counts, config["class_names"]
-    groups = ", ".join(f"{int(m.sum())} {g} ({BOUNDS[g]})" for g, m in class_groups(counts).items())
+    groups = ", ".join(f"{int((m & study.tested).sum())} {g} ({BOUNDS[g]})" for g, m in class_groups(counts).items())
+    over = f"{study.averaged}: {groups} training images"
+    untested = "".join(f"\nNot measured: {note}." for note in unmeasured(study.tested, names, "test"))
     shown = ", ".join(names[:20]) + (f" … ({len(names)} in config.json)" if len(names) > 20 else "")
     made = config["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
@@ -42,7 +44,7 @@ Or without writing code, from files and folders: `pipeline predict {exported.out
 |---|---|---|---|---|---|
 {chr(10).join(_table(study, head))}
 
-In %, on the test split, which selected nothing; a group's accuracy is the mean over its classes: {groups} training images.
+In %, on the test split, which selected nothing; a group's accuracy is the mean over its {over}.{untested}
 ± is one standard deviation over {study.repeated}.
 {_choice(study, head)}
 

@@ -1,5 +1,6 @@
 """Measures of a classifier on unbalanced classes: pure functions of arrays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +35,18 @@ def scarce(labels: np.ndarray, counts: np.ndarray, *, below: int = 30) -> list[s
     told = []
     for group, mask in class_groups(counts).items():
         if 0 < seen[mask].sum() < below:
-            told.append(
-                f"{group} rests on {seen[mask].sum()} test image(s) of {mask.sum()} class(es): its differences and their "
-                "intervals mean little"
-            )
+            rests = f"{group} rests on {seen[mask].sum()} test image(s) of {(seen[mask] > 0).sum()} class(es)"
+            told.append(f"{rests}: its differences and their intervals mean little")
     return told
+
+
+def unmeasured(seen: np.ndarray, class_names: Sequence[str], split: str, *, most: int = 5) -> list[str]:
+    """What a person should know of classes that a split has no sample of; seen (C,): how many it has of each."""
+    without = [name for name, n in zip(class_names, seen, strict=True) if not n]
+    if not without:
+        return []
+    kind = f"{len(without)} class(es) without a {split} image"
+    return [f"{kind}, left out of balanced {split} accuracy: {', '.join(without[:most])}"]
 
 
 def sampling_error(class_accuracy: np.ndarray, total: np.ndarray) -> float:

@@ -293,6 +293,15 @@ def test_its_blocks_run_and_print_what_it_says(page, request, tmp_path, monkeypa
         assert not (tmp_path / folder).exists()
 
 
+def test_the_weighting_of_ones_own_leaves_out_a_class_without_test_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (path := Path("runs/digits-lt/seed-0/rebalance/per_class.csv")).parent.mkdir(parents=True)
+    path.write_text("method,lam,split,images,correct,total\ncb,,test,30,3,4\ncb,,test,10,1,4\ncb,,test,60,0,0\n")
+    (block,) = (b for b in blocks("docs/choosing.md") if b.language == "python")
+    exec(block.text, {})
+    assert capsys.readouterr().out == "cb : 62.5 % of images mixed as in training\n"  # (30 · ¾ + 10 · ¼) / 40
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(tmp_path / "site")]

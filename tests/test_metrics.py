@@ -77,4 +77,7 @@ def test_groups_that_rest_on_few_test_samples_are_told():
     assert scarce(labels, counts) == [
         "few rests on 7 test image(s) of 2 class(es): its differences and their intervals mean little"
     ]
+    assert scarce(labels[labels < 4], counts) == [
+        "few rests on 4 test image(s) of 1 class(es): its differences and their intervals mean little"
+    ]
     assert scarce(labels[labels < 3], counts) == []  # a group without any has no difference either

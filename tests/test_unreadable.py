@@ -20,8 +20,10 @@ from pipeline.backbone.model import build_model
 from pipeline.backbone.train import train_backbone
 from pipeline.config import Config, RebalanceConfig, make_config
 from pipeline.data import load_dataset
+from pipeline.deployed import load_model
 from pipeline.dump import dump_features
 from pipeline.errors import DataError
+from pipeline.export import export_model
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.evaluate import evaluate
 from pipeline.rebalance.load import load
@@ -152,6 +154,26 @@ def test_stage_2_leaves_them_out_and_says_so(torn, checkpoint, tmp_path):
     assert "skipped test: 1 unreadable image(s), left out wherever features are used: sample 12" in str(
         info.verify(store)
     )
+
+
+def test_an_exported_model_counts_usable_images_and_names_a_class_without_test_images(torn, checkpoint, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(checkpoint.parent, run / "backbone")
+    for file in (*sorted((torn / "train/0").iterdir())[:10], *(torn / "test/2").iterdir()):
+        file.unlink()
+        file.write_bytes(b"")
+    store = dump(run / "backbone/last.pt", settings(torn, on_error="skip"), run / "features.zarr").store
+    result = rebalance(store, RebalanceConfig(lam="0.1", epochs=1), out=run / "rebalance", device="cpu")
+    export_model(run, out=out)
+    assert json.loads((out / "config.json").read_text())["counts"] == [19, 11, 5]
+    assert info.describe(out).facts["training images"] == "35 (19 11 5)"
+    groups = dict.fromkeys("012", "few")  # class 0 is medium by the files that are listed
+    assert load_model(out, device="cpu").groups == load_model(run, device="cpu").groups == groups
+    card, note = (out / "README.md").read_text(encoding="utf-8"), "1 class(es) without a test image"
+    assert "(35 images, 19 … 5 a class)" in card
+    assert "classes with test images: 0 many (> 100), 0 medium (20–100), 2 few (< 20) training images.\n" in card
+    assert f"{note}, left out of balanced test accuracy: 2" in card
+    assert f"{note}, left out of balanced test accuracy: 2" in result.to_dict()["notes"]
 
 
 def test_a_class_without_any_readable_image_is_an_error_that_names_it(torn, checkpoint, tmp_path):

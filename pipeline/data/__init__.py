@@ -11,6 +11,7 @@ from pipeline.data import huggingface, sources
 from pipeline.data.dataset import Dataset, Split, check_classes
 from pipeline.data.subset import class_sizes, hold_out, long_tail
 from pipeline.errors import ConfigError
+from pipeline.metrics import unmeasured
 
 SOURCES = {
     "digits": sources.digits,
@@ -55,15 +56,10 @@ def load_dataset(config: DataConfig) -> Dataset:
         train, val = train.take(keep), train.take(held)
         notes.append(f"no validation split: {len(held)} training images were held out as one")
     dataset = check_classes(Dataset(config.source, found.class_names, train, val, test, tuple(notes)))
-    without = (
-        [n for n, c in zip(found.class_names, np.bincount(val.labels, minlength=classes), strict=True) if not c]
-        if val
-        else []
-    )
-    if val is not None and without:
-        shown = ", ".join(without[:5])
-        note = f"{len(without)} class(es) without a validation image, left out of balanced validation accuracy: {shown}"
-        dataset = replace(dataset, notes=(*dataset.notes, note))
+    for name, split in (("validation", val), ("test", test)):
+        if split:
+            told = unmeasured(np.bincount(split.labels, minlength=classes), found.class_names, name)
+            dataset = replace(dataset, notes=(*dataset.notes, *told))
     if config.image_size is not None:
         dataset = _resized(dataset, config.image_size)
     return dataset

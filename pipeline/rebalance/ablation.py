@@ -26,6 +26,7 @@ from pipeline.rebalance.run import (
     network_of,
     refuse_too_many,
     row_of,
+    untested,
     with_possible_views,
     write_choice,
 )
@@ -153,6 +154,7 @@ def _ablate(
     write_choice(out, [f.told for f in fitted], ranks)
 
     split = loaded.test()
+    notes += untested(split.labels, loaded.store)
     tested = [f.test(split, ranks.device) for f in fitted]
     heads = [
         {"variant": f.variant.name} | asdict(row_of(s, seed, name, scores))

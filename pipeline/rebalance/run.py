@@ -16,7 +16,7 @@ from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
 from pipeline.heads import heads_file
 from pipeline.memory import free_memory
-from pipeline.metrics import scarce
+from pipeline.metrics import scarce, unmeasured
 from pipeline.places import results_folder, store_settings
 from pipeline.provenance import provenance
 from pipeline.rebalance.compare import Comparison, compare
@@ -121,6 +121,7 @@ def _rebalance(
             + ([] if tuned else little_training(config, asked, len(loaded.features.labels)))
             + (tuned.notes if tuned else border if split else [])
             + scarce(test.labels, loaded.features.counts)
+            + untested(test.labels, loaded.store)
         ),
         out=str(out),
         chosen=tuple(tuned.chosen if tuned else ()),
@@ -209,6 +210,11 @@ def little_training(config: RebalanceConfig, asked: Sequence[Setting], rows: int
         f"{PAPER_LR:g} of the paper on CIFAR100-LT, so these heads may be under-fitted: --tune chooses the learning rate on "
         + ("validation" if config.select_on == "val" else "held-out folds")
     ]
+
+
+def untested(labels: np.ndarray, store: Cache) -> list[str]:
+    """What a person should know of classes without a test sample among these labels (N,)."""
+    return unmeasured(np.bincount(labels, minlength=len(store.class_names)), store.class_names, "test")
 
 
 def refuse_too_many(config: RebalanceConfig, loaded: Loaded) -> None:

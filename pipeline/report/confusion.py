@@ -11,7 +11,7 @@ from pipeline.report.answers import Answers, Compared
 from pipeline.report.axes import BLACK, BLUE, GREY, ORANGE
 from pipeline.report.chart import bars, chart, plain, trace
 from pipeline.report.drawing import Drawing, rounded
-from pipeline.report.source import BOUNDS, Row, Study, classes
+from pipeline.report.source import BOUNDS, Row, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,9 +83,7 @@ def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing
     title = _title(matrices, known, names)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     look.legend(figure, panels)
-    sizes = ", ".join(
-        f"{GROUPS[g]} {BOUNDS[GROUPS[g]]} images ({classes(int((group_of(counts) == g).sum()))})" for g in known
-    )
+    sizes = ", ".join(f"{GROUPS[g]} {BOUNDS[GROUPS[g]]} images ({study.classes_of(GROUPS[g])})" for g in known)
     caption = (
         f"{title}. Test split, {len(compared.before[0].labels):,} samples, clean view; % of the samples of a true group "
         "(row), mean over its classes, that a head takes for a class of each group (column); the diagonal holds wrong classes "

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.metrics import class_groups
 from pipeline.report import assets
 from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED
 from pipeline.report.chart import bars, chart, kept_apart, plain, trace
 from pipeline.report.sections import TITLES
-from pipeline.report.source import COLUMNS, SPLITS, Row, Study, classes
+from pipeline.report.source import COLUMNS, SPLITS, Row, Study
 
 GROUP_STYLES: dict[str, Row] = {
     "all": {"color": BLACK, "linestyle": "-", "marker": "o"},
@@ -85,7 +84,6 @@ def explorer(study: Study, table: Sequence[Row], key: str) -> str:
     """The slider with what it moves; hidden until the page's script drives it. key: tells runs on a page apart."""
     lams, references = _lams(table), _references(table)
     splits = {s: SPLITS[s] for s in dict.fromkeys(r["split"] for r in table)}
-    sizes = {g: int(m.sum()) for g, m in class_groups(study.counts).items()} | {"all": len(study.counts)}
     columns = [c for c in COLUMNS if any(r["classes"] == c for r in table)]
     chosen = sorted({lams.index(k.lam) for k in study.selected if k.lam in lams})
     values = {
@@ -106,7 +104,7 @@ def explorer(study: Study, table: Sequence[Row], key: str) -> str:
         "places": places(lams, len(references))[1],
         "chosen": chosen,
         "references": plain(references),
-        "groups": [[c, TITLES[c], classes(sizes[c])] for c in columns],
+        "groups": [[c, TITLES[c], study.classes_of(c)] for c in columns],
         "splits": splits,
         "values": values,
         "start": study.start,
@@ -120,7 +118,7 @@ def explorer(study: Study, table: Sequence[Row], key: str) -> str:
         for split, name in splits.items()
     )
     tiles = "".join(
-        f"<div class=tile data-group={c}><span>{TITLES[c]} ({classes(sizes[c])})</span><b></b><em></em></div>"
+        f"<div class=tile data-group={c}><span>{TITLES[c]} ({study.classes_of(c)})</span><b></b><em></em></div>"
         for c in columns
     )
     back = f"<button type=button>back to λ = {lams[start]:g}</button>" if chosen else ""

@@ -1,5 +1,6 @@
 """The figures of a report. Each function returns a figure, its caption and the table it shows; none touches a file."""
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.report.explorer import lambda_chart
 from pipeline.report.geometry import feature_geometry
 from pipeline.report.norms import norm_against_size, weight_norms
 from pipeline.report.reliability import reliability_diagram
-from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, classes, signed
+from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,10 +242,8 @@ def _part_of(number: int, group: str, *, alpha: float) -> Row:
 
 
 def _columns_title(column: str, study: Study) -> str:
-    if column == "all":
-        return f"all {classes(len(study.counts))}"
-    size = int(class_groups(study.counts)[column].sum())
-    return f"{column}: {BOUNDS[column]} images, {classes(size)}"
+    bounds = f": {BOUNDS[column]} images," if column in BOUNDS else ""
+    return textwrap.fill(f"{column}{bounds} {study.classes_of(column)}", 36)
 
 
 def _gain(study: Study) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from pipeline.metrics import class_groups
-from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Kind, Row, Spread, Study, classes, signed
+from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Kind, Row, Spread, Study, signed
 from pipeline.report.table import (
     DIFFERENCES,
     difference,
@@ -66,7 +66,7 @@ def lead(study: Study) -> str:
     named = f"{escape(network_text(network))}; " if network else ""
     return (
         f"<p class=lead>{named}{len(study.counts):,} classes, {study.counts.sum():,} training images. Top-1 accuracy "
-        f"on test, a group's accuracy being the mean over its classes; {escape(study.repeated)}.</p>"
+        f"on test, a group's accuracy being the mean over its {study.averaged}; {escape(study.repeated)}.</p>"
     )
 
 
@@ -86,9 +86,8 @@ def tiles(study: Study, lines: Sequence[Line]) -> str:
 
 
 def _table(study: Study, lines: Sequence[Line]) -> str:
-    sizes = {g: int(m.sum()) for g, m in class_groups(study.counts).items()} | {"all": len(study.counts)}
-    below = {column: classes(size) for column, size in sizes.items()} | {"ece": "calibration error"}
     order = ("many", "medium", "few", "all", "ece")
+    below = {column: study.classes_of(column) for column in order[:-1]} | {"ece": "calibration error"}
     shown = [c for c in order if any(line.cells[c].mean is not None for line in lines)]
     head = "".join(f"<th>{TITLES[c]}<small>{below[c]}</small></th>" for c in shown)
     body = []
@@ -183,7 +182,7 @@ def data(study: Study) -> str:
         ("Source", data.get("name")),
         ("Fingerprint", data.get("fingerprint")),
         ("Fingerprint covers", data.get("fingerprint_covers")),
-        *(("Note", note) for note in [*data.get("notes", ()), *study.first.results.get("notes", ())]),
+        *(("Note", note) for note in dict.fromkeys([*data.get("notes", ()), *study.first.results.get("notes", ())])),
     ]
     return _facts(lines)
 

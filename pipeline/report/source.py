@@ -14,7 +14,7 @@ from cache import Cache, CacheError, is_url, open_cache
 from pipeline.errors import DataError
 from pipeline.heads import Linear, Scorer, read_scorers
 from pipeline.method_names import PROBE, start_name
-from pipeline.metrics import GROUPS
+from pipeline.metrics import GROUPS, class_groups
 from pipeline.places import holds_runs
 from pipeline.report.dispersion import Directions, read_directions
 
@@ -200,6 +200,23 @@ class Study:
     @property
     def counts(self) -> np.ndarray:
         return self.first.store.counts
+
+    @cached_property
+    def tested(self) -> np.ndarray:
+        """(C,) whether a class has a test image; the means of the test split are over these."""
+        store = self.first.store
+        return np.bincount(store.labels("test")[store.valid("test")], minlength=len(self.counts)) > 0
+
+    def classes_of(self, column: str) -> str:
+        """`5 classes` of a group or of all; `4 of 5 classes with test images` where its mean on test is over fewer."""
+        inside = np.ones_like(self.tested) if column == "all" else class_groups(self.counts)[column]
+        size, known = int(inside.sum()), int((inside & self.tested).sum())
+        return classes(size) if known == size else f"{known:,} of {classes(size)} with test images"
+
+    @property
+    def averaged(self) -> str:
+        """What a mean on test is over: `classes`, or those of them that have test images."""
+        return "classes" if self.tested.all() else "classes with test images"
 
     @property
     def by_size(self) -> np.ndarray:

@@ -141,7 +141,9 @@ def test_folder_without_splits_is_split(tmp_path):
         "test": [2, 1, 0], "val": [1, 1, 0], "train": [7, 4, 1],
     }  # fmt: skip
     assert any("single training image: one" in note for note in dataset.notes)
-    assert any("without a validation image" in note for note in dataset.notes)
+    for split in ("validation", "test"):
+        note = f"1 class(es) without a {split} image, left out of balanced {split} accuracy: one"
+        assert note in dataset.notes
 
 
 def test_a_wrong_folder_is_named(tmp_path):
