@@ -7,6 +7,10 @@ from pipeline.export import Exported, create_call, head_text, main_table
 from pipeline.metrics import class_groups, unmeasured
 from pipeline.report.source import BOUNDS, SPLITS, Kind, Study, spread
 
+READ = """image = ImageOps.exif_transpose(Image.open("photo.jpg"))
+if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip
+    image = image.convert("I").point(lambda value: value / 257 + 0.5)
+image = image.convert("RGB")"""
 COLUMNS = ("many", "medium", "few", "all", "ece")
 GATED = "disalign"
 BY_DIRECTION = {  # heads whose probabilities are not what was trained, though their decisions are
@@ -140,7 +144,7 @@ from PIL import Image, ImageOps
 config = json.loads(Path("{folder}/config.json").read_text("utf-8"))
 {call}.eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(config["pretrained_cfg"]))
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+{READ}
 with torch.no_grad():
     probabilities = model(transform(image)[None]).softmax(1)[0]
 best = int(probabilities.argmax())
@@ -158,7 +162,7 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("{folder}/model.onnx")
 names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
 
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+{READ}
 size = [{_shorter(config)} * side // min(image.size) for side in image.size]
 image = image.resize(size, Image.Resampling.{filtered})
 left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)

@@ -47,6 +47,21 @@ def test_the_cards_python_says_of_a_photo_what_predict_says(exported, monkeypatc
     assert float(probability) == pytest.approx(expected.guesses[0].probability, abs=1e-5)
 
 
+def test_the_cards_python_says_of_a_16_bit_image_what_predict_says(exported, monkeypatch):
+    pixels = np.random.default_rng(2).integers(0, 2**16, (45, 71), dtype=np.uint16)
+    Image.fromarray(pixels).save(exported.out.parent / "scan.png")
+    monkeypatch.chdir(exported.out.parent)
+    with Image.open("scan.png") as image:
+        assert image.mode == "I;16"
+    code = card_of(exported.out).split("```python\n")[1].split("```")[0].replace("photo.jpg", "scan.png")
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    (expected,) = predict(exported.out.name, ["scan.png"])
+    name, probability = printed.getvalue().split()
+    assert name == expected.guesses[0].name
+    assert float(probability) == pytest.approx(expected.guesses[0].probability, abs=1e-5)
+
+
 def test_it_has_the_table_the_choice_and_the_limits(run, tmp_path):
     exported = export_model(run, out=tmp_path / "model")
     card = card_of(tmp_path / "model")
