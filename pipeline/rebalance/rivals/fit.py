@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.heads import Linear, Scorer, scorer_of
 from pipeline.memory import free_memory
 from pipeline.rebalance.batches import batch_order
+from pipeline.rebalance.by_stacks import SHARED_PRODUCT
 from pipeline.rebalance.engine import Schedule
 from pipeline.rebalance.features import Features
 from pipeline.rebalance.rivals.rule import Free, Given, Params, Sampling, Trained, unweighted
@@ -80,10 +82,25 @@ def fit(
     heads: list[list[Scorer]] = [[] for _ in trials]
     for members, orders in passes(rule, trials, given, seeds, schedule.batch_size, budget):
         group = [trials[i] for i in members]
-        found = _fit_together(rule, group, given, features, orders, schedule, taken)
+        work = 2 * len(group) * len(orders) * schedule.batch_size * given.weight.numel()
+        with _cores(device, worth_sharing=work >= SHARED_PRODUCT):
+            found = _fit_together(rule, group, given, features, orders, schedule, taken)
         for i, of_seeds in zip(members, found, strict=True):
             heads[i] += of_seeds
     return heads
+
+
+@contextmanager
+def _cores(device: torch.device, *, worth_sharing: bool) -> Iterator[None]:
+    """One core where operations are too small to be shared: the others would be waited for at every one of them, which on
+    a machine that has other work to do takes most of the time."""
+    threads = torch.get_num_threads()
+    try:
+        if device.type == "cpu" and not worth_sharing:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def given_of(features: Features, device: torch.device, dtype: torch.dtype) -> Given:
