@@ -198,6 +198,7 @@ def _draw_map(axes: "Axes", run: Geometry, *, alone: bool) -> None:
     names = {c: _shortened(run.study.first.store.class_names[c]) for c, of in points.items() if len(of)}
     letters: Row = {"ha": "center", "va": "center", "fontsize": 9.5 if alone else 7.5, "color": BLACK}
     size = letters["fontsize"] * axes.figure.dpi / 72 / axes.bbox.size  # of a letter, in parts of the panel
+    axes.autoscale_view()  # which else waits until the figure is drawn
     middles = {c: axes.transLimits.transform(np.median(points[c], axis=0)) for c in names}
     for c, place in _apart(middles, names, size).items():
         above = (0, 10 if len(points[c]) < FEW else 0)  # a name would hide them

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cache import open_cache
 from pipeline.report import dispersion
 from pipeline.report.dispersion import directions, read_directions
-from pipeline.report.geometry import SAMPLES_OF_A_CLASS, embedded, ends, feature_geometry
+from pipeline.report.geometry import SAMPLES_OF_A_CLASS, _apart, embedded, ends, feature_geometry
 from pipeline.report.source import read_study
 from tests.small_run import made_run, made_store
 
@@ -117,6 +117,25 @@ def test_the_figure_has_what_was_measured(run):
     assert len(points) == 48
     assert "n = 48" in drawing.caption
     assert "neighbours, not distances" in drawing.caption
+
+
+def test_a_name_stands_in_the_middle_of_its_points_and_on_no_other(run):
+    drawing = feature_geometry([read_study(run)])
+    panel = drawing.figure.axes[0]
+    drawing.figure.canvas.draw()
+    boxes = {told.get_text(): told.get_window_extent() for told in panel.texts}
+    points = {row["name"]: [] for row in drawing.table if row["row"] == "point"}
+    for row in (row for row in drawing.table if row["row"] == "point"):
+        points[row["name"]].append(panel.transData.transform((row["x"], row["y"])))
+    assert boxes.keys() == points.keys()
+    for name, box in boxes.items():
+        middle = np.median(points[name], axis=0)
+        assert abs(middle - [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]).max() < 0.1 * panel.bbox.size.min()
+    close = _apart(
+        {0: np.array([0.5, 0.5]), 1: np.array([0.5, 0.51]), 2: np.array([0.9, 0.5])}, ["wolf"] * 3, [0.02, 0.04]
+    )
+    assert (close[1], close[2]) == ((0.5, 0.51), (0.9, 0.5))
+    assert close[0][1] <= 0.51 - 0.04
 
 
 def test_several_runs_stand_side_by_side_by_imbalance(run, tmp_path):
