@@ -107,3 +107,57 @@ def test_a_signal_to_the_whole_job_saves(program, words, number, code, files, tm
     state = checkpoint.read(tmp_path / "out" / "last.pt")
     assert (state["epoch"], state["step_in_epoch"]) > (before, 0)
     assert not (tmp_path / "out" / ".lock").exists()
+
+
+def _children(pid: int, said: str) -> list[int]:
+    """Processes started by one, whose command line holds a text."""
+    try:
+        pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(p) for p in pids if said in Path(f"/proc/{p}/cmdline").read_text()]
+    except FileNotFoundError:  # one has just ended
+        return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "wait", "send", "number"),
+    [
+        (False, 0.0, os.killpg, signal.SIGINT),
+        (False, 0.1, os.killpg, signal.SIGINT),
+        (False, 0.6, os.killpg, signal.SIGINT),
+        (False, 0.6, os.killpg, signal.SIGTERM),
+        (False, 0.6, os.kill, signal.SIGINT),
+        (True, 0.0, os.killpg, signal.SIGINT),
+        (True, 0.0, os.kill, signal.SIGTERM),
+        (True, 0.2, os.killpg, signal.SIGINT),
+    ],
+)
+def test_a_signal_while_reading_processes_start_leaves_one_message(workers, wait, send, number, files, tmp_path):
+    """At moments after their common parent, or the first of them, is there."""
+    command = [sys.executable, "-m", "pipeline", "train-backbone", str(files), "--device", "cpu"]
+    job = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        server: list[int] = []
+        while not (_children(server[0], "") if server and workers else server) and time.monotonic() < deadline:
+            server = server or _children(job.pid, "forkserver")
+            time.sleep(0.01)
+        time.sleep(wait)
+        send(job.pid, number)
+        _, said = job.communicate(timeout=60)  # of all that write there
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+    assert job.returncode == 128 + number, said
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    assert said.splitlines()[-1].startswith("stopped at epoch 1, step "), said
+    assert checkpoint.read(tmp_path / "out" / "last.pt")["epoch"] == 0
