@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import invoke
+from pipeline.cli import cli, invoke
 from pipeline.method_names import METHODS
 from pipeline.shipped import shipped_configs
 
@@ -123,3 +123,16 @@ def test_a_mistyped_command_is_understood(typed, meant, capsys):
     assert f"No such command '{typed}'." in told
     assert "Did you mean" in told
     assert f"'{meant}'" in told
+
+
+def test_the_page_of_commands_says_which_has_no_json():
+    import click
+
+    def leaves(command):
+        if isinstance(command, click.Group):
+            return [leaf for inner in command.commands.values() for leaf in leaves(inner)]
+        return [command]
+
+    without = [c.name for c in leaves(cli) if not any("--json" in option.opts for option in c.params)]
+    assert without == ["completion"]
+    assert "every command but `completion` has `--json`" in (ROOT / "docs" / "commands.md").read_text()
