@@ -12,6 +12,7 @@ from pipeline.doctor import SHARED, _check, _warnings, doctor
 from pipeline.errors import DataError
 from pipeline.export import export_model
 from pipeline.info import describe, verify
+from pipeline.places import what_else
 from pipeline.rebalance import rebalance
 from pipeline.shown import wrapped
 from tests.small_run import digits_run, made_run, made_store
@@ -38,6 +39,12 @@ def run(tiny_backbone, tmp_path_factory):
         ),
         ("rebalance/results.json", "rebalancing results", ["2 batch order(s) of one backbone", "λ 0, 0.05, 0.2"]),
         ("rebalance", "rebalancing results", ["stage 1"]),
+        (
+            "rebalance/selection.json",
+            "choice before the test split was read",
+            ["selected iwb, loss cb, λ = ", "(chosen on validation); ", " ± "],
+        ),
+        ("rebalance/test_hits.safetensors", "which test images each head got right", ["test images", "heads"]),
         ("rebalance/heads.safetensors", "rebalanced heads", ["10 classes × 16 features", "iwb (cb, λ = 0.05): 2"]),
     ],
 )
@@ -66,6 +73,8 @@ def test_a_folder_of_a_training_says_how_it_went_and_what_is_damaged(run, tmp_pa
     assert "(many " in facts["its training accuracy"]
     assert "(many " in facts["its validation accuracy"]
     assert facts["best epoch told"][0] in "12"
+    best = facts["best epoch told"][0]
+    assert describe(folder / "best.pt").facts["trained"] == f"the best of 2 epochs (epoch {best})"
     (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:-500])
     found = describe(folder)
     assert found.path.name == "previous.pt"
@@ -81,6 +90,12 @@ def test_an_export_a_configuration_and_a_shipped_name(run, tmp_path):
     found = describe(tmp_path / "model")
     assert (found.kind, found.facts["network"]) == ("exported model", "cifar_resnet8")
     assert describe(tmp_path / "model" / "config.json").kind == "exported model"
+    head = describe(tmp_path / "model" / "stage1_head.safetensors")
+    assert (head.kind, head.facts["weight"]) == ("head before rebalancing", "10 classes × 16 features")
+    assert head.made["command"] == "export"
+    (tmp_path / "model" / "stage1_head.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match="run `pipeline export` again"):
+        describe(tmp_path / "model" / "stage1_head.safetensors")
     (tmp_path / "my.yaml").write_text("data: {source: digits}\nbackbone: {epochs: 3}\n")
     assert describe(tmp_path / "my.yaml").facts["backbone"] == {"epochs": 3}
     assert describe(Path("digits-lt")).facts["name"] == "digits-lt"
@@ -177,9 +192,14 @@ def test_whatever_a_command_leaves_is_known(run, tmp_path, monkeypatch, capsys):
         found = describe(Path(words[-1]))
         assert found.kind == kind
         assert "file(s)" in found.facts["size"]
+        (Path(words[-1]) / "report.html").touch()
+        (Path(words[-1]) / "figures").mkdir(exist_ok=True)
+        assert describe(Path(words[-1])).kind == kind
         json.dumps(found.to_dict())
     assert describe(Path("ablation")).facts["  HC"].startswith("iwb, λ = 0.1: all ")
     assert describe(Path("ablation/ablation.json")).kind == "ablation"
+    assert describe(Path("ablation/selection.json")).facts["  HC"] == "iwb, loss cb, λ = 0.1 (given)"
+    assert what_else(Path("ablation")).startswith(" (it is: ablation)")
     assert "ncm" in describe(Path("compared")).facts["tuned, best on the choosing split"][-1]
     assert describe(Path("tried/tries.json")).facts["  lr=0.1"].startswith("all ")
     assert describe(Path("progress")).facts["compares"] == ["diagnosed"]

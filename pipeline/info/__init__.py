@@ -10,7 +10,7 @@ from cache import CacheError, open_cache
 from pipeline.config import find_config, is_stage_2_alone, load_config, make_rebalance_config, read_tree
 from pipeline.errors import ConfigError, DataError
 from pipeline.info.artefact import EXPECTED, Artefact, Facts, read_json, size_on_disk, try_json
-from pipeline.info.results import ablation, bench, heads, kept, progress, reproduction, results, tries
+from pipeline.info.results import ablation, bench, choice, heads, kept, progress, reproduction, results, tries
 from pipeline.info.stores import plain_files, samples_text, skipped_of, store
 from pipeline.info.trained import BROUGHT, checkpoint, exported, training
 from pipeline.method_names import PROBE
@@ -19,6 +19,7 @@ from pipeline.shown import Shown
 
 __all__ = ["Artefact", "Verified", "describe", "verify"]
 STARTS = ("stage 1", PROBE)
+REPORT = "report.html"  # is put into any folder that is reported on
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _is_export(path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / part).exists() for part in _PARTS) or any(path.glob("seed-*/backbone"))
+    return any((path / part).exists() for part in _PARTS if part != REPORT) or any(path.glob("seed-*/backbone"))
 
 
 def _inside(name: str, tell: Callable[[Path], Artefact]) -> tuple[Callable[[Path], bool], Callable[[Path], Artefact]]:
@@ -181,7 +182,7 @@ _PARTS = {
     "features.zarr": "feature store",
     "rebalance/results.json": "rebalancing results",
     "rebalance/heads.safetensors": "rebalanced heads",
-    "report.html": "report",
+    REPORT: "report",
 }
 _FOLDERS: list[tuple[Callable[[Path], bool], Callable[[Path], Artefact]]] = [
     (lambda p: (p / "zarr.json").is_file(), store),
@@ -195,10 +196,12 @@ _FOLDERS: list[tuple[Callable[[Path], bool], Callable[[Path], Artefact]]] = [
     _inside("results.json", results),
     _inside("ablation.json", ablation),
     (lambda p: (p / "progress.csv").is_file(), progress),
+    (lambda p: (p / REPORT).is_file(), lambda p: Artefact(p, "report", {})),
 ]
 _FILES: dict[str, Callable[[Path], Artefact]] = {
     "results.json": results,
     "ablation.json": ablation,
+    "selection.json": choice,
     "run.json": _run_json,
     "config.json": lambda p: exported(p.parent) if _is_export(p.parent) else _run_json(p),
     "zarr.json": lambda p: store(p.parent),

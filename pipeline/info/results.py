@@ -5,26 +5,25 @@ import json
 from pathlib import Path
 
 from pipeline.errors import DataError
+from pipeline.export import STAGE1
 from pipeline.heads import read_scorers
-from pipeline.info.artefact import Artefact, Facts, accuracies_of, beside, prefixed, read_json, text_of
+from pipeline.info.artefact import Artefact, Facts, accuracies_of, beside, prefixed, read_json, text_of, try_json
 from pipeline.info.trained import checkpoint
 from pipeline.method_names import start_name
 from pipeline.report.source import read_results
+
+CHOSEN_ON = {"val": "chosen on validation", "kfold": "chosen on held-out folds"}
 
 
 def results(path: Path) -> Artefact:
     found = read_results(path)
     chosen, timing = found["selected"], found.get("timing", {})
-    lam = "" if chosen.get("lam") is None else f", λ = {chosen['lam']:g}"
-    on = {"val": "chosen on validation", "kfold": "chosen on held-out folds"}.get(chosen.get("chosen_on"), "given")
-    loss = f", loss {chosen['loss']}" if chosen.get("loss") else ""
-    own = "".join(f", {k} {text_of(v)}" for k, v in chosen.get("parameters", {}).items())
     tuned = [f"{c['method']}: {c['trials']} trials, {c['score']:.1f} %" for c in found.get("chosen", ())]
     of = f"{chosen['n']} backbones" if "backbones" in found else f"{chosen['n']} batch order(s) of one backbone"
     facts = {
         "store": found["store"],
         start_name(found.get("fingerprint")): accuracies_of(found["baseline"]),
-        "selected": f"{chosen['method']}{loss}{lam}{own} ({on}); mean over {of}",
+        "selected": f"{_selected(chosen)}; mean over {of}",
         "its test accuracy": accuracies_of(chosen),
         "tuned, best on the choosing split": tuned or None,
         "rows": len(found["results"]),
@@ -35,13 +34,38 @@ def results(path: Path) -> Artefact:
     return Artefact(path, "rebalancing results", facts, beside(path))
 
 
+def choice(path: Path) -> Artefact:
+    """selection.json: what was chosen, on what, before the test split was read; of an ablation, of each variant."""
+    found = read_json(path, object)
+    if isinstance(found, list):
+        chosen: Facts = {f"  {one['name']}": _scored(one, one) for one in found}
+    else:
+        chosen = {"selected": _scored(found["selected"], found)}
+    return Artefact(path, "choice before the test split was read", chosen, beside(path))
+
+
+def _selected(chosen: Facts) -> str:
+    loss = f", loss {chosen['loss']}" if chosen.get("loss") else ""
+    lam = "" if chosen.get("lam") is None else f", λ = {chosen['lam']:g}"
+    own = "".join(f", {k} {text_of(v)}" for k, v in chosen.get("parameters", {}).items())
+    return f"{chosen['method']}{loss}{lam}{own} ({CHOSEN_ON.get(chosen.get('chosen_on') or '', 'given')})"
+
+
+def _scored(chosen: Facts, said: Facts) -> str:
+    score = f"{said['score']:.1f} ± {said['standard_error']:.1f} % there" if "score" in said else ""
+    near = f"{len(said['within_one_se'])} settings within one standard error" if said["within_one_se"] else ""
+    return "; ".join(filter(None, (_selected(chosen), score, near)))
+
+
 def heads(path: Path) -> Artefact:
+    if path.name == STAGE1:
+        return _stage_1_head(path)
     try:
         scorers = read_scorers(path)
     except DataError:
         if path.name == "heads.safetensors":
             raise
-        return checkpoint(path)
+        return _hits(path) or checkpoint(path)
     described, weight = [what for what, _ in scorers], scorers[0][1].arrays[0]
     named: dict[str, int] = {}
     for head in described:
@@ -56,6 +80,32 @@ def heads(path: Path) -> Artefact:
         "kinds": [f"{name}: {count}" if count > 1 else name for name, count in named.items()],
     }
     return Artefact(path, "rebalanced heads", facts, beside(path))
+
+
+def _stage_1_head(path: Path) -> Artefact:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            classes, width = file.get_slice("weight").get_shape()
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{path}: not readable ({error}); run `pipeline export` again") from error
+    facts = {"weight": f"{classes} classes × {width} features", "of": "the exported model in the same folder"}
+    return Artefact(
+        path, "head before rebalancing", facts, try_json(path.with_name("config.json")).get("provenance", {})
+    )
+
+
+def _hits(path: Path) -> Artefact | None:
+    """Of a file that is one of hits, which samples and heads."""
+    from pipeline.rebalance.differences import read_hits
+
+    try:
+        found = read_hits(path)
+    except DataError:
+        return None
+    facts = {"test images": f"{len(found.labels):,}", "heads": len(found.heads)}
+    return Artefact(path, "which test images each head got right", facts, beside(path))
 
 
 def ablation(path: Path) -> Artefact:

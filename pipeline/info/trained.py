@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import DataError
 from pipeline.info.artefact import Artefact, Facts, classes_of, read_json
 from pipeline.method_names import PROBE
 
@@ -49,12 +50,11 @@ def own_checkpoint(path: Path) -> Artefact:
 
     state = read(path)
     network, data = state["network"], state["dataset"]
-    done = "complete" if state["complete"] else f"unfinished, step {state['step_in_epoch']} of the next epoch"
     brought = state.get("brought")
     best = f"{state['best']:.2f} %" if state["best"] is not None else None
     facts = {
         "network": f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d features",
-        "trained": None if brought else f"{state['epoch']} of {state['config']['backbone']['epochs']} epochs, {done}",
+        "trained": None if brought else _how_far(path, state),
         "trained with": None if brought else _choices(state["config"]["backbone"]),
         "best validation accuracy (mean over classes)": best,
         "head": None
@@ -68,6 +68,23 @@ def own_checkpoint(path: Path) -> Artefact:
         "weights digest": weights_digest(state["model"]),
     }
     return Artefact(path, BROUGHT if state.get("brought") else "stage-1 checkpoint", facts, state["provenance"])
+
+
+def _how_far(path: Path, state: dict[str, Any]) -> str:
+    from pipeline.backbone.checkpoint import read
+
+    epoch, epochs = state["epoch"], state["config"]["backbone"]["epochs"]
+    if path.name == "best.pt":
+        last = path.with_name("last.pt")
+        try:
+            whole = state["complete"] or (last.is_file() and read(last)["complete"])
+        except DataError:
+            whole = False
+        return (
+            f"the best of {epochs} epochs (epoch {epoch})" if whole else f"epoch {epoch} of {epochs}, the best so far"
+        )
+    done = "complete" if state["complete"] else f"unfinished, step {state['step_in_epoch']} of the next epoch"
+    return f"{epoch} of {epochs} epochs, {done}"
 
 
 def _choices(settings: dict[str, Any]) -> str | None:
