@@ -86,7 +86,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for r in (r for r in rows if _shown(r)):
         cells = [_value(r["ours"][g], r["ours_std"][g]) for g in GROUPS]
-        far = [r["less_cb_of"] or "–", *(_less(r, g) for g in ("few", "all"))] if compared else []
+        far = [r.get("less_cb_of") or "–", *(_less(r, g) for g in ("few", "all"))] if compared else []
         lines.append(
             f"| {' | '.join([r['row'], _chosen(r['chosen']), str(r['n']), *cells, _paper(r), _apart(r), *far])} |"
         )

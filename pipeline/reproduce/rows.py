@@ -135,7 +135,7 @@ def ablation_rows(
                 chosen=_chosen(variant["lam"], {}) if variant["chosen_on"] else {},
                 paper=variant_accuracies(published, variant),
                 less_cb=variant["less_alone"],
-                less_cb_of=variant["against"],
+                less_cb_of=variant.get("against"),
             )
         )
         heads = [h for h in document["heads"] if h["variant"] == variant["name"]]
