@@ -52,8 +52,6 @@ def started(files: "DataLoader[Any]") -> Iterator[Any]:
 @cache
 def _server() -> BaseProcess:
     """Starts the common parent, which heeds no signals and ends with the last it serves; returns as soon as it serves."""
-    server: Any = forkserver._forkserver
-    before = server._forkserver_pid
     resource_tracker.ensure_running()  # which would unblock them
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -62,12 +60,7 @@ def _server() -> BaseProcess:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     atexit.register(_end_all, os.getpid())
     first = decoding_processes().Process(target=int, daemon=True)  # type: ignore[attr-defined]
-    try:
-        first.start()
-    except BaseException:
-        if before is None:  # it serves nobody, and need not import to the end for that
-            os.kill(server._forkserver_pid, signal.SIGKILL)
-        raise
+    first.start()
     _started.add(first)
     return first
 
