@@ -17,7 +17,7 @@ from pipeline.data.copies import on_device
 from pipeline.data.dataset import Split
 from pipeline.data.operations import cutout
 from pipeline.data.policies import apply, drawn
-from pipeline.data.processes import decoding_processes, end_with_parent, started
+from pipeline.data.processes import decoding_processes, end_with_parent
 from pipeline.errors import DataError, PipelineError
 from pipeline.seeds import derive, uniform
 
@@ -193,7 +193,7 @@ class Loader:
 def from_workers(files: "DataLoader[Any]", advice: str = WITHOUT_WORKERS) -> Iterator[tuple[Tensor, list[str | None]]]:
     """What `collate` made of each batch; PipelineError that says what to do where a process that reads images is gone."""
     try:
-        yield from started(files)
+        yield from files
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
