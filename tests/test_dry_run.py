@@ -180,7 +180,7 @@ def test_labels_take_the_images_and_batches_that_were_said(finished, tmp_path, m
     assert len((tmp_path / "l.csv").read_text().splitlines()) == 1 + plan["images"]
     capsys.readouterr()
     assert invoke([*map(str, words[:3]), "--dry-run"]) == 0
-    assert "free there" not in capsys.readouterr().out  # nothing is written without --out
+    assert "in all" not in capsys.readouterr().out  # nothing is written without --out
 
 
 def test_exports_take_what_was_said(finished, tmp_path, monkeypatch, capsys):

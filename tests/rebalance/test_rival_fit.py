@@ -254,6 +254,20 @@ def test_fitted_together_or_alone_a_trial_is_the_same(rule):
     assert np.abs(first - second).max() > 1e-4
 
 
+@pytest.mark.parametrize(("shared", "cores"), [(10**9, 1), (1, 2)], ids=["small", "large"])
+def test_cores_share_large_operations_alone_and_are_given_back(shared, cores, monkeypatch):
+    before, seen = torch.get_num_threads(), set()
+    rule = replace(RIVALS["crt"], project=lambda params, given, own: seen.add(torch.get_num_threads()))
+    monkeypatch.setattr("pipeline.rebalance.rivals.fit.SHARED_PRODUCT", shared)
+    torch.set_num_threads(2)
+    try:
+        fit(rule, [Trial(0.1, {})], FEATURES, seeds=(0,), schedule=ONE)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {cores}
+
+
 def test_what_does_not_fit_is_split_and_what_cannot_fit_is_said():
     given = given_of(FEATURES, torch.device("cpu"), torch.float32)
     rule, trials = RIVALS["grw"], [Trial(0.1, {"rho": 1.0})] * 5
