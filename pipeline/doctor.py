@@ -166,7 +166,7 @@ def _devices() -> tuple[list[str], str, str, str, int]:
     """(every device, the one `auto` takes, precision, why that precision, threads)."""
     import torch
 
-    from pipeline.backbone.schedule import choose_precision
+    from pipeline.backbone.precision import SMALL_NETWORK, choose_precision
     from pipeline.distributed import choose_device
 
     found = ["cpu"]
@@ -175,10 +175,11 @@ def _devices() -> tuple[list[str], str, str, str, int]:
         size = facts.total_memory / 2**30
         found.append(f"cuda:{index} {facts.name}, {size:.0f} GiB, compute capability {facts.major}.{facts.minor}")
     device = choose_device("auto")
-    precision = choose_precision("auto", device)
+    precision = choose_precision("auto", device, operations=SMALL_NETWORK)
     why = {
-        torch.float32: "CPUs compute half precision far more slowly",
-        torch.bfloat16: "this GPU computes in bfloat16, which needs no loss scaling",
+        torch.float32: "this CPU has no bfloat16 units, so half precision would be far slower",
+        torch.bfloat16: f"this {device.type.upper().replace('CUDA', 'GPU')} computes bfloat16 natively"
+        + (", used for all but small networks" if device.type == "cpu" else ", which needs no loss scaling"),
         torch.float16: "this GPU has no bfloat16 units; float16 with loss scaling",
     }[precision]
     return found, str(device), str(precision).removeprefix("torch."), why, torch.get_num_threads()

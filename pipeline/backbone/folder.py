@@ -156,7 +156,7 @@ class TrainingFolder:
 
     def _of_this_training(self, path: Path) -> Found:
         state, digest = checkpoint.read_with_digest(path)
-        self._refuse_other(path, state.get("identity", {}))
+        self._refuse_other(path, state.get("identity", {}) | {"backbone.precision": recorded_precision(state)})
         return state, digest
 
     def _set_aside(self) -> Path:
@@ -250,6 +250,8 @@ class TrainingFolder:
 
     def _refuse_other(self, path: Path, theirs: dict[str, Any]) -> None:
         mine = self.identity
+        if mine.get("backbone.precision") == "auto":  # it goes on in the precision of the checkpoint
+            mine = mine | {"backbone.precision": theirs.get("backbone.precision")}
         theirs = _defaults() | theirs  # settings that an earlier version did not have
         differing = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
         if differing:
@@ -264,6 +266,14 @@ def identity_of(settings: BackboneConfig, *, dataset: str, transform: dict[str, 
     the training and validation images."""
     images = {"dataset": dataset, "transform": json.dumps(transform, sort_keys=True)}
     return _settings(settings) | {f"data ({key})": value for key, value in images.items()}
+
+
+def recorded_precision(state: dict[str, Any]) -> str | None:
+    """Return the precision in which a checkpoint was trained, such as `bfloat16`; None where it does not say."""
+    precision = state.get("identity", {}).get("backbone.precision")
+    if precision in (None, "auto"):  # before 0.2 the identity held the setting, the provenance what was chosen
+        precision = state.get("provenance", {}).get("precision")
+    return precision
 
 
 def _settings(settings: BackboneConfig) -> dict[str, Any]:

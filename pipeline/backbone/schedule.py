@@ -1,12 +1,10 @@
-"""What a step is computed with: learning rate, precision, seed; and the memory it took."""
+"""What a step is computed with: learning rate and seed; and the memory it took."""
 
 import math
 import resource
 from typing import Any
 
 import torch
-
-from pipeline.errors import ConfigError
 
 
 def learning_rate(step: int, *, steps: int, settings: Any) -> float:
@@ -15,17 +13,6 @@ def learning_rate(step: int, *, steps: int, settings: Any) -> float:
     if step < warm:
         return settings.lr * (step + 1) / (warm + 1)
     return 0.5 * settings.lr * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
-
-
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where a GPU computes in it, float16 on older GPUs, float32 on a CPU. ConfigError for half there."""
-    if device.type == "cpu":
-        if wanted in ("auto", "float32"):
-            return torch.float32
-        raise ConfigError(f"backbone.precision={wanted}: only for GPUs; on a CPU take float32 or auto")
-    if wanted == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return getattr(torch, wanted)
 
 
 def peak_memory_mb(device: torch.device) -> float:

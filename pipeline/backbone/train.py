@@ -22,7 +22,13 @@ from pipeline import distributed
 from pipeline.backbone import diagnosis
 from pipeline.backbone.ema import WeightAverage
 from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
-from pipeline.backbone.folder import TrainingFolder, alone_in, identity_of, refuse_among_images
+from pipeline.backbone.folder import (
+    TrainingFolder,
+    alone_in,
+    identity_of,
+    recorded_precision,
+    refuse_among_images,
+)
 from pipeline.backbone.learner import Learner, Parallel
 from pipeline.backbone.mixup import Mixup
 from pipeline.backbone.model import (
@@ -35,7 +41,15 @@ from pipeline.backbone.model import (
 )
 from pipeline.backbone.objective import UNREADABLE, Objective
 from pipeline.backbone.order import epoch_order, nth_draw, refuse_empty_shares, shares, steps_of
-from pipeline.backbone.schedule import choose_precision, learning_rate, peak_memory_mb, seed_step
+from pipeline.backbone.precision import (
+    MEMORY_FORMATS,
+    SMALL_NETWORK,
+    choose_precision,
+    fastest_memory_format,
+    forward_operations,
+    name_of,
+)
+from pipeline.backbone.schedule import learning_rate, peak_memory_mb, seed_step
 from pipeline.backbone.tally import Tally
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
@@ -110,14 +124,10 @@ class Trainer:
         self.facts = dataset.summary()
         device = ranks.device
         cuda = device.type == "cuda"
-        self.precision = choose_precision(settings.precision, device)
         if cuda:
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.benchmark = True
-        # channels_last is slower on a CPU for small networks
-        self.memory_format = torch.channels_last if cuda else torch.contiguous_format
         self.model = build_model(settings, num_classes=len(dataset.class_names)).to(device)
-        self.model.to(memory_format=self.memory_format)
         check_input(self.model, self.transform, device)
         check_place(self.model, settings.weaken.at, size=self.transform.size, device=device)
         self.network = network_facts(settings, self.model) | augmentation_facts(settings, self.transform)
@@ -125,7 +135,6 @@ class Trainer:
         self.optimiser = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.epoch, self.step_in_epoch, self.best = 0, 0, None  # type: int, int, float | None
         self.tally = Tally(len(dataset.class_names), device=device)
         self.kill = KillPoint(os.environ.get("PIPELINE_KILL_AT"), rank=ranks.rank)
@@ -157,7 +166,7 @@ class Trainer:
         """Trains to the end, yielding what happens; saves after every epoch, every few minutes, and on SIGTERM."""
         epochs = self.settings.epochs
         yield Begin(
-            self.network, self.facts, str(self.ranks.device), str(self.precision).removeprefix("torch."), self.ranks.world,
+            self.network, self.facts, str(self.ranks.device), name_of(self.precision), self.ranks.world,
             self.epoch, epochs, self.steps, tuple(self.folder.notes),
         )  # fmt: skip
         self.saved_at, self.saving = time.monotonic(), 0.0
@@ -238,7 +247,7 @@ class Trainer:
         for positions, pixels in zip(rows, images, strict=True):
             known = np.where(np.isin(positions, bad), UNREADABLE, labels[positions]) if bad else labels[positions]
             bad.clear()
-            yield pixels.contiguous(memory_format=self.memory_format), on_device(known, self.ranks.device)
+            yield self._laid_out(pixels), on_device(known, self.ranks.device)
 
     def _finish_epoch(self) -> Epoch:
         settings = self.settings
@@ -317,7 +326,7 @@ class Trainer:
             with self.signals.obeyed():
                 for asked, pixels in zip(rows, batches, strict=True):
                     with self._autocast():
-                        guess = self.shown(pixels.contiguous(memory_format=self.memory_format)).argmax(1).cpu().numpy()
+                        guess = self.shown(self._laid_out(pixels)).argmax(1).cpu().numpy()
                     read = ~np.isin(asked, bad)
                     positions, guess = asked[read], guess[read]
                     np.add.at(counts[0], labels[positions], guess == labels[positions])
@@ -344,6 +353,9 @@ class Trainer:
             autocast=self._autocast,
         )
         return self.ranks.total(sums)
+
+    def _laid_out(self, pixels: Tensor) -> Tensor:
+        return pixels.contiguous(memory_format=MEMORY_FORMATS[self.memory_format])
 
     def _autocast(self) -> AbstractContextManager:
         if self.precision == torch.float32:
@@ -384,7 +396,8 @@ class Trainer:
         return {
             "model": self.shown.model_state(),
             "config": self.config.model_dump(mode="json"),
-            "identity": self.folder.identity,
+            "identity": self.folder.identity | {"backbone.precision": name_of(self.precision)},
+            "memory_format": self.memory_format,
             "transform": self.transform.to_dict(),
             "class_names": list(self.dataset.class_names),
             "counts": self.dataset.counts.tolist(),
@@ -397,15 +410,41 @@ class Trainer:
             "provenance": self.provenance,
         }
 
+    def _choose_arithmetic(self, state: dict[str, Any] | None) -> None:
+        """Sets precision and memory format: those of the checkpoint that training resumes from, else what suits the device.
+
+        Ranks take what rank 0 chose, so that a timed trial cannot make them differ.
+        """
+        device, size = self.ranks.device, self.transform.size
+        recorded = recorded_precision(state) if state is not None else None
+        if recorded is not None and self.settings.precision == "auto":
+            self.precision = choose_precision(recorded, device)
+        else:
+            operations = forward_operations(self.model, size, device)
+            self.precision = choose_precision(self.settings.precision, device, operations=operations)
+        self.memory_format = "contiguous"
+        if state is not None:
+            self.memory_format = state.get("memory_format") or (
+                "channels_last" if device.type == "cuda" else "contiguous"
+            )
+        elif device.type == "cuda" or forward_operations(self.model, size, device) >= SMALL_NETWORK:
+            chosen = fastest_memory_format(self.model, size, device, self.precision) if self.ranks.first else ""
+            self.memory_format = self.ranks.gathered(chosen)[0]
+        self.model.to(memory_format=MEMORY_FORMATS[self.memory_format])
+        if self.average:
+            self.average.learner.to(memory_format=MEMORY_FORMATS[self.memory_format])
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+
     def _resume(self, overwrite: bool) -> None:
         """Takes up the checkpoint in the folder, if it is of this configuration; else starts anew there."""
+        state = self.folder.take_up(self.ranks, overwrite=overwrite)
+        self._choose_arithmetic(state)
         self.provenance = provenance(
             command="train-backbone", config=self.config.model_dump(mode="json"), device=str(self.ranks.device),
             ranks=self.ranks.world, threads=torch.get_num_threads(),
-            precision=str(self.precision).removeprefix("torch."), seed=self.settings.seed,
+            precision=name_of(self.precision), memory_format=self.memory_format, seed=self.settings.seed,
             dataset=self.facts, network=self.network,
         )  # fmt: skip
-        state = self.folder.take_up(self.ranks, overwrite=overwrite)
         if state is not None:
             if "learner" in state:
                 self.learner.load_state_dict(state["learner"])

@@ -17,7 +17,7 @@ from pipeline.backbone.events import Epoch, Step
 from pipeline.backbone.learner import Learner
 from pipeline.backbone.model import build_model, input_transform
 from pipeline.backbone.order import steps_of
-from pipeline.backbone.schedule import choose_precision
+from pipeline.backbone.precision import MEMORY_FORMATS, choose_precision, fastest_memory_format, forward_operations
 from pipeline.backbone.train import Trainer
 from pipeline.bench.dump import files, threads
 from pipeline.bench.measure import Benchmark, Measure, Seconds, busy, cpus, interleaved, machine, ratio
@@ -198,10 +198,15 @@ class Bare:
     """The loop that nobody can do without: forward, backward, step, on batches that lie ready."""
 
     def __init__(self, config: Config, batches: list[Batch], *, classes: int, device: torch.device):
-        settings, self.device, self.batches = config.backbone, device, batches
-        self.precision = choose_precision(settings.precision, device)
+        settings, self.device = config.backbone, device
         model = build_model(settings, num_classes=classes).to(device)
-        model.to(memory_format=_memory_format(device))
+        height, width = batches[0][0].shape[2:]
+        size = (height, width)
+        operations = forward_operations(model, size, device)
+        self.precision = choose_precision(settings.precision, device, operations=operations)
+        memory_format = MEMORY_FORMATS[fastest_memory_format(model, size, device, self.precision)]
+        model.to(memory_format=memory_format)
+        self.batches = [(pixels.contiguous(memory_format=memory_format), labels) for pixels, labels in batches]
         self.learner = Learner(model).train()
         self.optimiser = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -225,7 +230,7 @@ def ready(config: Config, data: Dataset, *, device: torch.device) -> list[Batch]
     rows = np.array_split(np.arange(len(data.train)), steps_of(len(data.train), config.backbone.batch_size))
     loader = Loader(data.train, input_transform(config.data, config.backbone, data.train), device=device)
     return [
-        (pixels.contiguous(memory_format=_memory_format(device)), torch.from_numpy(data.train.labels[part]).to(device))
+        (pixels, torch.from_numpy(data.train.labels[part]).to(device))
         for part, pixels in zip(rows, loader.batches(rows, 0), strict=True)
     ]
 
@@ -236,8 +241,8 @@ def loading(loader: Loader, batch: int) -> Callable[[], Seconds]:
 
     def load() -> Seconds:
         started = time.perf_counter()
-        for pixels in loader.batches(rows, 0):
-            pixels.contiguous(memory_format=_memory_format(loader.device))
+        for _ in loader.batches(rows, 0):
+            pass
         return _since(started, loader.device)
 
     return load
@@ -273,10 +278,6 @@ def _since(started: float, device: torch.device) -> Seconds:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Seconds(time.perf_counter() - started)
-
-
-def _memory_format(device: torch.device) -> torch.memory_format:
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def _device_name(device: torch.device) -> str:

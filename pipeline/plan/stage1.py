@@ -22,7 +22,7 @@ from pipeline.backbone.model import (
 )
 from pipeline.backbone.objective import Objective
 from pipeline.backbone.order import refuse_empty_shares, steps_of
-from pipeline.backbone.schedule import choose_precision
+from pipeline.backbone.precision import choose_precision, forward_operations, name_of
 from pipeline.backbone.tries import grid, refuse_without_validation
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
@@ -82,9 +82,10 @@ def foresee_training(config: Config, *, out: Path, ranks: Ranks, overwrite: bool
     group = max(weakening.group, mixup.group)
     refuse_empty_shares(rows // steps, ranks.world, settings.accumulate, group=group)
     transform = input_transform(config.data, settings, dataset.train)
-    precision = str(choose_precision(settings.precision, ranks.device)).removeprefix("torch.")
     model = build_model(settings.model_copy(update={"pretrained": False}), num_classes=len(names))
     check_input(model, transform, cpu)
+    operations = forward_operations(model, transform.size, cpu)
+    precision = name_of(choose_precision(settings.precision, ranks.device, operations=operations))
     check_place(model, settings.weaken.at, size=transform.size, device=cpu)
     network = network_facts(settings, model) | augmentation_facts(settings, transform)
     Objective(settings, dataset.counts, device=cpu)

@@ -223,9 +223,9 @@ def test_a_diverged_training_says_what_to_change(tmp_path):
         train_backbone(config(lr=1e30, epochs=3), out=tmp_path)
 
 
-def test_half_precision_needs_a_gpu(tmp_path):
-    with pytest.raises(ConfigError, match="only for GPUs"):
-        train_backbone(config(precision="bfloat16"), out=tmp_path)
+def test_float16_needs_a_gpu(tmp_path):
+    with pytest.raises(ConfigError, match="only GPUs compute in it"):
+        train_backbone(config(precision="float16"), out=tmp_path)
 
 
 def test_two_ranks_train_as_one(tmp_path):
