@@ -29,9 +29,9 @@ python_maximum_signature_line_length = 90
 nitpick_ignore_regex = [("py:.*", ".*")]
 
 ABOVE = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
-MODULES = ("pipeline", "pipeline.rebalance.rivals", "pipeline.predict", "pipeline.config", "cache")
+MODULES = ("pipeline", "pipeline.rebalance.methods", "pipeline.deploy.predict", "pipeline.config", "cache")
 WITHOUT_ALL = {
-    "pipeline.predict": ("predict", "Prediction", "Guess"),
+    "pipeline.deploy.predict": ("predict", "Prediction", "Guess"),
     "pipeline.config": ("find_config", "shipped_configs"),
 }
 

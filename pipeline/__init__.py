@@ -15,42 +15,42 @@ if TYPE_CHECKING:
     from cache import Cache, open_cache
     from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
     from pipeline.backbone.events import TrainResult
-    from pipeline.backbone.foreign import load_foreign
+    from pipeline.backbone.external_checkpoint import load_foreign
+    from pipeline.backbone.hparam_sweep import TriesResult, try_settings
     from pipeline.backbone.train import train_backbone
-    from pipeline.backbone.tries import TriesResult, try_settings
     from pipeline.bench.cache import bench_cache
     from pipeline.bench.rebalance import bench_rebalance
     from pipeline.bench.train import bench_train
     from pipeline.config import Config, RebalanceConfig, find_config, load_config, make_config
     from pipeline.data import Dataset, load_dataset
+    from pipeline.deploy.export import Exported, export_model, rebalanced_head
+    from pipeline.deploy.predict import Prediction, predict
     from pipeline.doctor import Diagnosis, doctor
     from pipeline.dump import DumpResult, dump_features
     from pipeline.errors import PipelineError
-    from pipeline.export import Exported, export_model, rebalanced_head
     from pipeline.info import Artefact, Verified, describe, verify
     from pipeline.plan.after import plan_export, plan_progress, plan_report
     from pipeline.plan.plan import Plan
     from pipeline.plan.stage1 import plan_dump, plan_training, plan_tries
     from pipeline.plan.stage2 import plan_rebalance
     from pipeline.plan.whole import plan_reproduce, plan_run
-    from pipeline.predict import Prediction, predict
     from pipeline.rebalance.ablation import AblationResult, ablate
+    from pipeline.rebalance.engine.objective import iwb_objective
     from pipeline.rebalance.evaluate import EvaluateResult, evaluate
-    from pipeline.rebalance.objective import iwb_objective
-    from pipeline.rebalance.result import RebalanceResult
     from pipeline.rebalance.run import rebalance
     from pipeline.report import Report, write_report
     from pipeline.report.progress import Compared, compare_progress
     from pipeline.reproduce import Reproduction, reproduce
+    from pipeline.results.rebalance_result import RebalanceResult
     from pipeline.run import RunResult, run_pipeline
 
 _PUBLIC = {
     "cache": ("Cache", "open_cache"),
     "pipeline.backbone.checkpoint": ("Checkpoint", "load_checkpoint"),
     "pipeline.backbone.events": ("TrainResult",),
-    "pipeline.backbone.foreign": ("load_foreign",),
+    "pipeline.backbone.external_checkpoint": ("load_foreign",),
     "pipeline.backbone.train": ("train_backbone",),
-    "pipeline.backbone.tries": ("TriesResult", "try_settings"),
+    "pipeline.backbone.hparam_sweep": ("TriesResult", "try_settings"),
     "pipeline.bench.cache": ("bench_cache",),
     "pipeline.bench.rebalance": ("bench_rebalance",),
     "pipeline.bench.train": ("bench_train",),
@@ -59,16 +59,16 @@ _PUBLIC = {
     "pipeline.doctor": ("Diagnosis", "doctor"),
     "pipeline.dump": ("DumpResult", "dump_features"),
     "pipeline.errors": ("PipelineError",),
-    "pipeline.export": ("Exported", "export_model", "rebalanced_head"),
+    "pipeline.deploy.export": ("Exported", "export_model", "rebalanced_head"),
     "pipeline.info": ("Artefact", "Verified", "describe", "verify"),
     "pipeline.plan.after": ("plan_export", "plan_progress", "plan_report"),
     "pipeline.plan.plan": ("Plan",),
     "pipeline.plan.stage1": ("plan_dump", "plan_training", "plan_tries"),
     "pipeline.plan.stage2": ("plan_rebalance",),
     "pipeline.plan.whole": ("plan_reproduce", "plan_run"),
-    "pipeline.predict": ("Prediction", "predict"),
+    "pipeline.deploy.predict": ("Prediction", "predict"),
     "pipeline.rebalance": ("AblationResult", "EvaluateResult", "RebalanceResult", "ablate", "evaluate", "rebalance"),
-    "pipeline.rebalance.objective": ("iwb_objective",),
+    "pipeline.rebalance.engine.objective": ("iwb_objective",),
     "pipeline.report": ("Report", "write_report"),
     "pipeline.report.progress": ("Compared", "compare_progress"),
     "pipeline.reproduce": ("Reproduction", "reproduce"),

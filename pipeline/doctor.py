@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.memory import free_memory
 from pipeline.provenance import LIBRARIES
-from pipeline.shown import Shown, callable_as, columns, wrapped
+from pipeline.resources import free_memory
+from pipeline.text import Shown, callable_as, columns, wrapped
 
 SHOWN = (
     *LIBRARIES,
@@ -179,7 +179,7 @@ def _devices() -> tuple[list[str], str, str, str, int]:
     why = {
         torch.float32: "this CPU has no bfloat16 units, so half precision would be far slower",
         torch.bfloat16: f"this {device.type.upper().replace('CUDA', 'GPU')} computes bfloat16 natively"
-        + (", used for all but small networks" if device.type == "cpu" else ", which needs no loss scaling"),
+        + (" (small networks stay in float32)" if device.type == "cpu" else ", which needs no loss scaling"),
         torch.float16: "this GPU has no bfloat16 units; float16 with loss scaling",
     }[precision]
     return found, str(device), str(precision).removeprefix("torch."), why, torch.get_num_threads()
@@ -190,7 +190,7 @@ def _run_network(device: str) -> str:
     import torch
     from torch.nn import functional as F
 
-    from pipeline.backbone.model import build_model
+    from pipeline.backbone.build import build_model
     from pipeline.config import BackboneConfig
 
     config = BackboneConfig.model_validate({"model": "cifar_resnet8", "width": 0.5})
@@ -233,9 +233,9 @@ def _run_stage2(device: str) -> str:
     """
     import numpy as np
 
-    from pipeline.rebalance.engine import Head, Schedule, fit_heads
-    from pipeline.rebalance.features import Features
-    from pipeline.rebalance.formulation import penalty
+    from pipeline.rebalance.engine.features import Features
+    from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
+    from pipeline.rebalance.engine.formulation import penalty
 
     labels = np.repeat([0, 1], [100, 10])
     noise = np.random.default_rng(0).normal(size=(110, 4)).astype(np.float32)
@@ -304,7 +304,7 @@ def extras() -> dict[str, tuple[str, ...]]:
 def _kernels() -> tuple[str, ...]:
     """Instruction sets of the C kernel, the fastest first."""
     try:
-        from pipeline.rebalance.native import instruction_sets
+        from pipeline.rebalance.engine.c_kernel import instruction_sets
     except ImportError:  # of numpy or torch, which the first check tells
         return ()
     return tuple(name for name in instruction_sets() if name != "double")
@@ -337,12 +337,12 @@ def _warnings(memory: float | None, shared: float | None, disk: float, folder: P
 
 
 def _without_kernel(device: str) -> list[str]:
-    from pipeline.rebalance.native import instruction_sets
+    from pipeline.rebalance.engine.c_kernel import instruction_sets
 
     if device.startswith("cuda"):
         import torch
 
-        from pipeline.rebalance.by_stacks import why_no_kernel
+        from pipeline.rebalance.engine.tensor_backend import why_no_kernel
 
         reason = why_no_kernel(torch.device(device))
         return (

@@ -23,9 +23,9 @@ import torch
 import cache
 from cache import CacheError, Chunk, Writer, owned_chunks
 from pipeline import distributed, probe
+from pipeline.backbone.build import classifier, encode
 from pipeline.backbone.checkpoint import Checkpoint
-from pipeline.backbone.foreign import keep
-from pipeline.backbone.model import classifier, encode
+from pipeline.backbone.external_checkpoint import keep
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Loader
@@ -36,7 +36,7 @@ from pipeline.killpoint import KillPoint
 from pipeline.method_names import PROBE
 from pipeline.provenance import provenance
 from pipeline.seeds import derive
-from pipeline.shown import Shown
+from pipeline.text import Shown
 from pipeline.unreadable import Rows, readable_now, skipped_before, told
 
 OWN_HEAD = "of the backbone"

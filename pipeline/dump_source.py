@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
-from pipeline.backbone.foreign import bring, is_own
+from pipeline.backbone.external_checkpoint import bring, is_own
 from pipeline.config import Config, find_config, lay_over, load_config, make_config
 from pipeline.data import Dataset
 from pipeline.distributed import Ranks
 from pipeline.errors import DataError
-from pipeline.places import near
+from pipeline.paths import near
 
 
 @dataclass(frozen=True, eq=False)

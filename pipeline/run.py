@@ -12,7 +12,7 @@ from typing import Any
 from cache import CacheError, Otherwise, is_url, locate, write_durably
 from pipeline import distributed
 from pipeline.backbone.checkpoint import load_checkpoint
-from pipeline.backbone.foreign import bring
+from pipeline.backbone.external_checkpoint import bring
 from pipeline.backbone.train import train_backbone
 from pipeline.config import Config
 from pipeline.console import Talk, TrainingReporter, clock
@@ -22,14 +22,14 @@ from pipeline.dump import dump_features
 from pipeline.errors import ConfigError, DataError
 from pipeline.provenance import provenance
 from pipeline.rebalance import rebalance
-from pipeline.rebalance.backbones import combine
-from pipeline.rebalance.differences import read_hits
-from pipeline.rebalance.methods import candidates
+from pipeline.rebalance.combine_seeds import combine
+from pipeline.rebalance.methods.settings import candidates
 from pipeline.rebalance.selection import AUTO, parse_lam
 from pipeline.rebalance.tuning import is_comparison
 from pipeline.report import write_report
 from pipeline.report.table import results_tables
-from pipeline.shown import Shown
+from pipeline.results.differences import read_hits
+from pipeline.text import Shown
 
 STAGE_1 = ("backbone/metrics.jsonl", "backbone/diagnostics.csv")  # what a report shows of it
 

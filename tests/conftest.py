@@ -56,7 +56,7 @@ def tiny_backbone(tmp_path_factory) -> Path:
 def methods_as_before():
     """Methods that a test adds are gone after it."""
     from pipeline.method_names import METHODS
-    from pipeline.rebalance.rivals import RIVALS
+    from pipeline.rebalance.methods import RIVALS
 
     names, rivals = dict(METHODS), dict(RIVALS)
     yield

@@ -111,7 +111,8 @@ def _dump(checkpoint: Path, out: Path | str, settings: Sequence[str]) -> dict:
 
 
 def _train(tree: dict, folders: Sequence[Path]) -> dict:
-    from pipeline.backbone import folder, train
+    from pipeline.backbone import train
+    from pipeline.backbone import training_dir as folder
     from pipeline.config import make_config
 
     train.SAVING_SHARE = float("inf")  # every epoch is saved, however long that takes

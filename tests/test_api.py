@@ -57,18 +57,18 @@ def test_a_result_is_frozen_and_documented(name):
     assert of.__doc__, name
     assert not of.__doc__.startswith(f"{name}("), name  # dataclasses write that where nothing is said
     if name not in ("Checkpoint", "Dataset", "Prediction"):
-        assert issubclass(of, pipeline.shown.Shown), name
+        assert issubclass(of, pipeline.text.Shown), name
         assert callable(of.to_dict), name
 
 
-@pytest.mark.parametrize("before", ["", "import pipeline.rebalance.run, pipeline.predict, pipeline.doctor"])
+@pytest.mark.parametrize("before", ["", "import pipeline.rebalance.run, pipeline.doctor"])
 def test_modules_that_bear_a_functions_name_are_called_as_it(before):
     """Whatever was imported first: the module takes the attribute's place when it loads."""
     code = f"""{before}
 import inspect, pipeline
 from pipeline.rebalance import rebalance
 assert pipeline.rebalance.rebalance is rebalance
-for name in ("rebalance", "predict", "doctor", "reproduce"):
+for name in ("rebalance", "doctor", "reproduce"):
     module = getattr(pipeline, name)
     assert inspect.signature(module) == inspect.signature(getattr(module, name)), name
 try:

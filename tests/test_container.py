@@ -92,7 +92,11 @@ def test_what_is_copied_is_there_and_enough_to_build_the_wheel():
 def test_the_context_is_what_is_copied_and_nothing_else():
     paths = tracked()
     expected = {path for path in paths if path.split("/")[0] in copied()}
-    rubbish = ["pipeline/__pycache__/a.pyc", "pipeline/rebalance/_native.cpython-311.so", "cache/x/__pycache__/b.pyc"]
+    rubbish = [
+        "pipeline/__pycache__/a.pyc",
+        "pipeline/rebalance/engine/_c_kernel.cpython-311.so",
+        "cache/x/__pycache__/b.pyc",
+    ]
     rubbish += [
         ".git/config",
         ".venv/bin/python",
@@ -102,7 +106,7 @@ def test_the_context_is_what_is_copied_and_nothing_else():
         "build/lib/x.py",
     ]
     assert let_through(paths + rubbish) == expected
-    assert "pipeline/rebalance/csrc/heads.c" in expected
+    assert "pipeline/rebalance/engine/csrc/heads.c" in expected
 
 
 def test_dependencies_are_those_of_the_project():

@@ -198,7 +198,6 @@ def with_training(request, folder):
 def with_foreign_files(request, folder):
     import torch
     from safetensors.torch import save_file
-
     from tests.backbone.test_foreign import network
 
     state = network("resnet18", 1000).state_dict()

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from cache import Chunk, open_cache, verify
 from pipeline import dump
+from pipeline.backbone.build import encode
 from pipeline.backbone.checkpoint import load_checkpoint
-from pipeline.backbone.model import encode
 from pipeline.backbone.train import train_backbone
 from pipeline.config import find_config, load_config
 from pipeline.data import load_dataset

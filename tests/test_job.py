@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import cli
+from pipeline.cli.exit_codes import exit_code
 from pipeline.cli.job import job_of, job_options, without_job
-from pipeline.cli.outcome import exit_code
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.hosts import Job, Seat, meet
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.cli import cli
-from pipeline.cli.outcome import exit_code
+from pipeline.cli.exit_codes import exit_code
 from tests.conftest import digits_tree
 from tests.hosts import ROOT
 

@@ -15,15 +15,15 @@ from sklearn.datasets import load_digits
 
 from cache import open_cache, verify
 from pipeline import info
+from pipeline.backbone.build import build_model
 from pipeline.backbone.checkpoint import load_checkpoint
-from pipeline.backbone.model import build_model
 from pipeline.backbone.train import train_backbone
 from pipeline.config import Config, RebalanceConfig, make_config
 from pipeline.data import load_dataset
-from pipeline.deployed import load_model
+from pipeline.deploy.export import export_model
+from pipeline.deploy.inference_model import load_model
 from pipeline.dump import dump_features
 from pipeline.errors import DataError
-from pipeline.export import export_model
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.evaluate import evaluate
 from pipeline.rebalance.load import load

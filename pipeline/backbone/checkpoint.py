@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cache import write_durably
-from pipeline.backbone.model import build_model
+from pipeline.backbone.build import build_model
 from pipeline.backbone.weights import read_file
 from pipeline.config import Config, make_config
 from pipeline.data.transform import Transform

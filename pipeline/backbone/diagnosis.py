@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.backbone.build import encode
 from pipeline.backbone.learner import Learner
-from pipeline.backbone.model import encode
 from pipeline.seeds import derive, uniform
 
 HEADER = "epoch,class,images,measured,accuracy,gradient\n"

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.shown import Shown
+from pipeline.text import Shown
 
 GROUPS = ("many", "medium", "few")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.backbone.model import classifier, encode
+from pipeline.backbone.build import classifier, encode
 from pipeline.backbone.weakening import FEATURES, mix
 from pipeline.config import WeakenConfig
 from pipeline.distributed import Ranks

@@ -20,18 +20,7 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.backbone import diagnosis
-from pipeline.backbone.ema import WeightAverage
-from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
-from pipeline.backbone.folder import (
-    TrainingFolder,
-    alone_in,
-    identity_of,
-    recorded_precision,
-    refuse_among_images,
-)
-from pipeline.backbone.learner import Learner, Parallel
-from pipeline.backbone.mixup import Mixup
-from pipeline.backbone.model import (
+from pipeline.backbone.build import (
     augmentation_facts,
     build_model,
     check_input,
@@ -39,8 +28,12 @@ from pipeline.backbone.model import (
     input_transform,
     network_facts,
 )
-from pipeline.backbone.objective import UNREADABLE, Objective
-from pipeline.backbone.order import epoch_order, nth_draw, refuse_empty_shares, shares, steps_of
+from pipeline.backbone.ema import WeightAverage
+from pipeline.backbone.epoch_counts import Tally
+from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult
+from pipeline.backbone.learner import Learner, Parallel
+from pipeline.backbone.losses import UNREADABLE, Objective
+from pipeline.backbone.mixup import Mixup
 from pipeline.backbone.precision import (
     MEMORY_FORMATS,
     SMALL_NETWORK,
@@ -49,8 +42,15 @@ from pipeline.backbone.precision import (
     forward_operations,
     name_of,
 )
+from pipeline.backbone.sampling import epoch_order, nth_draw, refuse_empty_shares, shares, steps_of
 from pipeline.backbone.schedule import learning_rate, peak_memory_mb, seed_step
-from pipeline.backbone.tally import Tally
+from pipeline.backbone.training_dir import (
+    TrainingFolder,
+    alone_in,
+    identity_of,
+    recorded_precision,
+    refuse_among_images,
+)
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset

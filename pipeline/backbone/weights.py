@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.places import near
+from pipeline.paths import near
 
 # in this order: of what a file holds twice the average is taken, and a teacher before its student
 CONTAINERS = (

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from cache import Split, Writer, chunk_rows, create_store
+from pipeline.backbone.build import build_model, classifier
 from pipeline.backbone.checkpoint import Checkpoint
-from pipeline.backbone.model import build_model, classifier
 from pipeline.bench.measure import Measure, Seconds, busy, cpus, interleaved
 from pipeline.config import BackboneConfig, Config, make_config
 from pipeline.data import load_dataset

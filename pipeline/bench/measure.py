@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.provenance import provenance
-from pipeline.shown import Shown
+from pipeline.text import Shown
 
 
 @dataclass(frozen=True)

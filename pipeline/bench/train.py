@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.backbone.build import build_model, input_transform
 from pipeline.backbone.events import Epoch, Step
 from pipeline.backbone.learner import Learner
-from pipeline.backbone.model import build_model, input_transform
-from pipeline.backbone.order import steps_of
 from pipeline.backbone.precision import MEMORY_FORMATS, choose_precision, fastest_memory_format, forward_operations
+from pipeline.backbone.sampling import steps_of
 from pipeline.backbone.train import Trainer
 from pipeline.bench.dump import files, threads
 from pipeline.bench.measure import Benchmark, Measure, Seconds, busy, cpus, interleaved, machine, ratio

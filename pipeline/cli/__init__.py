@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from pipeline.cli import artefacts, bench, completion, features, reproduce, stages
-from pipeline.cli.outcome import exit_code
+from pipeline.cli.exit_codes import exit_code
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from pipeline.cli.completion import methods, runs, stores
+from pipeline.cli.exit_codes import show
 from pipeline.cli.options import PATH, STORE, Examples, dry_run, shared
-from pipeline.cli.outcome import show
-from pipeline.cli.places import is_store, run_folder
+from pipeline.cli.paths import is_store, run_folder
 from pipeline.errors import FAILED
 
 LAYOUTS = ("table", "csv", "jsonl")
@@ -116,7 +116,7 @@ def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
         return
     if kind == "npy":
         raise click.UsageError(f"npy is of a feature store, such as {run_folder(run) / 'features.zarr'}")
-    from pipeline.export import export_model
+    from pipeline.deploy.export import export_model
 
     if dry_run:
         from pipeline.plan.after import plan_export
@@ -167,9 +167,9 @@ def predict_command(model, images, top_k, layout, out, batch_size, compare, devi
         show(plan_predict(model, given, out=out, **how), as_json)
         return
     from cache import write_durably
-    from pipeline import predict_lines
     from pipeline.console import Talk
-    from pipeline.predict import Comparison, Predictions, counted, find_images, label, load_model
+    from pipeline.deploy import prediction_lines as predict_lines
+    from pipeline.deploy.predict import Comparison, Predictions, counted, find_images, label, load_model
 
     talk = Talk()
     skipped: list[str] = []

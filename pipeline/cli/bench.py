@@ -4,8 +4,8 @@ import json
 
 import click
 
+from pipeline.cli.exit_codes import show
 from pipeline.cli.options import PATH, Examples, shared
-from pipeline.cli.outcome import show
 
 
 @click.group("bench", short_help="What the program costs on this machine.")

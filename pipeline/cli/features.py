@@ -3,9 +3,9 @@
 import click
 
 from pipeline.cli.completion import configs, methods, stores
+from pipeline.cli.exit_codes import processes, relaunched, show
 from pipeline.cli.options import PATH, Examples, dry_run, number, settings, shared, whole_numbers, workers
-from pipeline.cli.outcome import processes, relaunched, show
-from pipeline.cli.places import store_and_tree
+from pipeline.cli.paths import store_and_tree
 from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS
 
@@ -112,7 +112,7 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
     options["method"] = list(options["method"]) or None
     talk, path, tree = store_and_tree(store, config, sets=sets)
     from pipeline.config import find_config, lay_over, make_rebalance_config
-    from pipeline.places import results_folder
+    from pipeline.paths import results_folder
 
     for key, value in options.items():
         if value is not None:
@@ -161,7 +161,7 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
 def evaluate_command(store, heads, split, as_json, debug):
     """The table of given heads on one split; nothing is fitted and nothing is chosen."""
     talk, path, _ = store_and_tree(store, None)
-    from pipeline.places import results_folder
+    from pipeline.paths import results_folder
     from pipeline.rebalance import evaluate
 
     heads = heads or results_folder(path) / "heads.safetensors"

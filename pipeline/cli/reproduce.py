@@ -3,8 +3,8 @@
 import click
 
 from pipeline.cli.completion import configs as complete_configs
+from pipeline.cli.exit_codes import show
 from pipeline.cli.options import PATH, Examples, dry_run, settings, shared, whole_numbers
-from pipeline.cli.outcome import show
 
 
 @click.command(

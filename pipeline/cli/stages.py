@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from pipeline.cli.completion import configs
+from pipeline.cli.exit_codes import processes, relaunched, show
 from pipeline.cli.options import (
     PATH,
     STORE,
@@ -19,8 +20,7 @@ from pipeline.cli.options import (
     whole_numbers,
     workers,
 )
-from pipeline.cli.outcome import processes, relaunched, show
-from pipeline.cli.places import backbones_of, take_config
+from pipeline.cli.paths import backbones_of, take_config
 from pipeline.errors import ConfigError, DataError
 
 
@@ -143,7 +143,7 @@ def train_command(
     if relaunched(nproc):
         return
     if tries or seeds:
-        from pipeline.backbone.tries import try_settings
+        from pipeline.backbone.hparam_sweep import try_settings
 
         show(try_settings(chosen, tries, seeds=numbers, talk=talk, **where), as_json)
         return

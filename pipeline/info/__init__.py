@@ -14,8 +14,8 @@ from pipeline.info.results import ablation, bench, choice, heads, kept, progress
 from pipeline.info.stores import plain_files, samples_text, skipped_of, store
 from pipeline.info.trained import BROUGHT, checkpoint, exported, training
 from pipeline.method_names import PROBE
-from pipeline.places import holds_runs, near
-from pipeline.shown import Shown
+from pipeline.paths import holds_runs, near
+from pipeline.text import Shown
 
 __all__ = ["Artefact", "Verified", "describe", "verify"]
 STARTS = ("stage 1", PROBE)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.shown import Shown, columns, size, wrapped
+from pipeline.text import Shown, columns, size, wrapped
 
 EXPECTED = (
     "a run's folder, a checkpoint (last.pt, or any timm network's), a feature store (features.zarr), a folder of rebalance, "

@@ -4,13 +4,13 @@ import csv
 import json
 from pathlib import Path
 
+from pipeline.deploy.export import STAGE1
 from pipeline.errors import DataError
-from pipeline.export import STAGE1
-from pipeline.heads import read_scorers
 from pipeline.info.artefact import Artefact, Facts, accuracies_of, beside, prefixed, read_json, text_of, try_json
 from pipeline.info.trained import checkpoint
 from pipeline.method_names import start_name
-from pipeline.report.source import read_results
+from pipeline.report.study import read_results
+from pipeline.results.heads import read_scorers
 
 CHOSEN_ON = {"val": "chosen on validation", "kfold": "chosen on held-out folds"}
 
@@ -98,7 +98,7 @@ def _stage_1_head(path: Path) -> Artefact:
 
 def _hits(path: Path) -> Artefact | None:
     """Of a file that is one of hits, which samples and heads."""
-    from pipeline.rebalance.differences import read_hits
+    from pipeline.results.differences import read_hits
 
     try:
         found = read_hits(path)

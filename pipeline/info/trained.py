@@ -15,7 +15,7 @@ NAMED = {"train": "training", "val": "validation"}
 
 def checkpoint(path: Path) -> Artefact:
     """A checkpoint of a training here, else of anybody's network."""
-    from pipeline.backbone.foreign import OWN, read_beside
+    from pipeline.backbone.external_checkpoint import OWN, read_beside
     from pipeline.backbone.weights import find_tensors, read_file, weights_file
 
     file = weights_file(path, read_beside(path).weights if path.is_dir() else None)
@@ -99,7 +99,7 @@ def training(folder: Path) -> Artefact:
     """The last checkpoint of a training, the one before it where that cannot be read, and how its history ends."""
     from pipeline.backbone.checkpoint import Damaged, previous_of
     from pipeline.backbone.events import accuracies, pace
-    from pipeline.backbone.folder import read_history
+    from pipeline.backbone.training_dir import read_history
 
     last, damage = folder / "last.pt", None
     try:
@@ -122,7 +122,7 @@ def training(folder: Path) -> Artefact:
 
 def _left_out(checkpoint: Path, state: dict[str, Any]) -> int:
     """How many training images could not be read in a checkpoint's last epoch, by the history beside it."""
-    from pipeline.backbone.folder import read_history
+    from pipeline.backbone.training_dir import read_history
 
     lines = read_history(checkpoint.parent)
     left_out = next((line.get("left_out") for line in lines if line.get("epoch") == state["epoch"]), None) or 0

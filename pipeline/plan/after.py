@@ -59,8 +59,8 @@ def plan_export(
     """What `export_model`, or of a store `cache.export`, would do; raises what it would raise before it writes."""
     if "://" in str(run) or (Path(run) / "zarr.json").is_file():
         return _of_store(run, to or "npy", out)
-    from pipeline.backbone.model import network_facts
-    from pipeline.export import settled
+    from pipeline.backbone.build import network_facts
+    from pipeline.deploy.export import settled
     from pipeline.plan.stage1 import model_bytes
 
     study, kind, checkpoint = settled(Path(run), to=to or "timm", out=out, lam=lam, method=method)
@@ -96,9 +96,9 @@ def plan_predict(
     model: Path, images: Sequence[Path | str], *, out: Path | None, batch_size: int, compare: bool, device: str
 ) -> Plan:
     """What labelling would do; raises what it would raise before it reads the first image."""
-    from pipeline.deployed import load_model
+    from pipeline.deploy.inference_model import load_model
+    from pipeline.deploy.predict import counted, find_images
     from pipeline.distributed import choose_device
-    from pipeline.predict import counted, find_images
 
     notes: list[str] = []
     paths = find_images(images, notes.append)

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from pipeline.metrics import class_groups
-from pipeline.shown import Shown, columns, size, wrapped
+from pipeline.text import Shown, columns, size, wrapped
 
 WIDTH = 100  # columns at most
 

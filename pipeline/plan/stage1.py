@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from cache import CacheError, Foreseen, Layout, Lock, chunk_rows, foresee_store, is_url, refuse_unwritable
-from pipeline.backbone.folder import TrainingFolder, identity_of, refuse_among_images
-from pipeline.backbone.mixup import Mixup
-from pipeline.backbone.model import (
+from pipeline.backbone.build import (
     augmentation_facts,
     build_model,
     check_input,
     input_transform,
     network_facts,
 )
-from pipeline.backbone.objective import Objective
-from pipeline.backbone.order import refuse_empty_shares, steps_of
+from pipeline.backbone.hparam_sweep import grid, refuse_without_validation
+from pipeline.backbone.losses import Objective
+from pipeline.backbone.mixup import Mixup
 from pipeline.backbone.precision import choose_precision, forward_operations, name_of
-from pipeline.backbone.tries import grid, refuse_without_validation
+from pipeline.backbone.sampling import refuse_empty_shares, steps_of
+from pipeline.backbone.training_dir import TrainingFolder, identity_of, refuse_among_images
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset

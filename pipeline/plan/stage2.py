@@ -10,11 +10,11 @@ import numpy as np
 from cache import Cache, refuse_unwritable
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks
-from pipeline.places import results_folder, store_settings
+from pipeline.paths import results_folder, store_settings
 from pipeline.plan.plan import Plan, Write, classes_text
 from pipeline.plan.stage1 import alone, where
-from pipeline.rebalance.earlier import refuse_foreign
-from pipeline.rebalance.methods import Setting, asked_methods, candidates, references
+from pipeline.rebalance.methods.settings import Setting, asked_methods, candidates, references
+from pipeline.rebalance.overwrite_check import refuse_foreign
 from pipeline.rebalance.run import choosing_split, network_of, prepare
 from pipeline.rebalance.selection import AUTO, parse_lam
 from pipeline.rebalance.tuning import is_comparison

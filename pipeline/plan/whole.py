@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.backbone.foreign import bring
+from pipeline.backbone.external_checkpoint import bring
 from pipeline.config import Config
 from pipeline.distributed import Ranks
 from pipeline.dump_source import Source, source_of

@@ -12,13 +12,11 @@ from cache import Cache, write_durably
 from pipeline import distributed
 from pipeline.config import RebalanceConfig, Variant
 from pipeline.distributed import Ranks
-from pipeline.places import results_folder
+from pipeline.paths import results_folder
 from pipeline.provenance import provenance
-from pipeline.rebalance.differences import LEVEL, RESAMPLES, paired_difference
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
-from pipeline.rebalance.methods import Setting, candidates, cb_form, resolved
-from pipeline.rebalance.result import csv_text, mean_and_std
+from pipeline.rebalance.methods.settings import Setting, candidates, cb_form, resolved
 from pipeline.rebalance.run import (
     fit,
     hits_of,
@@ -33,7 +31,9 @@ from pipeline.rebalance.run import (
 from pipeline.rebalance.selection import Choice, count_lam
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import refuse_double_balancing
-from pipeline.shown import Shown
+from pipeline.results.differences import LEVEL, RESAMPLES, paired_difference
+from pipeline.results.rebalance_result import csv_text, mean_and_std
+from pipeline.text import Shown
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -9,14 +9,14 @@ import numpy as np
 from pipeline.config import RebalanceConfig
 from pipeline.errors import PipelineError
 from pipeline.metrics import GROUPS
-from pipeline.rebalance.best import TRIALS
-from pipeline.rebalance.methods import BASELINE, Setting, asked_methods, references
-from pipeline.rebalance.result import spread_of
-from pipeline.rebalance.rivals import RIVALS, Free
+from pipeline.rebalance.methods import RIVALS, Free
+from pipeline.rebalance.methods.iwb_la import TRIALS
+from pipeline.rebalance.methods.settings import BASELINE, Setting, asked_methods, references
 from pipeline.rebalance.selection import parse_lam
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import edges, lams_of, next_trials, parameters
 from pipeline.report.table import told_parameters
+from pipeline.results.rebalance_result import spread_of
 
 ALIKE = 0.2  # percentage points
 

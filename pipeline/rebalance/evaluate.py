@@ -10,15 +10,15 @@ import torch
 
 from cache import CacheError, open_cache
 from pipeline.errors import DataError
-from pipeline.heads import read_scorers
 from pipeline.method_names import start_name
 from pipeline.metrics import GROUPS
-from pipeline.places import results_folder
+from pipeline.paths import results_folder
 from pipeline.rebalance.load import read_split
-from pipeline.rebalance.methods import Setting
-from pipeline.rebalance.result import MEASURES, Row, mean_and_std
+from pipeline.rebalance.methods.settings import Setting
 from pipeline.rebalance.sweep import score
-from pipeline.shown import Shown
+from pipeline.results.heads import read_scorers
+from pipeline.results.rebalance_result import MEASURES, Row, mean_and_std
+from pipeline.text import Shown
 
 if TYPE_CHECKING:
     from rich.table import Table

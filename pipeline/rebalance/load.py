@@ -10,8 +10,8 @@ import numpy as np
 from cache import Cache, CacheError, open_cache
 from pipeline.config import RebalanceConfig
 from pipeline.errors import DataError
-from pipeline.rebalance.features import Features, Split, check_finite
-from pipeline.rebalance.streamed import StreamedViews
+from pipeline.rebalance.engine.features import Features, Split, check_finite
+from pipeline.rebalance.engine.streamed import StreamedViews
 
 
 class StoredViews(Sequence[np.ndarray]):

@@ -14,18 +14,21 @@ from pipeline import distributed
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
-from pipeline.heads import heads_file
-from pipeline.memory import free_memory
 from pipeline.metrics import scarce, unmeasured
-from pipeline.places import results_folder, store_settings
+from pipeline.paths import results_folder, store_settings
 from pipeline.provenance import provenance
 from pipeline.rebalance.compare import Comparison, compare
-from pipeline.rebalance.differences import Hits, differences
-from pipeline.rebalance.earlier import refuse_foreign, replaced
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
-from pipeline.rebalance.methods import REFERENCES, Setting, candidates, references, resolved
-from pipeline.rebalance.result import (
+from pipeline.rebalance.methods.settings import REFERENCES, Setting, candidates, references, resolved
+from pipeline.rebalance.overwrite_check import refuse_foreign, replaced
+from pipeline.rebalance.selection import AUTO, Choice, at_the_border, count_lam, parse_lam, refine
+from pipeline.rebalance.sweep import Scored, Sweep, score
+from pipeline.rebalance.tuning import is_comparison, parameters, refuse_double_balancing
+from pipeline.resources import free_memory
+from pipeline.results.differences import Hits, differences
+from pipeline.results.heads import heads_file
+from pipeline.results.rebalance_result import (
     MEASURES,
     RebalanceResult,
     Row,
@@ -34,9 +37,6 @@ from pipeline.rebalance.result import (
     rows_csv,
     trials_csv,
 )
-from pipeline.rebalance.selection import AUTO, Choice, at_the_border, count_lam, parse_lam, refine
-from pipeline.rebalance.sweep import Scored, Sweep, score
-from pipeline.rebalance.tuning import is_comparison, parameters, refuse_double_balancing
 
 HEAD_BYTES, COPIES = 4096, 3  # of a head: its rows and scores; its numbers as fitted, stacked and written
 PAPER_STEPS, PAPER_LR = 1700, 0.005  # of stage 2 on CIFAR100-LT

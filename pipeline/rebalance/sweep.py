@@ -10,17 +10,17 @@ import torch
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import PipelineError
-from pipeline.heads import Linear, Scorer, is_finite, predict
 from pipeline.metrics import Scores, scores_of
-from pipeline.rebalance.best import with_means
-from pipeline.rebalance.engine import Head, Schedule, fit_heads
-from pipeline.rebalance.features import Features, Split
+from pipeline.rebalance.engine.features import Features, Split
+from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.folds import stratified_folds
-from pipeline.rebalance.methods import BASELINE, ENGINE, Setting, head_of, schedule_of
-from pipeline.rebalance.rivals import RIVALS, Free
-from pipeline.rebalance.rivals.fit import Trial, fit, solve
-from pipeline.rebalance.rivals.free import nearest_mean
+from pipeline.rebalance.methods import RIVALS, Free
+from pipeline.rebalance.methods.fit import Trial, fit, solve
+from pipeline.rebalance.methods.iwb_la import with_means
+from pipeline.rebalance.methods.settings import BASELINE, ENGINE, Setting, head_of, schedule_of
+from pipeline.rebalance.methods.training_free import nearest_mean
 from pipeline.rebalance.selection import Choice, select
+from pipeline.results.heads import Linear, Scorer, is_finite, predict
 
 NEAREST_MEAN = Free("ncm", nearest_mean)
 Key = tuple[Setting, int | None]  # what is not trained has no seed

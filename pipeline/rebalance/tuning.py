@@ -11,9 +11,9 @@ from typing import Any
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
-from pipeline.rebalance.best import RATE, TRIALS
-from pipeline.rebalance.methods import BASELINE, ENGINE, Setting, asked_methods
-from pipeline.rebalance.rivals import RIVALS, Free, Trained
+from pipeline.rebalance.methods import RIVALS, Free, Trained
+from pipeline.rebalance.methods.iwb_la import RATE, TRIALS
+from pipeline.rebalance.methods.settings import BASELINE, ENGINE, Setting, asked_methods
 from pipeline.rebalance.selection import parse_lam
 
 LAMS = (0.05, 0.15, 0.5)  # of `--lam auto`

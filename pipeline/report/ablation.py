@@ -14,7 +14,7 @@ from rich.table import Table
 from pipeline.errors import DataError
 from pipeline.report.curves import accuracy_curves
 from pipeline.report.drawing import Drawing
-from pipeline.report.source import SPLITS
+from pipeline.report.study import SPLITS
 from pipeline.report.table import DIFFERENCES, caption, difference, differences_caption, html_table, spread
 
 Row = Mapping[str, Any]

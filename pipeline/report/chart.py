@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.drawing import rounded
-from pipeline.report.source import Row
+from pipeline.report.study import Row
 
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot", "none": "solid"}
 PATTERNS = 500  # bars; each draws its own pattern, and in more no eye sees one

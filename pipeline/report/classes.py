@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import assets
-from pipeline.report.source import Row, Study
+from pipeline.report.study import Row, Study
 
 COLUMNS = ("Class", "Training images", "Group", "Test images", "Before", "After", "Change")
 

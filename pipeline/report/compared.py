@@ -11,7 +11,7 @@ from pipeline.report.chart import chart, class_axis, plain, trace
 from pipeline.report.curves import accuracy_curves, style_of
 from pipeline.report.drawing import Drawing, rounded
 from pipeline.report.geometry import feature_geometry
-from pipeline.report.source import BASELINE, COLUMNS, SPLITS, Row, Spread, Study, mean
+from pipeline.report.study import BASELINE, COLUMNS, SPLITS, Row, Spread, Study, mean
 from pipeline.report.table import html_table
 
 Studies = Mapping[str, Study]

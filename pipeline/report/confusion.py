@@ -7,11 +7,11 @@ import numpy as np
 
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import axes as look
-from pipeline.report.answers import Answers, Compared
 from pipeline.report.axes import BLACK, BLUE, GREY, ORANGE
 from pipeline.report.chart import bars, chart, plain, trace
 from pipeline.report.drawing import Drawing, rounded
-from pipeline.report.source import BOUNDS, Row, Study
+from pipeline.report.predictions import Answers, Compared
+from pipeline.report.study import BOUNDS, Row, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

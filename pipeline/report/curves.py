@@ -9,7 +9,7 @@ from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED, SKY
 from pipeline.report.chart import chart, kept_apart, plain, trace
 from pipeline.report.drawing import Drawing
-from pipeline.report.source import COLUMNS, Row
+from pipeline.report.study import COLUMNS, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

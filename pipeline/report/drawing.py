@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED
-from pipeline.report.source import Row, Study
+from pipeline.report.study import Row, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

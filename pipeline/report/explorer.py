@@ -8,7 +8,7 @@ from pipeline.report import assets
 from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED
 from pipeline.report.chart import bars, chart, kept_apart, plain, trace
 from pipeline.report.sections import TITLES
-from pipeline.report.source import COLUMNS, SPLITS, Row, Study
+from pipeline.report.study import COLUMNS, SPLITS, Row, Study
 
 GROUP_STYLES: dict[str, Row] = {
     "all": {"color": BLACK, "linestyle": "-", "marker": "o"},

@@ -7,7 +7,6 @@ import numpy as np
 
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.report import axes as look
-from pipeline.report.answers import read_compared
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
 from pipeline.report.chart import bars, chart, class_axis, trace
 from pipeline.report.confusion import confusion_between_groups
@@ -15,8 +14,9 @@ from pipeline.report.drawing import AFTER, ALONE, BEFORE, ZERO, Drawing, class_t
 from pipeline.report.explorer import lambda_chart
 from pipeline.report.geometry import feature_geometry
 from pipeline.report.norms import norm_against_size, weight_norms
+from pipeline.report.predictions import read_compared
 from pipeline.report.reliability import reliability_diagram
-from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, signed
+from pipeline.report.study import BASELINE, BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

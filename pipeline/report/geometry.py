@@ -13,7 +13,7 @@ from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREY, RED
 from pipeline.report.chart import bars, chart, plain, trace
 from pipeline.report.drawing import Drawing, rounded
-from pipeline.report.source import BOUNDS, Row, Spread, Study, spread
+from pipeline.report.study import BOUNDS, Row, Spread, Study, spread
 from pipeline.seeds import derive
 
 if TYPE_CHECKING:

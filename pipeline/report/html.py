@@ -13,8 +13,8 @@ from pipeline.errors import ConfigError
 from pipeline.report import assets, sections
 from pipeline.report.classes import class_data, class_table
 from pipeline.report.explorer import explorer
-from pipeline.report.source import Row, Study, labels, read_study, results_files
-from pipeline.shown import Shown
+from pipeline.report.study import Row, Study, labels, read_study, results_files
+from pipeline.text import Shown
 
 if TYPE_CHECKING:
     from pipeline.report.drawing import Drawing

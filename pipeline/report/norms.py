@@ -8,8 +8,8 @@ from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, LIGHT, ORANGE, PURPLE
 from pipeline.report.chart import chart, class_axis, trace
 from pipeline.report.drawing import AFTER, ALONE, BEFORE, TARGET, Drawing, class_table, rounded
-from pipeline.report.lengths import log_base, maxnorm, number_of, target_norms, target_of, tau_norm
-from pipeline.report.source import Row, Study
+from pipeline.report.norm_targets import log_base, maxnorm, number_of, target_norms, target_of, tau_norm
+from pipeline.report.study import Row, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from pipeline.errors import DataError
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED
 from pipeline.report.drawing import Drawing
-from pipeline.report.source import Row, Spread, labels, spread
-from pipeline.shown import Shown
+from pipeline.report.study import Row, Spread, labels, spread
+from pipeline.text import Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,12 +8,12 @@ import numpy as np
 
 from pipeline.metrics import GROUPS, confidence_bins, expected_calibration_error
 from pipeline.report import axes as look
-from pipeline.report.answers import Answers, Compared
 from pipeline.report.axes import BLACK, BLUE, GREY, SKY
 from pipeline.report.chart import chart, plain, trace
 from pipeline.report.confusion import group_of, head_names
 from pipeline.report.drawing import AFTER, Drawing, rounded
-from pipeline.report.source import Row, Study, classes
+from pipeline.report.predictions import Answers, Compared
+from pipeline.report.study import Row, Study, classes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

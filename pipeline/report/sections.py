@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from pipeline.metrics import class_groups
-from pipeline.report.source import BASELINE, BOUNDS, COLUMNS, SPLITS, Kind, Row, Spread, Study, signed
+from pipeline.report.study import BASELINE, BOUNDS, COLUMNS, SPLITS, Kind, Row, Spread, Study, signed
 from pipeline.report.table import (
     DIFFERENCES,
     difference,

@@ -2,7 +2,7 @@
 
 from pipeline.reproduce.backbone import TABLES
 from pipeline.reproduce.run import Part, Reproduction, plan, reproduce
-from pipeline.shown import callable_as
+from pipeline.text import callable_as
 
 __all__ = ["TABLES", "Part", "Reproduction", "plan", "reproduce"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.backbone.folder import FREE
+from pipeline.backbone.training_dir import FREE
 from pipeline.config import BackboneConfig, Config, DataConfig
 
 Accuracies = dict[str, float]  # of many, medium, few, all, those that are printed

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.rebalance.result import spread_of
 from pipeline.reproduce.paper import GROUPS, Accuracies, Published, variant_accuracies
+from pipeline.results.rebalance_result import spread_of
 
 Row = dict[str, Any]
 METHODS = "methods"  # the table in which every method is tuned for itself

@@ -15,10 +15,10 @@ from pipeline.errors import ConfigError
 from pipeline.reproduce import page
 from pipeline.reproduce.backbone import TABLES, Backbone, Progress
 from pipeline.reproduce.bundle import keep
+from pipeline.reproduce.parallel_training import train_side_by_side
 from pipeline.reproduce.rows import Row, over_backbones
-from pipeline.reproduce.side import train_side_by_side
 from pipeline.run import Ledger, with_seed
-from pipeline.shown import Shown
+from pipeline.text import Shown
 
 PLAN = (  # what is most valuable first
     ("reproduce/cifar100-if100", (0,)),

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.backbone import checkpoint, diagnosis
+from pipeline.backbone.build import classifier, encode
 from pipeline.backbone.events import Epoch, Step
 from pipeline.backbone.learner import Learner
-from pipeline.backbone.model import classifier, encode
 from pipeline.backbone.train import train_backbone
 from pipeline.config import make_config
 from pipeline.data import load_dataset

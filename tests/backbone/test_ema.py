@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from pipeline.backbone import checkpoint
+from pipeline.backbone.build import build_model, class_accuracy
 from pipeline.backbone.ema import WeightAverage, decay_at
 from pipeline.backbone.learner import Learner
-from pipeline.backbone.model import build_model, class_accuracy
 from pipeline.backbone.train import train_backbone
 from pipeline.config import BackboneConfig, make_config
 from pipeline.data import load_dataset

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.backbone.mixup import Mixture, Mixup
-from pipeline.backbone.order import shares
+from pipeline.backbone.sampling import shares
 from pipeline.backbone.train import train_backbone
 from pipeline.config import BackboneConfig, make_config
 from pipeline.errors import ConfigError

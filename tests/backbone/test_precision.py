@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.backbone import checkpoint, precision
-from pipeline.backbone.model import build_model
+from pipeline.backbone.build import build_model
 from pipeline.backbone.train import train_backbone
 from pipeline.config import BackboneConfig
 from pipeline.errors import ConfigError

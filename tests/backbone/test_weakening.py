@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.backbone import checkpoint
 from pipeline.backbone.learner import Learner, Parallel
-from pipeline.backbone.order import shares
+from pipeline.backbone.sampling import shares
 from pipeline.backbone.train import train_backbone
 from pipeline.backbone.weakening import Weakening, check_place, kept, mix, partners, reach
 from pipeline.config import BackboneConfig, WeakenConfig, make_config

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from cache import Split, create_store, open_cache
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import ranks
-from pipeline.heads import Linear, read_scorers
 from pipeline.metrics import class_groups
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.load import load
-from pipeline.rebalance.methods import Setting
+from pipeline.rebalance.methods.settings import Setting
 from pipeline.rebalance.sweep import Sweep, score
+from pipeline.results.heads import Linear, read_scorers
 
 HERE = Path(__file__).parent
 FEATURES, TABLES = HERE / "cifar100_lt_if100_resnet32.safetensors", HERE / "tables.json"

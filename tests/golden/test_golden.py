@@ -11,8 +11,8 @@ import json
 import pytest
 
 from pipeline.rebalance import sweep
-from pipeline.rebalance.engine import fit_heads
-from pipeline.rebalance.native import instruction_sets
+from pipeline.rebalance.engine.c_kernel import instruction_sets
+from pipeline.rebalance.engine.fit import fit_heads
 from tests.golden import tables
 
 KEPT = tables.flat(json.loads(tables.TABLES.read_text(encoding="utf-8")))

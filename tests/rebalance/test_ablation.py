@@ -14,7 +14,7 @@ from pipeline.cli import invoke
 from pipeline.config import RebalanceConfig, find_config, load_config, make_config, read_tree, shipped_configs
 from pipeline.errors import ConfigError, DataError
 from pipeline.rebalance import ablate, rebalance
-from pipeline.rebalance.methods import penalty_of
+from pipeline.rebalance.methods.settings import penalty_of
 from tests.conftest import digits_tree
 from tests.small_run import made_store
 

@@ -10,16 +10,16 @@ import pytest
 import cache
 from pipeline.cli import invoke
 from pipeline.config import RebalanceConfig
+from pipeline.deploy.export import export_model
 from pipeline.errors import ConfigError, DataError, PipelineError
-from pipeline.export import export_model
 from pipeline.info import describe
 from pipeline.method_names import METHODS
 from pipeline.rebalance import evaluate, rebalance
-from pipeline.rebalance.backbones import combine
-from pipeline.rebalance.differences import read_hits
-from pipeline.rebalance.rivals import FREE, RIVALS, Free, add_method
+from pipeline.rebalance.combine_seeds import combine
+from pipeline.rebalance.methods import FREE, RIVALS, Free, add_method
 from pipeline.report import write_report
-from pipeline.report.source import read_study
+from pipeline.report.study import read_study
+from pipeline.results.differences import read_hits
 from tests.small_run import made_store
 
 QUICK: dict = {"epochs": 2, "batch_size": 32, "lr": 0.02, "seeds": (0, 1), "trials": 4}

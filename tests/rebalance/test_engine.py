@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.rebalance import native
-from pipeline.rebalance.batches import batch_order
-from pipeline.rebalance.by_stacks import stacked
-from pipeline.rebalance.engine import Head, Schedule, fit_heads, plan
-from pipeline.rebalance.features import Features
-from pipeline.rebalance.formulation import penalty
-from pipeline.rebalance.objective import iwb_objective
+from pipeline.rebalance.engine import c_kernel as native
+from pipeline.rebalance.engine.batches import batch_order
+from pipeline.rebalance.engine.features import Features
+from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads, plan
+from pipeline.rebalance.engine.formulation import penalty
+from pipeline.rebalance.engine.objective import iwb_objective
+from pipeline.rebalance.engine.tensor_backend import stacked
 
 COUNTS = np.array([23, 11, 6, 3, 2])
 SHORT = Schedule(epochs=3, lr=0.05, momentum=0.9, weight_decay=0.01, batch_size=8)
@@ -175,7 +175,7 @@ def test_logits_far_apart_neither_overflow_nor_turn_into_nan(features):
 
 @pytest.mark.parametrize("kernel", ENGINES)
 def test_heads_of_all_kinds_fitted_together_are_those_fitted_alone(features, monkeypatch, kernel):
-    monkeypatch.setattr("pipeline.rebalance.by_stacks.CPU_STACK_LOGITS", 3 * 2 * 5 * 8)
+    monkeypatch.setattr("pipeline.rebalance.engine.tensor_backend.CPU_STACK_LOGITS", 3 * 2 * 5 * 8)
     heads = [
         Head("ce"),
         Head("cb-softmax", 0.5, penalty()),
@@ -220,8 +220,8 @@ def test_small_blocks_change_nothing(features, monkeypatch, kernel):
     heads = [Head("cb-softmax", 0.3, penalty("code"))]
     fit = partial(fit_heads, features, heads, seeds=(0, 1), schedule=SHORT, dtype=torch.float64, kernel=kernel)
     once = fit()
-    monkeypatch.setattr("pipeline.rebalance.batches.BLOCK_BYTES", {"cpu": 1})
-    monkeypatch.setattr("pipeline.rebalance.by_kernel.PIECE_BYTES", 1)
+    monkeypatch.setattr("pipeline.rebalance.engine.batches.BLOCK_BYTES", {"cpu": 1})
+    monkeypatch.setattr("pipeline.rebalance.engine.c_backend.PIECE_BYTES", 1)
     assert_equal(once, fit(), 1e-12)
 
 

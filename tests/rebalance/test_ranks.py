@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 from cache import Split, create_store
 from pipeline.config import RebalanceConfig
 from pipeline.rebalance import rebalance
-from pipeline.rebalance.engine import Head, Schedule, fit_heads
-from pipeline.rebalance.features import Features
-from pipeline.rebalance.formulation import penalty
+from pipeline.rebalance.engine.features import Features
+from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
+from pipeline.rebalance.engine.formulation import penalty
 
 COUNTS = np.array([23, 11, 6, 3, 2])
 SHORT = Schedule(epochs=3, lr=0.05, momentum=0.9, weight_decay=0.01, batch_size=8)
@@ -65,7 +65,7 @@ def test_ranks_that_share_the_batches_find_the_heads_of_one(world, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.rebalance.engine"])
+    context.set_forkserver_preload(["pipeline.rebalance.engine.fit"])
     processes = [context.Process(target=one_rank, args=(r, world, port, str(tmp_path))) for r in range(world)]
     for process in processes:
         process.start()

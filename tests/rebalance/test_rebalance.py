@@ -15,14 +15,14 @@ from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.metrics import scores
 from pipeline.plan import plan_rebalance
 from pipeline.rebalance import RebalanceResult, rebalance, run, sweep
-from pipeline.rebalance.differences import paired_difference
-from pipeline.rebalance.engine import Head, Schedule, fit_heads
-from pipeline.rebalance.features import Features
+from pipeline.rebalance.engine.features import Features
+from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
+from pipeline.rebalance.engine.formulation import penalty
 from pipeline.rebalance.folds import CAVEAT
-from pipeline.rebalance.formulation import penalty
 from pipeline.rebalance.load import load
-from pipeline.report.source import read_heads
+from pipeline.report.study import read_heads
 from pipeline.report.table import results_table
+from pipeline.results.differences import paired_difference
 
 REAL = Path(__file__).parents[3] / "shared/data/features/cifar100_lt_if100_resnet32.npz"
 COUNTS = np.array([120, 60, 8])

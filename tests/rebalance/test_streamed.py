@@ -7,11 +7,11 @@ import torch
 from cache import Split, create_store, open_cache
 from pipeline.config import RebalanceConfig, bytes_of
 from pipeline.errors import DataError
-from pipeline.rebalance.engine import Head, Schedule, fit_heads
-from pipeline.rebalance.formulation import penalty
+from pipeline.rebalance.engine.c_kernel import instruction_sets
+from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
+from pipeline.rebalance.engine.formulation import penalty
+from pipeline.rebalance.engine.streamed import StreamedViews
 from pipeline.rebalance.load import StoredViews, load
-from pipeline.rebalance.native import instruction_sets
-from pipeline.rebalance.streamed import StreamedViews
 
 ROWS, WIDTH, VIEWS, ABSENT = 200, 16, 3, 37
 VIEW = ROWS * WIDTH * 2
@@ -157,7 +157,7 @@ def test_heads_fitted_from_the_stream_are_those_fitted_from_memory_in_its_order(
             found = streamed.views.order(epoch, seed, rows=rows, streams=streams)
             return found if rows is None else np.searchsorted(rows, found)
 
-        monkeypatch.setattr("pipeline.rebalance.epochs.batch_order", same_order)
+        monkeypatch.setattr("pipeline.rebalance.engine.epochs.batch_order", same_order)
         expected = fit(memory, seeds=(seed,))
         np.testing.assert_allclose(weight[s], expected[0][0], rtol=1e-12)
         np.testing.assert_allclose(bias[s], expected[1][0], rtol=1e-12, atol=1e-13)
@@ -170,7 +170,7 @@ def test_heads_from_a_stream_are_those_from_memory_in_the_same_order(whole, monk
     streamed = load(whole, augmented=True, memory_bytes=VIEW - 1).features
     apart = 2 if kernel else 1  # the kernel takes both seeds along, so that their streams share the memory
     monkeypatch.setattr(
-        "pipeline.rebalance.epochs.batch_order",
+        "pipeline.rebalance.engine.epochs.batch_order",
         lambda rows, *, seed, epoch: streamed.views.order(epoch, seed, streams=apart),
     )
     heads = [Head("cb-softmax", 0.1, penalty()), Head("ce")]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.rebalance.target import (
+from pipeline.rebalance.engine.target import (
     class_balanced_weights,
     cosines,
     hardness_coefficient,

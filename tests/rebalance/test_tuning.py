@@ -8,8 +8,8 @@ import pytest
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS
-from pipeline.rebalance.methods import Setting, asked_methods
-from pipeline.rebalance.rivals import FREE, RIVALS, TRAINED
+from pipeline.rebalance.methods import FREE, RIVALS, TRAINED
+from pipeline.rebalance.methods.settings import Setting, asked_methods
 from pipeline.rebalance.tuning import (
     centre_of,
     edges,

@@ -14,8 +14,8 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """Three backbones with their joint choice."""
-    from pipeline.rebalance.backbones import combine
-    from pipeline.rebalance.differences import read_hits
+    from pipeline.rebalance.combine_seeds import combine
+    from pipeline.results.differences import read_hits
 
     folder = tmp_path_factory.mktemp("report") / "three"
     parts = [made_run(folder / f"seed-{s}", seed=s) for s in (0, 2, 10)]

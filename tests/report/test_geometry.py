@@ -9,7 +9,7 @@ from cache import open_cache
 from pipeline.report import dispersion
 from pipeline.report.dispersion import directions, read_directions
 from pipeline.report.geometry import SAMPLES_OF_A_CLASS, _apart, embedded, ends, feature_geometry
-from pipeline.report.source import read_study
+from pipeline.report.study import read_study
 from tests.small_run import made_run, made_store
 
 

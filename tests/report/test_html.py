@@ -7,7 +7,7 @@ import re
 
 from pipeline.report import write_report
 from pipeline.report.sections import summary
-from pipeline.report.source import Kind, read_study
+from pipeline.report.study import Kind, read_study
 from tests.small_run import made_run
 
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.rebalance.rivals import losses
-from pipeline.rebalance.target import hardness_coefficient, number_coefficient, target
-from pipeline.report import lengths
-from pipeline.report.lengths import maxnorm, target_norms, target_of, tau_norm
+from pipeline.rebalance.engine.target import hardness_coefficient, number_coefficient, target
+from pipeline.rebalance.methods import losses
+from pipeline.report import norm_targets as lengths
+from pipeline.report.norm_targets import maxnorm, target_norms, target_of, tau_norm
 from pipeline.report.norms import norm_against_size, pearson, spearman, weight_norms
-from pipeline.report.source import read_study
+from pipeline.report.study import read_study
 from tests.small_run import made_run
 
 

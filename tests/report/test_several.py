@@ -16,7 +16,7 @@ from pipeline.report import write_report
 from pipeline.report.chart import kept_apart
 from pipeline.report.compared import compared, draw_compared
 from pipeline.report.explorer import places
-from pipeline.report.source import read_study
+from pipeline.report.study import read_study
 from tests.report.test_html import text_of
 from tests.small_run import COUNTS, made_run, made_store
 

@@ -1,0 +1,214 @@
+"""README.md of an exported model: a card that people, and the Hugging Face hub, can read."""
+
+import math
+from typing import Any
+
+from pipeline.deploy.export import Exported, create_call, head_text, main_table
+from pipeline.metrics import class_groups, unmeasured
+from pipeline.report.study import BOUNDS, SPLITS, Kind, Study, spread
+
+READ = """image = ImageOps.exif_transpose(Image.open("photo.jpg"))
+if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip
+    image = image.convert("I").point(lambda value: value / 257 + 0.5)
+image = image.convert("RGB")"""
+COLUMNS = ("many", "medium", "few", "all", "ece")
+GATED = "disalign"
+BY_DIRECTION = {  # heads whose probabilities are not what was trained, though their decisions are
+    "ala": "those of a feature of mean length",
+    "ldam-drw": "those of a feature of mean length",
+    "ncm": "without meaning",
+}
+
+
+def model_card(study: Study, exported: Exported, config: dict[str, Any]) -> str:
+    """The card: how to use the model, what it scores, how its head was chosen, what it was trained on, its limits."""
+    head, counts, names = exported.head, study.counts, config["class_names"]
+    groups = ", ".join(f"{int((m & study.tested).sum())} {g} ({BOUNDS[g]})" for g, m in class_groups(counts).items())
+    over = f"{study.averaged}: {groups} training images"
+    untested = "".join(f"\nNot measured: {note}." for note in unmeasured(study.tested, names, "test"))
+    shown = ", ".join(names[:20]) + (f" … ({len(names)} in config.json)" if len(names) > 20 else "")
+    made = config["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
+    licences = "the training images and of the pretrained weights" if config["pretrained"] else "the training images"
+    return f"""{_front_matter(exported)}
+# {study.folder.resolve().name}: {exported.network}, {exported.classes} classes, rebalanced
+
+An image classifier trained on unbalanced classes ({counts.sum():,} images, {counts.max():,} … {counts.min():,} a class),
+its {"gated " if head["method"] == GATED else "linear "}head re-balanced with {head_text(head)}.
+{config["parameters"]:,} parameters, {config["num_features"]}-d features.
+
+## Use
+
+{_use_onnx(exported, config) if exported.onnx else _use_timm(exported, config)}
+Or without writing code, from files and folders: `pipeline predict {exported.out.resolve().name} IMAGES`.
+
+## Accuracy
+
+| head | many | medium | few | all | ECE |
+|---|---|---|---|---|---|
+{chr(10).join(_table(study, head))}
+
+In %, on the test split, which selected nothing; a group's accuracy is the mean over its {over}.{untested}
+± is one standard deviation over {study.repeated}.
+{_choice(study, head)}
+
+{_one_head(head)}
+
+## Data
+
+{exported.classes} classes: {shown}.
+Training images per class are in config.json (`counts`); the data set's fingerprint is
+`{made["dataset"]}`.
+
+## Limits
+
+- It knows these classes only and always answers with one of them.
+{_weakest(study, head, names)}\
+- Rebalancing trades accuracy on large classes for small ones. Where the images to be classified are as unbalanced as
+  the training set, the head before rebalancing may be the better one: `pipeline predict --compare` shows both.
+- Probabilities are softmax outputs, {BY_DIRECTION.get(head["method"], "as well calibrated as ECE says")}.
+
+## Licence
+
+None is given here: it is yours to choose, within what the licences of {licences} allow.
+Write it here and, for the Hugging Face hub, as a line `license: …` at the top.
+
+## Made by
+
+{versions}, on {made["created"][:10]}; weights of the trained network `{made["made_from"]["checkpoint"][:16]}`.
+"""
+
+
+def _front_matter(exported: Exported) -> str:
+    """What the Hugging Face hub reads; only what its button for timm can load is said to be timm's."""
+    library = "onnx" if exported.onnx else "timm" if not _is_own(exported) else None
+    loaded = library if exported.weights.suffix != ".pth" else None
+    lines = [f"library_name: {loaded}"] * bool(loaded)
+    lines += ["pipeline_tag: image-classification", "tags:", "- image-classification", "- long-tailed"]
+    return "\n".join(["---", *lines, *[f"- {library}"] * bool(library), "---"])
+
+
+def _is_own(exported: Exported) -> bool:
+    """Whether the network is one of this package, which timm alone does not know."""
+    return exported.network.startswith("cifar_")
+
+
+def _pixels(config: dict[str, Any]) -> str:
+    height, width = config["transform"]["size"]
+    how = f"an RGB image's shorter side to {_shorter(config)} pixels ({config['transform']['interpolation']})"
+    return f"Resize {how} and take the middle {height} × {width}"
+
+
+def _shorter(config: dict[str, Any]) -> int:
+    return math.floor(min(config["transform"]["size"]) / config["transform"]["crop_pct"])
+
+
+def _use_onnx(exported: Exported, config: dict[str, Any]) -> str:
+    (height, width), mean, std = config["transform"]["size"], config["transform"]["mean"], config["transform"]["std"]
+    assert exported.onnx is not None
+    found, runtime = exported.onnx["checked"], exported.onnx["versions"]["onnxruntime"]
+    return f"""```python
+{_onnx_code(exported.out.resolve().name, config)}```
+
+- Input `images`: uint8, batch × 3 × {height} × {width}, any batch: RGB, channels first, 0 … 255. {_pixels(config)}.
+  Do not normalise: mean {mean} and standard deviation {std} (of 0 … 1) are taken out inside the graph.
+- Outputs, float32: `logits`, batch × {exported.classes}; `features`, batch × {config["num_features"]}, what the head sees.
+- Opset {exported.onnx["opset"]}. Class names, resizing and head are in the file's own metadata too, as JSON.
+- When it was made, onnxruntime {runtime} gave PyTorch's results on {found["images"]} random images,
+  at most {found["largest_difference"]:.0e} apart (the largest logit is {found["largest_logit"]:.1f}).
+"""
+
+
+def _use_timm(exported: Exported, config: dict[str, Any]) -> str:
+    folder, mean, std = exported.out.resolve().name, config["transform"]["mean"], config["transform"]["std"]
+    hub = ", from the hub `hf-hub:NAME/OF-IT`" if exported.weights.suffix == ".safetensors" else ""
+    call = f"`timm.create_model('local-dir:{folder}', pretrained=True)`{hub}"
+    whole = "" if _is_own(exported) else f"\nOr the folder as it stands, with timm 1.0.16 or newer: {call}.\n"
+    return f"""```python
+{_timm_code(exported, folder)}```
+
+{_pixels(config)}, scale to 0…1, take out mean {mean} and standard deviation {std}: `transform` does.
+{whole}"""
+
+
+def _timm_code(exported: Exported, folder: str) -> str:
+    imports, _, call = create_call(
+        exported.network, exported.model_args, exported.classes, f"{folder}/{exported.weights.name}"
+    ).rpartition("; ")
+    return f"""import json
+from pathlib import Path
+{imports.replace("; ", chr(10))}
+import torch
+from PIL import Image, ImageOps
+
+config = json.loads(Path("{folder}/config.json").read_text("utf-8"))
+{call}.eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(config["pretrained_cfg"]))
+{READ}
+with torch.no_grad():
+    probabilities = model(transform(image)[None]).softmax(1)[0]
+best = int(probabilities.argmax())
+print(config["class_names"][best], float(probabilities[best]))
+"""
+
+
+def _onnx_code(folder: str, config: dict[str, Any]) -> str:
+    (height, width), filtered = config["transform"]["size"], config["transform"]["interpolation"].upper()
+    return f"""import json
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+
+{READ}
+size = [{_shorter(config)} * side // min(image.size) for side in image.size]
+image = image.resize(size, Image.Resampling.{filtered})
+left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)
+pixels = np.asarray(image.crop((left, top, left + {width}, top + {height})))
+
+logits = session.run(["logits"], {{"images": pixels.transpose(2, 0, 1)[None]}})[0][0]
+probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+best = int(probabilities.argmax())
+print(names[best], float(probabilities[best]))
+"""
+
+
+def _table(study: Study, head: dict[str, Any]) -> list[str]:
+    """The report's rows, and the exported head's own where they are means of several."""
+    rows = [f"| {line.name} | {' | '.join(str(line.cells[c]) for c in COLUMNS)} |" for line in main_table(study, head)]
+    kind = Kind(head["method"], head["loss"], head["lam"])
+    own = [r for r in study.first.rows if r["split"] == "test" and kind.matches(r) and r["seed"] == head["seed"]]
+    if own and (head["of_seeds"] > 1 or head["backbone"]):
+        rows.append(f"| **the head in this folder** | {' | '.join(str(spread([own[0][c]])) for c in COLUMNS)} |")
+    return rows
+
+
+def _choice(study: Study, head: dict[str, Any]) -> str:
+    """How the head was chosen, in a sentence."""
+    if head["lam"] is None:
+        selected = Kind(head["method"], head["loss"], None) == study.first.selected and head["chosen_on"]
+        return (
+            f"The head was chosen on {SPLITS[head['chosen_on']]}." if selected else "The method was given, not chosen."
+        )
+    return f"λ was chosen on {SPLITS[head['chosen_on']]}." if head["chosen_on"] else "λ was given, not chosen."
+
+
+def _weakest(study: Study, head: dict[str, Any], names: list[str]) -> str:
+    """A line on the five classes that are recognised worst."""
+    own = study.first.class_accuracy(Kind(head["method"], head["loss"], head["lam"]), "test")
+    if own is None:
+        return ""
+    known = sorted((float(accuracy), c) for c, accuracy in enumerate(own) if accuracy == accuracy)[:5]
+    listed = ", ".join(f"{names[c]} {accuracy:.0f} % ({study.counts[c]} training images)" for accuracy, c in known)
+    return f"- Weakest classes on test: {listed}.\n"
+
+
+def _one_head(head: dict[str, Any]) -> str:
+    """Which of the heads behind a row of means the folder holds, in a sentence."""
+    if head["of_seeds"] == 1 and not head["backbone"]:
+        return "This folder holds the only head of its row."
+    which = [f"batch order {head['seed']} of {head['of_seeds']}"] * (head["of_seeds"] > 1)
+    which += [f"backbone {head['backbone']}"] if head["backbone"] else []
+    return f"The last row is the one head that this folder holds: {', '.join(which)}; rows with ± are means."

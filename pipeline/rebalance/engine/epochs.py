@@ -1,0 +1,82 @@
+"""The rows of every epoch in the order of every seed, from memory or from the disk."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.rebalance.engine.batches import batch_order
+from pipeline.rebalance.engine.features import Features
+from pipeline.rebalance.engine.head import Schedule
+from pipeline.rebalance.engine.streamed import StreamedViews
+
+
+class Epochs:
+    """What a job sees: features by its schedule's views, in one order for each of its S seeds.
+
+    rows: the training rows wanted, None for all. size: B, samples of a batch. Features that are streamed have another
+    order than those in memory, as StreamedViews.order says; for a given order nothing else depends on where they are.
+    """
+
+    def __init__(self, features: Features, schedule: Schedule, seeds: Sequence[int], rows: np.ndarray | None):
+        self.features, self.schedule, self.seeds, self.rows = features, schedule, seeds, rows
+        self.taken = np.arange(len(features.labels)) if rows is None else rows
+        self.size = min(schedule.batch_size, len(self.taken))
+
+    def __len__(self) -> int:
+        return self.schedule.epochs
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self.features.views, StreamedViews)
+
+    def whole(
+        self, epoch: int, *, place: Callable[[Tensor, int | None], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(features (N, D), labels (N,), order (S, n) of rows in them) that make up the epoch; streamed ones for one seed.
+
+        place: where features go; it is told the number of the view that they are the whole of, None for a part.
+        """
+        labels = torch.as_tensor(self.features.labels, dtype=torch.int64)
+        if not self.streamed:
+            orders = torch.as_tensor(np.stack([self._order(epoch, seed) for seed in self.seeds]))
+            view = place(self._view(epoch), self._number(epoch))
+            yield view, labels.to(view.device), orders
+            return
+        (seed,) = self.seeds
+        for rows, features in self._stream(epoch, seed):
+            part = place(torch.as_tensor(features), None)
+            yield part, labels[rows].to(part.device), torch.arange(len(rows))[None]
+
+    def pieces(self, epoch: int, *, at_once: int) -> Iterator[list[tuple[np.ndarray, Tensor]]]:
+        """(rows (n,), their features (n, D)) for every seed; n is a multiple of the batch but at the end of an epoch.
+
+        at_once: how many rows a piece from memory has. Streams may end at different times: then n is 0.
+        """
+        if self.streamed:
+            nothing = np.empty(0, np.int64), np.empty((0, self.features.weight.shape[1]), np.float32)
+            streams = [self._stream(epoch, seed) for seed in self.seeds]
+            for found in itertools.zip_longest(*streams, fillvalue=nothing):
+                yield [(rows, torch.as_tensor(features)) for rows, features in found]
+            return
+        view, orders = self._view(epoch), [self._order(epoch, seed) for seed in self.seeds]
+        for first in range(0, len(self.taken), at_once):
+            some = [order[first : first + at_once] for order in orders]
+            yield [(rows, view.index_select(0, torch.as_tensor(rows))) for rows in some]
+
+    def _view(self, epoch: int) -> Tensor:
+        return torch.as_tensor(self.features.views[self._number(epoch)])
+
+    def _number(self, epoch: int) -> int:
+        return self.features.view_of_epoch(epoch, augmented=self.schedule.augmented)
+
+    def _order(self, epoch: int, seed: int) -> np.ndarray:
+        return self.taken[batch_order(len(self.taken), seed=seed, epoch=epoch)]
+
+    def _stream(self, epoch: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        views = self.features.views
+        assert isinstance(views, StreamedViews)
+        augmented, streams = self.schedule.augmented, len(self.seeds)
+        return views.blocks(epoch, seed, self.size, augmented=augmented, rows=self.rows, streams=streams)

@@ -1,0 +1,77 @@
+"""What heads say of the test samples, scored again from the store: for figures that need more than the table's numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.report.study import BASELINE, PRODUCTS_FOR_A_FIGURE, Backbone, Kind, Study
+from pipeline.results.heads import predict_array, read_scorers
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """One head on the test samples that have features: labels, predicted classes and their probabilities, each (M,)."""
+
+    backbone: str
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def hit(self) -> np.ndarray:
+        return self.predicted == self.labels
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """The same test samples before and after: what stage 2 started from, and the selected heads of every backbone."""
+
+    before: Sequence[Answers]
+    after: Sequence[Answers]
+
+    def mean(self, of: Sequence[Answers], measured: Sequence[np.ndarray | float]) -> np.ndarray:
+        """Mean over backbones of the means over their heads, as in the table; nan only where all are."""
+        names = [answers.backbone for answers in of]
+        each = [_mean([m for n, m in zip(names, measured, strict=True) if n == name]) for name in dict.fromkeys(names)]
+        return _mean(each)
+
+
+def read_compared(study: Study) -> Compared | None:
+    """Before and after on test; None where a backbone has no test sample, a head was not kept, or it would take minutes."""
+    before, after = [], []
+    for backbone in study.backbones:
+        both = answers(backbone, BASELINE), answers(backbone, backbone.selected)
+        if not all(both):
+            return None
+        before += both[0]
+        after += both[1]
+    return Compared(before, after)
+
+
+def answers(backbone: Backbone, kind: Kind, split: str = "test") -> list[Answers]:
+    """One for every head of a kind that was kept, of as many batch orders as take seconds; linear or not."""
+    store = backbone.store
+    if split not in store.splits or not store.valid(split).any():
+        return []
+    file = backbone.results_path.with_name("heads.safetensors")
+    heads = [head for what, head in read_scorers(file) if kind.matches(what)]
+    products = store.rows(split) * sum(head.arrays[0].size for head in heads[:1])
+    heads = heads[: PRODUCTS_FOR_A_FIGURE // max(products, 1)]
+    valid, parts = store.valid(split), []
+    for chunk in store.chunks(split) if heads else ():
+        features = store.read_chunk(chunk)[valid[chunk.start : chunk.stop]].astype(np.float32)
+        parts.append([predict_array(head, features) for head in heads])
+    labels = store.labels(split)[valid]
+    return [
+        Answers(backbone.name, labels, np.concatenate([p for p, _ in of]), np.concatenate([c for _, c in of]))
+        for of in zip(*parts, strict=True)
+    ]
+
+
+def _mean(values: Sequence[np.ndarray | float]) -> np.ndarray:
+    """Mean over the first axis of what is not nan; nan where nothing is left."""
+    stacked = np.asarray(values, np.float64)
+    known = ~np.isnan(stacked)
+    total, number = np.where(known, stacked, 0).sum(0), known.sum(0)
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan)

@@ -1,0 +1,398 @@
+"""What a report is made from: one run folder, or the seed-N folders of several backbones, read into arrays."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache import Cache, CacheError, is_url, open_cache
+from pipeline.errors import DataError
+from pipeline.method_names import PROBE, start_name
+from pipeline.metrics import GROUPS, class_groups
+from pipeline.paths import holds_runs
+from pipeline.report.dispersion import Directions, read_directions
+from pipeline.results.heads import Linear, Scorer, read_scorers
+
+COLUMNS = ("all", *GROUPS)
+BOUNDS = {"many": "> 100", "medium": "20–100", "few": "< 20"}
+SPLITS = {"val": "validation", "kfold": "held-out folds", "test": "test"}
+PRODUCTS_FOR_A_FIGURE = 2**40  # multiplications, seconds on a CPU; a figure is not worth more
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which heads a line of a table or figure stands for; lam None where the method has no λ."""
+
+    method: str
+    loss: str | None
+    lam: float | None
+
+    @property
+    def method_name(self) -> str:
+        return "IWB" if self.method == "iwb" else self.method
+
+    @property
+    def loss_name(self) -> str:
+        loss = self.loss or self.method
+        return {"cb": "class-balanced loss", "ce": "cross-entropy"}.get(loss, loss)
+
+    def __str__(self) -> str:
+        return self.method_name + (f", λ = {self.lam:g}" if self.lam is not None else "")
+
+    def matches(self, row: Row) -> bool:
+        return row["method"] == self.method and row.get("lam") == self.lam and self.loss in (None, row.get("loss"))
+
+
+BASELINE = Kind("baseline", None, None)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of n repetitions; std None where n is 1, mean None for an empty group."""
+
+    mean: float | None
+    std: float | None
+    n: int
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "–"
+        return f"{self.mean:.1f}" + (f" ± {self.std:.1f}" if self.std is not None else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """One trained encoder: what stage 1 and stage 2 left in its folder."""
+
+    name: str
+    results_path: Path
+    results: dict[str, Any]
+    selected: Kind
+    store: Cache
+    metrics: list[Row]
+    training: dict[str, Any]
+    rebalancing: dict[str, Any]
+
+    @property
+    def alone(self) -> Kind:
+        """The same loss without the norm term."""
+        loss = self.selected.loss or "cb"
+        return Kind(loss, None, None)
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """network, parameters, feature_width; empty where nobody wrote them down."""
+        return self.results.get("network") or self.training.get("network") or {}
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.results["results"]
+
+    @cached_property
+    def heads(self) -> tuple[list[Row], np.ndarray, np.ndarray]:
+        """(what each head is, weight (H, C, D), bias (H, C)) of heads.safetensors."""
+        return read_heads(self.results_path.with_name("heads.safetensors"))
+
+    @cached_property
+    def scorers(self) -> list[tuple[Row, Scorer]]:
+        """(what it is, head) of every head in heads.safetensors, those that are no linear layer too."""
+        return read_scorers(self.results_path.with_name("heads.safetensors"))
+
+    @cached_property
+    def directions(self) -> dict[str, Directions | None]:
+        """Of the clean features of training and test; None where there are none, or too many."""
+        return {split: read_directions(self.store, split) for split in ("train", "test")}
+
+    def tuned_lam(self, method: str) -> float | None:
+        """The λ that stands for a method where methods were tuned."""
+        return next((c["lam"] for c in self.results.get("chosen", ()) if c["method"] == method), None)
+
+    def head(self, kind: Kind) -> tuple[Row, Scorer]:
+        """(what it is, head) of a kind, of several batch orders the first; DataError naming what there is instead."""
+        mine = [(what, head) for what, head in self.scorers if kind.matches(what)]
+        if mine:
+            return min(mine, key=lambda each: each[0].get("seed") or 0)
+        file = self.results_path.with_name("heads.safetensors")
+        others = [what for what, _ in self.scorers if what["method"] == kind.method]
+        lams = ", ".join(f"{lam:g}" for lam in sorted({w["lam"] for w in others if w.get("lam") is not None}))
+        if kind.lam is not None and lams:
+            again = f"run `pipeline rebalance --lam {kind.lam:g}` for another"
+            raise DataError(f"{file}: no head {kind}; it has λ = {lams}; {again}")
+        known = ", ".join(dict.fromkeys(what["method"] for what, _ in self.scorers))
+        again = f"run `pipeline rebalance --method {kind.method}` first"
+        raise DataError(f"{file}: no head {kind}; it has {known}; {again}")
+
+    def norms(self, kind: Kind) -> np.ndarray | None:
+        """(C,) lengths of the class vectors, mean over batch orders; None where no such head was kept."""
+        heads, weight, _ = self.heads
+        found = [np.linalg.norm(weight[i].astype(np.float64), axis=1) for i, h in enumerate(heads) if kind.matches(h)]
+        return np.mean(found, axis=0) if found else None
+
+    @cached_property
+    def per_class(self) -> list[Row]:
+        """Lines of per_class.csv; empty where there is none."""
+        path = self.results_path.with_name("per_class.csv")
+        if not path.is_file():
+            return []
+        with open(path, encoding="utf-8", newline="") as file:
+            return [
+                line | {"lam": float(line["lam"]) if line["lam"] else None, "loss": line["loss"] or None}
+                for line in csv.DictReader(file)
+            ]
+
+    def class_accuracy(self, kind: Kind, split: str) -> np.ndarray | None:
+        """(C,) accuracy in %, mean over batch orders, nan where a class has no sample; None where nobody measured it.
+
+        per_class.csv has few settings; the others are measured again with the heads that were kept.
+        """
+        total, seen = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
+        for line in self.per_class:
+            if line["split"] == split and kind.matches(line):
+                c, n = int(line["class"]), int(line["total"])
+                total[c] += int(line["correct"])
+                seen[c] += n
+        if not seen.any():
+            total, seen = self._measured(kind, split)
+        if not seen.any():
+            return None
+        return np.where(seen > 0, 100 * total / np.maximum(seen, 1), np.nan)
+
+    def _measured(self, kind: Kind, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """(right, seen) samples of every class (C,), summed over the heads of a kind."""
+        heads, weight, bias = self.heads
+        right, seen = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
+        mine = [i for i, head in enumerate(heads) if kind.matches(head)]
+        if (
+            split not in self.store.splits
+            or self.store.rows(split) * weight[0].size * len(mine) > PRODUCTS_FOR_A_FIGURE
+        ):
+            return right, seen
+        labels, valid = self.store.labels(split), self.store.valid(split)
+        for chunk in self.store.chunks(split) if mine else ():
+            rows = slice(chunk.start, chunk.stop)
+            features, truth = self.store.read_chunk(chunk).astype(np.float32)[valid[rows]], labels[rows][valid[rows]]
+            for i in mine:
+                hit = (features @ weight[i].T + bias[i]).argmax(1) == truth
+                right += np.bincount(truth[hit], minlength=len(right))
+                seen += np.bincount(truth, minlength=len(seen))
+        return right, seen
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """All backbones of a run; numbers are spreads over backbones where there are several, else over batch orders."""
+
+    folder: Path
+    backbones: Sequence[Backbone]
+    document: dict[str, Any]
+    stages: dict[str, Any]
+
+    @property
+    def first(self) -> Backbone:
+        return self.backbones[0]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self.first.store.counts
+
+    @cached_property
+    def tested(self) -> np.ndarray:
+        """(C,) whether a class has a test image; the means of the test split are over these."""
+        store = self.first.store
+        return np.bincount(store.labels("test")[store.valid("test")], minlength=len(self.counts)) > 0
+
+    def classes_of(self, column: str) -> str:
+        """`5 classes` of a group or of all; `4 of 5 classes with test images` where its mean on test is over fewer."""
+        inside = np.ones_like(self.tested) if column == "all" else class_groups(self.counts)[column]
+        size, known = int(inside.sum()), int((inside & self.tested).sum())
+        return classes(size) if known == size else f"{known:,} of {classes(size)} with test images"
+
+    @property
+    def averaged(self) -> str:
+        """What a mean on test is over: `classes`, or those of them that have test images."""
+        return "classes" if self.tested.all() else "classes with test images"
+
+    @property
+    def by_size(self) -> np.ndarray:
+        """Class numbers, largest class first."""
+        return np.argsort(-self.counts, kind="stable")
+
+    @property
+    def lams(self) -> list[float]:
+        """The positive λ that every backbone has a result for; λ = 0 is a reference of its own."""
+        method = self.at(0.0).method
+        each = [{r["lam"] for r in b.rows if r["method"] == method and r.get("lam")} for b in self.backbones]
+        return sorted(set.intersection(*each))
+
+    def at(self, lam: float) -> Kind:
+        """The method with a λ that the curves show: the selected one, else IWB."""
+        chosen = self.first.selected
+        if chosen.lam is not None:
+            return Kind(chosen.method, chosen.loss, lam)
+        loss = next((r.get("loss") for r in self.first.rows if r["method"] == "iwb"), None)
+        return Kind("iwb", loss, lam)
+
+    @property
+    def start(self) -> str:
+        """What stage 2 started from: `stage 1` or `the linear probe`."""
+        found = start_name(self.first.store.fingerprint)
+        return f"the {found}" if found == PROBE else found
+
+    @property
+    def chosen_on(self) -> str | None:
+        """val or kfold; None where a single λ was given."""
+        return self.document["selected"].get("chosen_on")
+
+    @property
+    def choosing_split(self) -> str:
+        """The split that the choice was made on, in the rows: val or kfold."""
+        return self.chosen_on or "val"
+
+    @property
+    def repeated(self) -> str:
+        """What the ± counts: `3 backbones`, or `3 batch orders of one backbone`."""
+        if len(self.backbones) > 1:
+            return f"{len(self.backbones)} backbones"
+        n = len({r["seed"] for r in self.first.rows if self.first.selected.matches(r)})
+        return f"{n} batch orders of one backbone" if n > 1 else "one backbone, one batch order"
+
+    def spread(self, kinds: Kind | Sequence[Kind], split: str, column: str) -> Spread | None:
+        """Spread of one column of the table; a list gives each backbone its own kind; None where one lacks it."""
+        wanted = [kinds] * len(self.backbones) if isinstance(kinds, Kind) else kinds
+        each = []
+        for backbone, kind in zip(self.backbones, wanted, strict=True):
+            rows = [r for r in backbone.rows if r["split"] == split and kind.matches(r)]
+            if not rows:
+                return None
+            each.append([r.get(column) for r in rows])
+        values = each[0] if len(each) == 1 else [mean(v) for v in each]
+        return spread(values)
+
+    @property
+    def selected(self) -> list[Kind]:
+        return [b.selected for b in self.backbones]
+
+    def has_split(self, split: str) -> bool:
+        return all(any(r["split"] == split for r in b.rows) for b in self.backbones)
+
+
+def signed(value: float) -> str:
+    """`+1.2`, `−0.3` or `0.0`: a difference in points."""
+    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
+
+
+def classes(count: int) -> str:
+    return f"{count:,} class{'' if count == 1 else 'es'}"
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def spread(values: Sequence[float | None]) -> Spread:
+    """Mean and standard deviation (n − 1) of the values that exist."""
+    known = [v for v in values if v is not None]
+    std = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return Spread(mean(known), std, len(known))
+
+
+def labels(runs: Sequence[Path]) -> list[str]:
+    """What tells the runs apart: their folders' names, else their whole paths."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def read_study(run: Path) -> Study:
+    """The backbones under a run: RUN/rebalance, RUN/seed-N/rebalance, or RUN itself where results.json lies in it.
+
+    Raises DataError where there are no results, or they are damaged or belong to no readable store.
+    """
+    if not run.is_dir():
+        raise DataError(f"{run}: no such run folder; make one with `pipeline run`")
+    found = results_files(run)
+    if not found and (told := holds_runs(run)):
+        raise DataError(told)
+    if not found:
+        first = f"run `pipeline rebalance {run / 'features.zarr'}` first"
+        raise DataError(f"{run}: nothing to report: no rebalance/results.json; {first}")
+    together = run / "results.json"
+    several = found[0].parent not in (run, run / "rebalance")
+    joint = read_results(together) if several and together.is_file() else None
+    backbones = [_read_backbone(path, joint["selected"] if joint else None) for path in found]
+    for other in backbones[1:]:
+        if other.store.class_names != backbones[0].store.class_names:
+            raise DataError(
+                f"{other.results_path}: has other classes than {backbones[0].results_path}; report them apart"
+            )
+    stages = _json_or_empty(run / "run.json").get("stages", {})
+    return Study(run, backbones, joint or backbones[0].results, stages)
+
+
+def results_files(run: Path) -> list[Path]:
+    """The results.json of every backbone of a run, seed-2 before seed-10."""
+    seeds = sorted(run.glob("seed-*/rebalance/results.json"), key=lambda p: (len(p.parts[-3]), p.parts[-3]))
+    single = [p for p in (run / "rebalance" / "results.json", run / "results.json") if p.is_file()]
+    return seeds or single[:1]
+
+
+def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
+    """What lies in a backbone's folder; choice: what was selected for all backbones together, None for its own."""
+    folder = path.parent.parent if path.parent.name == "rebalance" else path.parent
+    results = read_results(path)
+    beside = folder / "features.zarr"
+    try:
+        named = results["store"]
+        store = open_cache(beside if beside.exists() and not is_url(named) else named)
+    except CacheError as error:
+        raise DataError(f"{path}: its feature store cannot be read: {error}") from error
+    chosen = choice or results["selected"]
+    own = {c["method"]: c["lam"] for c in results.get("chosen", ())}  # λ as this backbone tuned it
+    selected = Kind(chosen["method"], chosen.get("loss"), chosen.get("lam") or own.get(chosen["method"]))
+    metrics = folder / "backbone" / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    training = _json_or_empty(folder / "backbone" / "run.json")
+    made = _json_or_empty(path.with_name("run.json"))
+    return Backbone(folder.name, path, results, selected, store, _json_lines(lines), training, made)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The document `pipeline rebalance` wrote; DataError if it is unreadable or something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable results.json ({error}); run `pipeline rebalance` again") from error
+    missing = {"store", "baseline", "selected", "results"} - (document.keys() if isinstance(document, dict) else set())
+    if missing:
+        raise DataError(f"{path}: not written by `pipeline rebalance`: no {', '.join(sorted(missing))}")
+    return document
+
+
+def read_heads(path: Path) -> tuple[list[Row], np.ndarray, np.ndarray]:
+    """(method, loss, lam, seed of each linear head; weight (H, C, D); bias (H, C)). DataError if it is missing or other."""
+    linear = [(what, head) for what, head in read_scorers(path) if isinstance(head, Linear)]
+    return [what for what, _ in linear], np.stack([h.weight for _, h in linear]), np.stack([h.bias for _, h in linear])
+
+
+def _json_lines(lines: Iterable[str]) -> list[Row]:
+    """The whole lines; a last one torn by a kill is left out."""
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,120 @@
+"""What `rebalance` returns and writes."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.metrics import Scores
+from pipeline.rebalance.methods.settings import Setting
+from pipeline.text import Shown
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+MEASURES = ("all", "many", "medium", "few", "ece")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One head on one split; accuracies and ECE in %, None for an empty group."""
+
+    method: str
+    loss: str | None
+    lam: float | None
+    seed: int | None
+    split: str
+    all: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    ece: float | None
+
+
+@dataclass(frozen=True)
+class RebalanceResult(Shown):
+    """The table of stage 2 with what it was made from.
+
+    baseline and selected are measured on the test split (mean over seeds, NAME_std beside it), after the choice was
+    written. candidates: the settings chosen among. within_one_se: those whose validation score lies within one standard
+    error of the selected one.
+    differences: the selected row less others on the same test samples, with intervals (differences.py).
+    chosen: where methods were tuned, the setting that stands for each; trials: all that were tried, never on test.
+    """
+
+    store: str
+    digest: str
+    fingerprint: dict[str, Any]
+    network: dict[str, Any]
+    settings: dict[str, Any]
+    baseline: dict[str, float | None]
+    selected: dict[str, Any]
+    candidates: tuple[dict[str, Any], ...]
+    within_one_se: tuple[dict[str, Any], ...]
+    differences: dict[str, Any]
+    results: tuple[Row, ...]
+    timing: dict[str, float]
+    notes: tuple[str, ...]
+    out: str
+    chosen: tuple[dict[str, Any], ...] = ()
+    trials: tuple[dict[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `rebalance --json`."""
+        return asdict(self)
+
+    def __rich__(self) -> "Group":
+        from pipeline.report.table import results_tables
+
+        return results_tables(self.to_dict())
+
+
+def mean_and_std(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Mean of every measure over rows, and NAME_std, the sample standard deviation; None where there is no value."""
+    return spread_of([asdict(row) for row in rows])
+
+
+def spread_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """mean_and_std of rows as dictionaries."""
+    found: dict[str, float | None] = {}
+    for measure in MEASURES:
+        values = [v for v in (row[measure] for row in rows) if v is not None]
+        found[measure] = float(np.mean(values)) if values else None
+        found[f"{measure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return found
+
+
+def rows_csv(rows: Sequence[Row]) -> str:
+    """results.csv: one line a row, an empty field for None."""
+    return csv_text([asdict(row) for row in rows])
+
+
+def per_class_csv(scored: Sequence[tuple[Setting, int | None, str, Scores]], class_names: Sequence[str]) -> str:
+    """per_class.csv: one line for each setting, seed, split and class; `images` are training images."""
+    return csv_text(
+        [
+            setting.facts
+            | {"seed": seed, "split": split, "class": c, "name": class_names[c], "images": int(scores.counts[c])}
+            | {"correct": int(scores.correct[c]), "total": int(scores.total[c])}
+            for setting, seed, split, scores in scored
+            for c in range(len(scores.counts))
+        ]
+    )
+
+
+def trials_csv(trials: Sequence[dict[str, Any]]) -> str:
+    """trials.csv: one line for each setting that was tried, its parameters as JSON."""
+    return csv_text([trial | {"parameters": json.dumps(trial["parameters"])} for trial in trials])
+
+
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV file of lines with the same keys; an empty field for None."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
