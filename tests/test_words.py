@@ -1,0 +1,65 @@
+"""The words of the code: names and docstrings say what a thing is, in the terms of the field."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(path for package in ("pipeline", "cache") for path in (ROOT / package).rglob("*.py"))
+# pronouns and bare participles: a reader cannot tell from them what the value is
+VAGUE = set(
+    "found told said shown mine own others other each one it its that this these those what which who of so also such "
+    "kept given taken made seen wanted asked known  called  gone  begun come put got had held meant used "
+    "tried chosen listed added missed lost drawn brought  written them they their theirs ours us we me my your "
+    "yours his her same both all_of either neither whole   of_one of_each of_all    least first_of "
+    "heard sent met standing lying differing strange foreign earlier later before after there here now then where how "
+    "way ways thing things stuff beside behind".split()
+)
+MOST_VAGUE_NAMES = 60
+
+
+def assigned_names(tree: ast.AST):
+    """Yield every name that is bound by an assignment, a loop, a with statement or a parameter."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+
+
+def docstrings(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield getattr(node, "name", "module"), text
+
+
+def test_few_names_are_pronouns_or_bare_participles():
+    vague = Counter()
+    for path in FILES:
+        for name, _ in assigned_names(ast.parse(path.read_text(encoding="utf-8"))):
+            if name.strip("_") in VAGUE:
+                vague[str(path.relative_to(ROOT))] += 1
+    assert sum(vague.values()) < MOST_VAGUE_NAMES, vague.most_common()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_say_what_is_returned_or_done(path):
+    riddles = [
+        f"{name}: {text.splitlines()[0]}"
+        for name, text in docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        if text.split()[0] in ("What", "Whether", "How", "That", "Of", "Who")
+    ]
+    assert not riddles
+
+
+def test_no_two_classes_share_a_name():
+    places = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in places.items() if len(files) > 1}
