@@ -9,14 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path for package in ("pipeline", "cache") for path in (ROOT / package).rglob("*.py"))
 # pronouns and bare participles: a reader cannot tell from them what the value is
-VAGUE = set(
-    "found told said shown mine own others other each one it its that this these those what which who of so also such "
-    "kept given taken made seen wanted asked known  called  gone  begun come put got had held meant used "
-    "tried chosen listed added missed lost drawn brought  written them they their theirs ours us we me my your "
-    "yours his her same both all_of either neither whole   of_one of_each of_all    least first_of "
-    "heard sent met standing lying differing strange foreign earlier later before after there here now then where how "
-    "way ways thing things stuff beside behind".split()
-)
+VAGUE = set((ROOT / "tests" / "vague_words.txt").read_text(encoding="utf-8").split())
 MOST_VAGUE_NAMES = 60
 
 
