@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from pipeline.errors import PipelineError
     from pipeline.info import Artefact, Verified, describe, verify
     from pipeline.plan.after import plan_export, plan_progress, plan_report
-    from pipeline.plan.plan import Plan
     from pipeline.plan.stage1 import plan_dump, plan_training, plan_tries
     from pipeline.plan.stage2 import plan_rebalance
     from pipeline.plan.whole import plan_reproduce, plan_run
+    from pipeline.prepared import Prepared
     from pipeline.rebalance.ablation import AblationResult, ablate
     from pipeline.rebalance.engine.objective import iwb_objective
     from pipeline.rebalance.evaluate import EvaluateResult, evaluate
@@ -62,7 +62,7 @@ _PUBLIC = {
     "pipeline.deploy.export": ("Exported", "export_model", "rebalanced_head"),
     "pipeline.info": ("Artefact", "Verified", "describe", "verify"),
     "pipeline.plan.after": ("plan_export", "plan_progress", "plan_report"),
-    "pipeline.plan.plan": ("Plan",),
+    "pipeline.prepared": ("Prepared",),
     "pipeline.plan.stage1": ("plan_dump", "plan_training", "plan_tries"),
     "pipeline.plan.stage2": ("plan_rebalance",),
     "pipeline.plan.whole": ("plan_reproduce", "plan_run"),

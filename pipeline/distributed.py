@@ -112,6 +112,14 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def planned_ranks(device: str, world: int) -> Ranks:
+    """Return the first of `world` processes that are not started, as a dry run needs it.
+
+    Raises: ConfigError: the device is not there.
+    """
+    return Ranks(0, world, choose_device(device))
+
+
 def refuse_too_many(nproc: int, device: str = "auto") -> None:
     """ConfigError where a host has too few GPUs, or far too few cores, for so many processes."""
     if choose_device(device).type == "cuda":

@@ -197,7 +197,7 @@ def test_exports_take_what_was_said(finished, tmp_path, monkeypatch, capsys):
 def test_a_training_that_was_stopped_goes_on_as_said(place, tmp_path, monkeypatch, capsys):
     from pipeline import load_config, train_backbone
     from pipeline.errors import Terminated
-    from pipeline.plan import plan_training
+    from pipeline.plan.stage1 import plan_training
 
     config, out = load_config(place / "pipeline.yaml"), tmp_path / "backbone"
 

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.config import load_config, make_config, shipped_configs
 from pipeline.errors import ConfigError, DataError
-from pipeline.plan import plan_run
+from pipeline.plan.whole import plan_run
 from pipeline.run import run_pipeline
 from tests.conftest import digits_tree
 

@@ -128,7 +128,7 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
     variants = f"{len(chosen.variants)} variants; " if chosen.variants else ""
     own = results_folder(path, "ablations") / tree.get("name", "variants") if variants else results_folder(path)
     if dry_run:
-        from pipeline.plan import plan_rebalance
+        from pipeline.plan.stage2 import plan_rebalance
 
         show(plan_rebalance(path, chosen, out=out or own, device=device, world=processes(nproc, device)), as_json)
         return

@@ -40,7 +40,7 @@ def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, d
     parts = plan(configs, seeds=whole_numbers("--seeds", seeds), sets=sets)
     wanted = tuple(tables.split(",")) if tables else TABLES
     if dry_run:
-        from pipeline.plan import plan_reproduce
+        from pipeline.plan.whole import plan_reproduce
 
         show(plan_reproduce(parts, out=out, folder=page, tables=wanted, device=device), as_json)
         return

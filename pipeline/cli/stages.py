@@ -80,7 +80,7 @@ def run_command(
 
     brought = Brought(checkpoint, typed(sets, "backbone.model"), key_map, probe) if checkpoint else None
     if dry_run:
-        from pipeline.plan import plan_run
+        from pipeline.plan.whole import plan_run
 
         show(plan_run(chosen, brought=brought, world=processes(nproc, device), **where), as_json)
         return
@@ -132,7 +132,7 @@ def train_command(
         )
     where: Any = {"out": out or chosen.run_dir / "backbone", "device": device, "overwrite": overwrite}
     if dry_run:
-        from pipeline.plan import plan_training, plan_tries
+        from pipeline.plan.stage1 import plan_training, plan_tries
 
         world = processes(nproc, device)
         if tries or seeds:
@@ -241,7 +241,7 @@ def dump_command(
         "say": talk.say,
     }
     if dry_run:
-        from pipeline.plan import plan_dump
+        from pipeline.plan.stage1 import plan_dump
 
         show(plan_dump(path, world=processes(nproc, device), **made_from), as_json)
         return

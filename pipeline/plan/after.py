@@ -8,13 +8,13 @@ from typing import Any
 import cache
 from cache import CacheError, refuse_unwritable
 from pipeline.errors import DataError
-from pipeline.plan.plan import Plan, Write
+from pipeline.prepared import Prepared, Write, replaced_or_new
 from pipeline.report.ablation import read_ablations
 from pipeline.report.html import asked, study_of
 from pipeline.report.progress import FILE, trainings
 
 
-def plan_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Plan:
+def plan_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Prepared:
     """What `write_report` would do; raises what it would raise before it draws."""
     runs, folder = asked(run, out)
     told: dict[Path, str] = {}
@@ -32,13 +32,13 @@ def plan_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Plan:
         told[path] = f"{path}: {len(study.backbones)} backbone(s), {rows:,} rows; selected: {study.first.selected}"
         numbers.append({"run": str(path), "backbones": len(study.backbones), "rows": rows})
     refuse_unwritable(folder)
-    writes = tuple(Write(folder / name, None, _state(folder / name)) for name in ("report.html", "figures"))
+    writes = tuple(Write(folder / name, None, replaced_or_new(folder / name)) for name in ("report.html", "figures"))
     if len(runs) == 1:
-        return Plan("report", {}, {"run": next(iter(told.values()))}, numbers[0], writes)
-    return Plan("report", {}, {"runs": "; ".join(told.values())}, {"runs": numbers}, writes)
+        return Prepared("report", {}, {"run": next(iter(told.values()))}, numbers[0], writes)
+    return Prepared("report", {}, {"runs": "; ".join(told.values())}, {"runs": numbers}, writes)
 
 
-def plan_progress(runs: Sequence[Path], *, out: Path) -> Plan:
+def plan_progress(runs: Sequence[Path], *, out: Path) -> Prepared:
     """What `compare_progress` would do; raises what it would raise before it draws."""
     found = {run: trainings(run) for run in runs}
     for run, of_run in found.items():
@@ -49,13 +49,13 @@ def plan_progress(runs: Sequence[Path], *, out: Path) -> Plan:
             )
     refuse_unwritable(out)
     facts = {"compares": ", ".join(f"{run} ({len(of_run)} training(s))" for run, of_run in found.items())}
-    writes = tuple(Write(out / name, None, _state(out / name)) for name in ("progress.png", "progress.csv"))
-    return Plan("progress", {}, facts, {"runs": [str(run) for run in runs]}, writes)
+    writes = tuple(Write(out / name, None, replaced_or_new(out / name)) for name in ("progress.png", "progress.csv"))
+    return Prepared("progress", {}, facts, {"runs": [str(run) for run in runs]}, writes)
 
 
 def plan_export(
     run: Path | str, *, to: str | None = None, out: Path, lam: float | None = None, method: str | None = None
-) -> Plan:
+) -> Prepared:
     """What `export_model`, or of a store `cache.export`, would do; raises what it would raise before it writes."""
     if "://" in str(run) or (Path(run) / "zarr.json").is_file():
         return _of_store(run, to or "npy", out)
@@ -70,10 +70,10 @@ def plan_export(
     head = {"method": kind.method, "lam": kind.lam}
     facts = {"model": f"{told}; weights of {checkpoint.path}", "head": f"{kind} of {study.first.results_path}"}
     numbers: dict[str, Any] = {"run": str(run), "to": to or "timm", "network": network, "head": head}
-    return Plan("export", {}, facts, numbers, (Write(out, model_bytes(checkpoint.model), _state(out)),))
+    return Prepared("export", {}, facts, numbers, (Write(out, model_bytes(checkpoint.model), replaced_or_new(out)),))
 
 
-def _of_store(store: Path | str, to: str, out: Path) -> Plan:
+def _of_store(store: Path | str, to: str, out: Path) -> Prepared:
     try:
         opened = cache.open_cache(store)
     except CacheError as error:
@@ -86,7 +86,7 @@ def _of_store(store: Path | str, to: str, out: Path) -> Plan:
     shapes = [(opened.views(s), opened.rows(s), opened.width) for s in opened.splits]
     size = itemsize * sum(prod(shape) for shape in shapes) + 16 * rows + 4 * len(opened.counts) * (opened.width + 1)
     told = ", ".join(f"{s} {opened.views(s)} × {opened.rows(s):,} × {opened.width}" for s in opened.splits)
-    return Plan(
+    return Prepared(
         "export", {}, {"store": f"{opened.path}: {told}, {opened.dtype}"}, {"store": str(opened.path), "to": to},
         (Write(out, size, "new"),),
     )  # fmt: skip
@@ -94,7 +94,7 @@ def _of_store(store: Path | str, to: str, out: Path) -> Plan:
 
 def plan_predict(
     model: Path, images: Sequence[Path | str], *, out: Path | None, batch_size: int, compare: bool, device: str
-) -> Plan:
+) -> Prepared:
     """What labelling would do; raises what it would raise before it reads the first image."""
     from pipeline.deploy.inference_model import load_model
     from pipeline.deploy.predict import counted, find_images
@@ -112,9 +112,5 @@ def plan_predict(
         "images": f"{counted(len(paths))} in {batches:,} batch{'' if batches == 1 else 'es'}, by {where}",
     }
     numbers: dict[str, Any] = {"images": len(paths), "batches": batches, "classes": len(loaded.class_names)}
-    writes = () if out is None else (Write(out, None, _state(out)),)
-    return Plan("predict", {}, facts, numbers | {"device": where, "compare": compare}, writes, tuple(notes))
-
-
-def _state(path: Path) -> str:
-    return "replaced" if path.exists() else "new"
+    writes = () if out is None else (Write(out, None, replaced_or_new(out)),)
+    return Prepared("predict", {}, facts, numbers | {"device": where, "compare": compare}, writes, tuple(notes))

@@ -27,11 +27,11 @@ from pipeline.backbone.training_dir import TrainingFolder, identity_of, refuse_a
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
-from pipeline.distributed import Ranks, choose_device
+from pipeline.distributed import Ranks, planned_ranks
 from pipeline.dump import as_data_error, encoding_precision, fitting, store_of
 from pipeline.dump_source import Source, find_source
 from pipeline.errors import DataError, PipelineError
-from pipeline.plan.plan import Plan, Write, classes_text
+from pipeline.prepared import Prepared, Write, data_facts, device_numbers, device_text
 
 RECORD, REST, LINE = (
     250,
@@ -51,7 +51,7 @@ STATES = {
 class Training:
     """A training as it would begin: what is left of it, and what its network is."""
 
-    plan: Plan
+    plan: Prepared
     dataset: Dataset
     network: dict[str, Any]
     complete: bool
@@ -59,9 +59,9 @@ class Training:
 
 def plan_training(
     config: Config, *, out: Path | str, device: str = "auto", world: int = 1, overwrite: bool = False
-) -> Plan:
+) -> Prepared:
     """What `train_backbone` would do with `world` processes; raises what it would raise before its first step."""
-    return foresee_training(config, out=Path(out), ranks=alone(device, world), overwrite=overwrite).plan
+    return foresee_training(config, out=Path(out), ranks=planned_ranks(device, world), overwrite=overwrite).plan
 
 
 def foresee_training(config: Config, *, out: Path, ranks: Ranks, overwrite: bool) -> Training:
@@ -106,7 +106,7 @@ def foresee_training(config: Config, *, out: Path, ranks: Ranks, overwrite: bool
         else "new"
     )
     fetched = ["pretrained weights are fetched when it starts, unless they are in timm's cache"] * settings.pretrained
-    plan = Plan(
+    plan = Prepared(
         command="train-backbone",
         config=config.model_dump(mode="json", include={"name", "data", "backbone"}),
         facts={
@@ -115,7 +115,7 @@ def foresee_training(config: Config, *, out: Path, ranks: Ranks, overwrite: bool
             "trains": f"{settings.epochs} epochs × {steps:,} steps"
             + (f", {left:,} steps left" if state else f" = {left:,} steps")
             + f" of {settings.batch_size} images; {images:,} images",
-            "on": f"{ranks.device}, {precision}, {ranks.world} rank(s)",
+            "on": device_text(ranks, precision),
         },
         numbers={
             "dataset": dataset.summary(),
@@ -125,7 +125,7 @@ def foresee_training(config: Config, *, out: Path, ranks: Ranks, overwrite: bool
             "steps_per_epoch": steps,
             "steps": left,
             "images": images,
-            **where(ranks, precision),
+            **device_numbers(ranks, precision),
         },
         writes=(Write(out, _training_bytes(model, config, left), there),),
         notes=(*dataset.notes, *([why] if why else []), *fetched),
@@ -142,12 +142,12 @@ def plan_tries(
     device: str = "auto",
     world: int = 1,
     overwrite: bool = False,
-) -> Plan:
+) -> Prepared:
     """What `try_settings` would do; raises what it would raise before its first step."""
     tries, seeds, ranks, out = (
         grid(config, options),
         tuple(seeds or (config.backbone.seed,)),
-        alone(device, world),
+        planned_ranks(device, world),
         Path(out),
     )
     refuse_without_validation(config)
@@ -166,8 +166,8 @@ def plan_tries(
     files = [out / name for name in ("tries.json", "tries.csv")]
     writes = tuple(Write(file, None, "replaced" if file.is_file() else "new") for file in files)
     config_told = config.model_dump(mode="json", include={"name", "data", "backbone"})
-    return Plan(
-        "train-backbone", config_told, facts | {"trains": every}, numbers | where(ranks, first.numbers["precision"]),
+    return Prepared(
+        "train-backbone", config_told, facts | {"trains": every}, numbers | device_numbers(ranks, first.numbers["precision"]),
         writes, first.notes, tuple(parts),
     )  # fmt: skip
 
@@ -186,9 +186,9 @@ def plan_dump(
     world: int = 1,
     overwrite: bool = False,
     say: Callable[[str], object] = lambda line: None,
-) -> Plan:
+) -> Prepared:
     """What `dump_features` would do with a checkpoint's file; raises what it would raise before its first image."""
-    ranks = alone(device, world)
+    ranks = planned_ranks(device, world)
     first = Ranks(0, 1, ranks.device)
     source = find_source(
         Path(backbone), config, out=out, own_images=own_images, settings=settings, model=model, key_map=key_map,
@@ -197,7 +197,7 @@ def plan_dump(
     return foresee_dump(source, ranks=ranks, overwrite=overwrite)
 
 
-def foresee_dump(source: Source, *, ranks: Ranks, overwrite: bool) -> Plan:
+def foresee_dump(source: Source, *, ranks: Ranks, overwrite: bool) -> Prepared:
     backbone, config, out = source.backbone, source.config, source.out
     dataset = fitting(source.images or load_dataset(config.data), backbone)
     arguments = store_of(backbone, config, dataset, out=out, ranks=ranks, overwrite=overwrite)
@@ -226,7 +226,7 @@ def dump_plan(
     ranks: Ranks,
     network: dict[str, Any],
     extra: tuple[Write, ...] = (),
-) -> Plan:
+) -> Prepared:
     """The plan of a dump of which it is known what is there."""
     layout, images = found.layout, sum(chunk.rows for chunk in found.missing)
     whole = found.state in ("new", "replaced")
@@ -238,7 +238,7 @@ def dump_plan(
     )
     precision = str(encoding_precision(ranks.device)).removeprefix("torch.")
     batches = sum(ceil(chunk.rows / config.dump.batch_size) for chunk in found.missing)
-    return Plan(
+    return Prepared(
         command="dump-features",
         config=config.model_dump(mode="json", include={"name", "data", "dump"}),
         facts={
@@ -246,7 +246,7 @@ def dump_plan(
             "network": f"{network['network']}, {network['parameters']:,} parameters",
             "encodes": f"{images:,} images ({layout.views('train')} training view(s)) in {batches:,} batches of "
             f"{config.dump.batch_size}; {layout.width} features each, {layout.dtype}, {len(found.missing):,} chunks",
-            "on": f"{ranks.device}, {precision}, {ranks.world} rank(s)",
+            "on": device_text(ranks, precision),
         },
         numbers={
             "dataset": dataset.summary(),
@@ -255,25 +255,11 @@ def dump_plan(
             "batches": batches,
             "chunks": len(found.missing),
             "store_bytes": layout.bytes,
-            **where(ranks, precision),
+            **device_numbers(ranks, precision),
         },
         writes=(Write(out, missing_bytes, state), *extra),
         notes=dataset.notes,
     )
-
-
-def alone(device: str, world: int) -> Ranks:
-    """The first of several processes that nobody started; ConfigError where the device is not there."""
-    return Ranks(0, world, choose_device(device))
-
-
-def data_facts(dataset: Dataset) -> dict[str, str]:
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in dataset.splits.items())
-    return {"data": f"{dataset.name}: {sizes}", "classes": classes_text(dataset.class_names, dataset.counts)}
-
-
-def where(ranks: Ranks, precision: str) -> dict[str, Any]:
-    return {"device": str(ranks.device), "precision": precision, "ranks": ranks.world}
 
 
 def store_state(out: Path | str) -> str:

@@ -1,4 +1,4 @@
-"""Plan of rebalance: the store, the heads that would be fitted, the steps."""
+"""Prepared of rebalance: the store, the heads that would be fitted, the steps."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -9,10 +9,9 @@ import numpy as np
 
 from cache import Cache, refuse_unwritable
 from pipeline.config import RebalanceConfig
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, planned_ranks
 from pipeline.paths import results_folder, store_settings
-from pipeline.plan.plan import Plan, Write, classes_text
-from pipeline.plan.stage1 import alone, where
+from pipeline.prepared import Prepared, Write, classes_text, device_numbers, device_text
 from pipeline.rebalance.methods.settings import Setting, asked_methods, candidates, references
 from pipeline.rebalance.overwrite_check import refuse_foreign
 from pipeline.rebalance.run import choosing_split, network_of, prepare
@@ -27,11 +26,11 @@ def plan_rebalance(
     out: Path | str | None = None,
     device: str = "auto",
     world: int = 1,
-) -> Plan:
+) -> Prepared:
     """What `rebalance`, or `ablate` where the configuration lists variants, would do; raises what it would raise before
     its first step. The training features are not read: a damaged chunk of theirs is not noticed.
     """
-    ranks, config = alone(device, world), config or store_settings(store)
+    ranks, config = planned_ranks(device, world), config or store_settings(store)
     configs = variants_of(config)
     prepared = [prepare(store, of_one) for of_one in configs]
     loaded = prepared[0][0]
@@ -50,15 +49,15 @@ def plan_rebalance(
         f"{cache.width} features each",
         "classes": classes_text(cache.class_names, np.asarray(loaded.features.counts)),
         "fits": fits_text(configs, numbers),
-        "on": f"{ranks.device}, float32, {ranks.world} rank(s)",
+        "on": device_text(ranks, "float32"),
     }
     size = None if config.variants else heads_bytes(numbers["heads"], classes=len(cache.counts), width=cache.width)
-    return Plan(
+    return Prepared(
         "rebalance",
         {"rebalance": config.model_dump(mode="json")},
         facts,
         {"store": str(cache.path), "digest": cache.digest, "network": network_of(cache), **numbers}
-        | where(ranks, "float32"),
+        | device_numbers(ranks, "float32"),
         (Write(folder, size, "results there are replaced" if file.is_file() else "new"),),
         tuple(dict.fromkeys([*loaded.notes, *(note for *_, notes in prepared for note in notes)])),
     )
@@ -106,15 +105,15 @@ def heads_bytes(heads: int, *, classes: int, width: int) -> int:
 
 def stage2_plan(
     config: RebalanceConfig, *, out: Path, rows: int, classes: int, width: int, views: int, ranks: Ranks, state: str
-) -> Plan:
+) -> Prepared:
     """The plan of a rebalance of a store that is not there yet."""
     configs = variants_of(config)
     numbers = stage2_numbers(configs, rows=rows, views=views, beside=not config.variants)
-    return Plan(
+    return Prepared(
         "rebalance",
         {"rebalance": config.model_dump(mode="json")},
-        {"fits": fits_text(configs, numbers), "on": f"{ranks.device}, float32, {ranks.world} rank(s)"},
-        numbers | where(ranks, "float32"),
+        {"fits": fits_text(configs, numbers), "on": device_text(ranks, "float32")},
+        numbers | device_numbers(ranks, "float32"),
         (Write(out, heads_bytes(numbers["heads"], classes=classes, width=width), state),),
     )
 

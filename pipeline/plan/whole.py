@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pipeline.backbone.external_checkpoint import bring
 from pipeline.config import Config
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, planned_ranks
 from pipeline.dump_source import Source, source_of
 from pipeline.errors import ConfigError
-from pipeline.plan.plan import Plan, Write
-from pipeline.plan.stage1 import alone, dump_plan, foresee_dump, foresee_training, store_state, unmade_store, where
+from pipeline.plan.stage1 import dump_plan, foresee_dump, foresee_training, store_state, unmade_store
 from pipeline.plan.stage2 import stage2_plan
+from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.reproduce.backbone import METHODS, TABLES, settings_of
 from pipeline.reproduce.run import Part, plan, refuse_unknown
 from pipeline.run import (
@@ -36,29 +36,29 @@ def plan_run(
     device: str = "auto",
     world: int = 1,
     overwrite: bool = False,
-) -> Plan:
+) -> Prepared:
     """What `run_pipeline` would do; raises what it would raise before its first step."""
     places = places_of(config, out, seeds, brought)
-    ranks = alone(device, world)
+    ranks = planned_ranks(device, world)
     refuse_other_kind(out, seeds)
     reach(store)
-    parts: list[Plan] = []
+    parts: list[Prepared] = []
     for place, of_one in places.items():
         where_to = store_of_seed(place, store, named=bool(seeds))
         title = place.name if seeds else ""
         with told_what_stays(where_to):
             stages = _stages(of_one, place, where_to, ranks, brought, overwrite=overwrite, name=title)
         parts += [_without_data(stage) for stage in stages] if parts else stages
-    report = Write(out / "report.html", None, "replaced" if (out / "report.html").is_file() else "new")
-    numbers = {"out": str(out), "seeds": list(seeds or [config.backbone.seed])} | where(
+    report = Write(out / "report.html", None, replaced_or_new(out / "report.html"))
+    numbers = {"out": str(out), "seeds": list(seeds or [config.backbone.seed])} | device_numbers(
         ranks, parts[0].numbers["precision"]
     )
-    return Plan("run", config.model_dump(mode="json"), {}, numbers, (report,), (), tuple(parts))
+    return Prepared("run", config.model_dump(mode="json"), {}, numbers, (report,), (), tuple(parts))
 
 
 def _stages(
     config: Config, place: Path, store: Path | str, ranks: Ranks, brought: Brought | None, *, overwrite: bool, name: str
-) -> list[Plan]:
+) -> list[Prepared]:
     """Stages 1, dump and 2 of one backbone; data are told once."""
     title = f"{name}: " if name else ""
     if brought:
@@ -94,7 +94,7 @@ def _stages(
     return [replace(stage, title=title + stage.command) for stage in (first, *map(_without_data, others), fit)]
 
 
-def _without_data(stage: Plan) -> Plan:
+def _without_data(stage: Prepared) -> Prepared:
     """A stage whose data and network were told before."""
     told = {name: text for name, text in stage.facts.items() if name not in ("data", "classes", "network")}
     return replace(stage, facts=told, notes=())
@@ -107,11 +107,11 @@ def plan_reproduce(
     folder: Path | None = None,
     tables: Sequence[str] = TABLES,
     device: str = "auto",
-) -> Plan:
+) -> Prepared:
     """What `reproduce` would do; raises what it would raise before its first step."""
     refuse_unknown(tables)
-    ranks = alone(device, 1)
-    stages: list[Plan] = []
+    ranks = planned_ranks(device, 1)
+    stages: list[Prepared] = []
     for part in plan() if parts is None else parts:
         for seed in part.seeds:
             place, config = out / part.config.name / f"seed-{seed}", with_seed(part.config, seed)
@@ -138,6 +138,6 @@ def plan_reproduce(
     if not stages:
         raise ConfigError("nothing to reproduce: give a configuration")
     page = (folder or out) / "reproduction.md"
-    numbers = {"out": str(out), "tables": list(tables)} | where(ranks, stages[0].numbers["precision"])
-    writes = (Write(page, None, "replaced" if page.is_file() else "new"), Write(out / "keep", None, "kept files"))
-    return Plan("reproduce", {}, {}, numbers, writes, (), tuple(stages))
+    numbers = {"out": str(out), "tables": list(tables)} | device_numbers(ranks, stages[0].numbers["precision"])
+    writes = (Write(page, None, replaced_or_new(page)), Write(out / "keep", None, "kept files"))
+    return Prepared("reproduce", {}, {}, numbers, writes, (), tuple(stages))

@@ -13,7 +13,7 @@ import cache
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.metrics import scores
-from pipeline.plan import plan_rebalance
+from pipeline.plan.stage2 import plan_rebalance
 from pipeline.rebalance import RebalanceResult, rebalance, run, sweep
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
