@@ -198,7 +198,8 @@ def with_training(request, folder):
 def with_foreign_files(request, folder):
     import torch
     from safetensors.torch import save_file
-    from tests.backbone.test_foreign import network
+
+    from tests.backbone.test_external_checkpoint import network
 
     state = network("resnet18", 1000).state_dict()
     save_file(state, folder / "resnet18.safetensors")
