@@ -1,5 +1,7 @@
-"""Where what belongs to a store lies, and which settings it was made for."""
+"""Where what belongs to a store lies, how files record paths, and which settings a store was made for."""
 
+import os
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from cache import Cache, CacheError, open_cache
 from pipeline.config import RebalanceConfig, make_rebalance_config
 from pipeline.errors import DataError
 
+PATHS = ("store", "out")  # of a results document
 _OF_A_RUN = ("backbone/last.pt", "features.zarr", "rebalance/results.json", "seed-*/backbone", "seed-*/features.zarr")
 
 
@@ -59,6 +62,47 @@ def results_folder(store: Cache | Path | str, kind: str = "rebalance") -> Path:
         return Path(f"{parent if name == 'features.zarr' else Path(name).stem}-{kind}")
     place = Path(place)
     return place.parent / (kind if place.name == "features.zarr" else f"{place.stem}-{kind}")
+
+
+def recorded_path(path: Path | str, folder: Path) -> str:
+    """Return the text by which a file in `folder` records a path, valid from any working directory.
+
+    A relative path becomes relative to `folder`, so that both can move together; an absolute one and a URL stay as they are.
+    """
+    text = os.fspath(path)
+    if "://" in text or os.path.isabs(text):
+        return text
+    return os.path.relpath(os.path.realpath(text), os.path.realpath(folder))
+
+
+def read_path(text: str, folder: Path) -> str:
+    """Return the path that a file in `folder` records as `text`, so that it leads there from the working directory.
+
+    Files of format 0.1 record a path relative to the directory in which the command was typed. Where nothing lies at the
+    path relative to `folder`, the working directory and the folders above `folder` are tried in turn.
+    """
+    if "://" in text or os.path.isabs(text):
+        return text
+    candidates = [base / text for base in (folder, Path(), *folder.resolve().parents)]
+    path = os.path.realpath(next((path for path in candidates if path.exists()), candidates[0]))
+    from_here = os.path.relpath(path)
+    return path if from_here.startswith(os.pardir) else from_here
+
+
+def recorded_document(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return results as a file in `folder` records them: `store` (one, or one a backbone) and `out` by `recorded_path`."""
+    return document | {name: _each(text, recorded_path, folder) for name, text in document.items() if name in PATHS}
+
+
+def read_document(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return results that a file in `folder` records, with paths that lead there from the working directory."""
+    return document | {name: _each(text, read_path, folder) for name, text in document.items() if name in PATHS}
+
+
+def _each(text: Any, change: Callable[[str, Path], str], folder: Path) -> Any:
+    if isinstance(text, list):
+        return [_each(one, change, folder) for one in text]
+    return change(text, folder) if isinstance(text, str) else text
 
 
 def store_tree(store: Cache | Path | str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pipeline.data import Dataset, load_dataset
 from pipeline.distributed import Ranks
 from pipeline.dump import dump_features
 from pipeline.errors import ConfigError, DataError
+from pipeline.paths import read_document, recorded_document, recorded_path
 from pipeline.provenance import provenance
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.combine_seeds import combine
@@ -160,7 +161,7 @@ def run_pipeline(
             return None
         if seeds:
             results = combine(documents, [read_hits(place / "rebalance" / "test_hits.safetensors") for place in places])
-            write_durably(out / "results.json", json.dumps(results, indent=1))
+            write_durably(out / "results.json", json.dumps(recorded_document(results, out), indent=1))
         else:
             results = documents[0]
         report, pictures = _report(out, list(places), ledger, talk)
@@ -287,7 +288,11 @@ def _one_backbone(
     whole = f"{store}: complete, all checksums hold"
     talk.say(str(dumped) if dumped.written or dumped.skipped else whole)
     folder = out / "rebalance"
-    inputs = {"store": dumped.digest, "at": str(store), "settings": config.rebalance.model_dump(mode="json")}
+    inputs = {
+        "store": dumped.digest,
+        "at": recorded_path(store, out),
+        "settings": config.rebalance.model_dump(mode="json"),
+    }
     if not ranks.largest(ranks.first and not ledger.up_to_date(name + "rebalance", inputs)):
         talk.say(f"{folder}: up to date")
     else:
@@ -297,7 +302,7 @@ def _one_backbone(
         ledger.did(name + "rebalance", time.perf_counter() - started, inputs=inputs, outputs=outputs)
     if not ranks.first:
         return {}
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return read_document(json.loads((folder / "results.json").read_text(encoding="utf-8")), folder)
 
 
 @contextmanager

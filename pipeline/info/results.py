@@ -9,6 +9,7 @@ from pipeline.errors import DataError
 from pipeline.info.artefact import Artefact, Facts, accuracies_of, beside, prefixed, read_json, text_of, try_json
 from pipeline.info.trained import checkpoint
 from pipeline.method_names import start_name
+from pipeline.paths import read_document
 from pipeline.report.study import read_results
 from pipeline.results.heads import read_scorers
 
@@ -110,7 +111,7 @@ def _hits(path: Path) -> Artefact | None:
 
 def ablation(path: Path) -> Artefact:
     """ablation.json: what each variant chose, and its accuracy."""
-    found = read_json(path)
+    found = read_document(read_json(path), path.parent)
     most = max(row["n"] for row in found["rows"])
     rows = {f"  {row['name']}": f"{_chosen(row)}: {accuracies_of(row)}" for row in found["rows"]}
     facts = {

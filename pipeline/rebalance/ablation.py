@@ -12,7 +12,7 @@ from cache import Cache, write_durably
 from pipeline import distributed
 from pipeline.config import RebalanceConfig, Variant
 from pipeline.distributed import Ranks
-from pipeline.paths import results_folder
+from pipeline.paths import recorded_document, recorded_path, results_folder
 from pipeline.provenance import provenance
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
@@ -236,8 +236,8 @@ def _write(result: AblationResult, config: RebalanceConfig) -> None:
         config=config.model_dump(mode="json"),
         device=result.settings["device"],
         seed=list(config.seeds),
-        made_from={"store": result.store, "digest": result.digest},
+        made_from={"store": recorded_path(result.store, out), "digest": result.digest},
         network=result.network,
     )
     write_durably(out / "run.json", json.dumps(run, indent=1))
-    write_durably(out / "ablation.json", json.dumps(document, indent=1, allow_nan=False))
+    write_durably(out / "ablation.json", json.dumps(recorded_document(document, out), indent=1, allow_nan=False))

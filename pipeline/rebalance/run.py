@@ -15,7 +15,7 @@ from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
 from pipeline.metrics import scarce, unmeasured
-from pipeline.paths import results_folder, store_settings
+from pipeline.paths import recorded_document, recorded_path, results_folder, store_settings
 from pipeline.provenance import provenance
 from pipeline.rebalance.compare import Comparison, compare
 from pipeline.rebalance.folds import CAVEAT
@@ -277,8 +277,8 @@ def _write(
         config=config.model_dump(mode="json"),
         device=result.settings["device"],
         seed=list(config.seeds),
-        made_from={"store": result.store, "digest": result.digest},
+        made_from={"store": recorded_path(result.store, out), "digest": result.digest},
         network=result.network,
     )
     write_durably(out / "run.json", json.dumps(run, indent=1))
-    write_durably(out / "results.json", json.dumps(result.to_dict(), indent=1, allow_nan=False))
+    write_durably(out / "results.json", json.dumps(recorded_document(result.to_dict(), out), indent=1, allow_nan=False))

@@ -14,7 +14,7 @@ from cache import Cache, CacheError, is_url, open_cache
 from pipeline.errors import DataError
 from pipeline.method_names import PROBE, start_name
 from pipeline.metrics import GROUPS, class_groups
-from pipeline.paths import holds_runs
+from pipeline.paths import holds_runs, read_document
 from pipeline.report.dispersion import Directions, read_directions
 from pipeline.results.heads import Linear, Scorer, read_scorers
 
@@ -371,7 +371,7 @@ def read_results(path: Path) -> dict[str, Any]:
     missing = {"store", "baseline", "selected", "results"} - (document.keys() if isinstance(document, dict) else set())
     if missing:
         raise DataError(f"{path}: not written by `pipeline rebalance`: no {', '.join(sorted(missing))}")
-    return document
+    return read_document(document, path.parent)
 
 
 def read_heads(path: Path) -> tuple[list[Row], np.ndarray, np.ndarray]:
