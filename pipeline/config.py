@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.shipped import shipped_configs
 
 DEFAULT = "digits-lt"
-OTHERS_SAY = {
+RESERVED_MODEL_ARGS = {
     *(
         "num_classes",
         "in_chans",
@@ -138,7 +138,7 @@ class BackboneConfig(Section):
     @classmethod
     def _model_args_build_a_network(cls, value: Any) -> Any:
         """None of those by which timm would fetch or load weights, or that are said elsewhere."""
-        if other := sorted(OTHERS_SAY & set(value or {})):
+        if other := sorted(RESERVED_MODEL_ARGS & set(value or {})):
             raise ValueError(f"{', '.join(other)}: not an argument of the network's shape")
         return value or None
 
@@ -228,12 +228,12 @@ class RebalanceConfig(Section):
     @property
     def memory_bytes(self) -> int:
         """What training features may take; a view that is larger is streamed from the store."""
-        return bytes_of(self.memory)
+        return parse_bytes(self.memory)
 
     @field_validator("memory", mode="before")
     @classmethod
     def _memory_text(cls, value: Any) -> Any:
-        bytes_of(str(value))
+        parse_bytes(str(value))
         return str(value)
 
     @field_validator("lam", mode="before")
@@ -304,7 +304,7 @@ class Config(Section):
         return Path("runs") / self.name
 
 
-class Stage2(Section):
+class RebalanceOnly(Section):
     """What may be said of a store that nobody knows the images of."""
 
     name: str = "rebalance"
@@ -336,9 +336,9 @@ def find_config(name: str | None) -> Path:
     )
 
 
-def is_stage_2_alone(tree: dict) -> bool:
+def is_rebalance_only(tree: dict) -> bool:
     """Whether a configuration says nothing of images, so that it can only be laid over a store's own settings."""
-    return "rebalance" in tree and tree.keys() <= Stage2.model_fields.keys()
+    return "rebalance" in tree and tree.keys() <= RebalanceOnly.model_fields.keys()
 
 
 def read_tree(path: Path) -> dict:
@@ -367,7 +367,7 @@ def load_config(path: Path | str | None = None, settings: Iterable[str] = ()) ->
     path = path if isinstance(path, Path) else find_config(path)
     tree = read_tree(path)
     tree.setdefault("name", path.stem)
-    if is_stage_2_alone(tree):
+    if is_rebalance_only(tree):
         raise ConfigError(
             f"{path}: data is missing: these are settings of stage 2 alone, for `pipeline rebalance STORE --config …`"
         )
@@ -379,7 +379,7 @@ def load_config(path: Path | str | None = None, settings: Iterable[str] = ()) ->
                 data[key] = str(path.parent / value) if path not in shipped_configs().values() else value
     settings = tuple(settings)
     for setting in settings:
-        lay_over(tree, setting)
+        apply_setting(tree, setting)
     return make_config(tree, " ".join([str(path), *(f"--set {s}" for s in settings)]))
 
 
@@ -396,12 +396,12 @@ def make_rebalance_config(tree: dict, origin: str) -> RebalanceConfig:
     if "data" in tree:
         return make_config(tree, origin).rebalance
     try:
-        return Stage2.model_validate(tree).rebalance
+        return RebalanceOnly.model_validate(tree).rebalance
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(origin, e, Stage2) for e in error.errors())) from error
+        raise ConfigError("\n".join(_explain(origin, e, RebalanceOnly) for e in error.errors())) from error
 
 
-def lay_over(tree: dict, setting: str) -> None:
+def apply_setting(tree: dict, setting: str) -> None:
     """Sets `a.b=c` in a tree of dictionaries; the value is read as YAML, so 1e-3, true, null and [1, 2] mean what they say."""
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
@@ -423,7 +423,7 @@ def lay_over(tree: dict, setting: str) -> None:
     tree[last] = value
 
 
-def bytes_of(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """The bytes that a text such as 8GiB, 500 MB or 1073741824 means; ValueError otherwise."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(?:([kKMGT])(i?))?B?\s*", text)
     if not found or float(found[1]) == 0:

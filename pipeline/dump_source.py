@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
 from pipeline.backbone.external_checkpoint import bring, is_own
-from pipeline.config import Config, find_config, lay_over, load_config, make_config
+from pipeline.config import Config, apply_setting, find_config, load_config, make_config
 from pipeline.data import Dataset
 from pipeline.distributed import Ranks
 from pipeline.errors import DataError
@@ -88,5 +88,5 @@ def _chosen(config: Config | None, saved: Config, *, own_images: bool, settings:
     if config and own_images:
         tree |= {"dump": config.dump.model_dump(mode="json"), "rebalance": config.rebalance.model_dump(mode="json")}
     for setting in settings:
-        lay_over(tree, setting)
+        apply_setting(tree, setting)
     return make_config(tree, "dump settings")

@@ -91,13 +91,13 @@ def _dump(checkpoint: Path, out: Path | str, settings: Sequence[str]) -> dict:
     import cache.layout
     from pipeline import dump
     from pipeline.backbone.checkpoint import load_checkpoint
-    from pipeline.config import lay_over, make_config
+    from pipeline.config import apply_setting, make_config
 
     cache.layout.CHUNK_ROWS = CHUNK_ROWS
     backbone = load_checkpoint(checkpoint)
     tree = backbone.config.model_dump(mode="json")
     for setting in settings:
-        lay_over(tree, setting)
+        apply_setting(tree, setting)
     encode, encoded = dump.encode, 0
 
     def counting(model, images):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from pipeline.cli import cli, invoke
-from pipeline.config import Config, find_config, is_stage_2_alone, lay_over, make_config, read_tree
+from pipeline.config import Config, apply_setting, find_config, is_rebalance_only, make_config, read_tree
 from pipeline.errors import ConfigError
 from tests.markdown import PAGES, ROOT, Block, blocks, command_lines, pipeline_words, prose
 from tests.small_run import made_store
@@ -53,11 +53,11 @@ def checked_command(words: list[str], where: str) -> None:
     except ConfigError:  # a file of the page, or a placeholder
         path = find_config(None)
     tree = read_tree(path)
-    if is_stage_2_alone(tree):
+    if is_rebalance_only(tree):
         tree |= {"data": {"source": "digits"}}
     tree.setdefault("name", "page")
     for text in sets:
-        lay_over(tree, text)
+        apply_setting(tree, text)
     make_config(tree, where)
 
 

@@ -17,7 +17,7 @@ from pipeline.backbone.checkpoint import Checkpoint, weights_digest
 from pipeline.backbone.cifar import takes_width
 from pipeline.backbone.match_weights import Head, take
 from pipeline.backbone.weights import find_tensors, read_file, read_key_map, renamed, weights_file
-from pipeline.config import OTHERS_SAY, BackboneConfig, Config
+from pipeline.config import RESERVED_MODEL_ARGS, BackboneConfig, Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError, DataError
@@ -231,7 +231,7 @@ def read_beside(path: Path) -> Beside:
             raise DataError(f"{origin}: pretrained_cfg.{key} is {value!r}, expected {shape} numbers")
     if not isinstance(args, dict) or not isinstance(names, list | tuple):
         raise DataError(f"{origin}: model_args has to be a mapping and class names a list")
-    own = {key: value for key, value in args.items() if key not in OTHERS_SAY}
+    own = {key: value for key, value in args.items() if key not in RESERVED_MODEL_ARGS}
     return Beside(
         origin=str(origin),
         model=tree["architecture"],

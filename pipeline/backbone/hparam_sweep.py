@@ -19,7 +19,7 @@ import numpy as np
 from cache import write_durably
 from pipeline import distributed
 from pipeline.backbone.train import train_backbone
-from pipeline.config import Config, lay_over, make_config
+from pipeline.config import Config, apply_setting, make_config
 from pipeline.console import Talk, TrainingReporter, percent
 from pipeline.data import load_dataset
 from pipeline.errors import ConfigError, Diverged
@@ -224,7 +224,7 @@ def _try(config: Config, texts: Mapping[str, str]) -> Try:
     tree = config.model_dump(mode="json")
     settings = [f"{key}={text}" for key, text in texts.items()]
     for setting in settings:
-        lay_over(tree, setting)
+        apply_setting(tree, setting)
     made = make_config(tree, " ".join(f"--try {s}" for s in settings))
     values = {key: reduce(getattr, key.split("."), made) for key in texts}
     named = ",".join(f"{key.removeprefix('backbone.')}={_text(value)}" for key, value in values.items())

@@ -111,14 +111,14 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
         options["seeds"] = list(whole_numbers("--seeds", options["seeds"]) or ())
     options["method"] = list(options["method"]) or None
     talk, path, tree = store_and_tree(store, config, sets=sets)
-    from pipeline.config import find_config, lay_over, make_rebalance_config
+    from pipeline.config import apply_setting, find_config, make_rebalance_config
     from pipeline.paths import results_folder
 
     for key, value in options.items():
         if value is not None:
             tree.setdefault("rebalance", {})[key] = number(value) if key == "kl_weight" else value
     for setting in sets:
-        lay_over(tree, setting)
+        apply_setting(tree, setting)
     chosen = make_rebalance_config(tree, "rebalance settings")
     if chosen.variants and (fixed := [f"--{key}" for key in ("method", "loss", "formulation") if options[key]]):
         raise ConfigError(

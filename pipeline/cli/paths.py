@@ -62,13 +62,13 @@ def store_and_tree(
 
     Where --config has a rebalance section alone, that is laid over the store's.
     """
-    from pipeline.config import find_config, is_stage_2_alone, load_config, read_tree
+    from pipeline.config import find_config, is_rebalance_only, load_config, read_tree
     from pipeline.console import Talk
     from pipeline.paths import near, store_tree, what_else
 
     talk, over = Talk(), {}
     path: Path | str
-    if config and is_stage_2_alone(tree := read_tree(find_config(config))):
+    if config and is_rebalance_only(tree := read_tree(find_config(config))):
         over, config = {"name": find_config(config).stem} | tree, None
     named = load_config(find_config(config), sets) if config or store is None else None
     if store is None:

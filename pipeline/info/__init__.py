@@ -7,7 +7,7 @@ from typing import Any
 
 import cache
 from cache import CacheError, open_cache
-from pipeline.config import find_config, is_stage_2_alone, load_config, make_rebalance_config, read_tree
+from pipeline.config import find_config, is_rebalance_only, load_config, make_rebalance_config, read_tree
 from pipeline.errors import ConfigError, DataError
 from pipeline.info.artefact import EXPECTED, Artefact, Facts, read_json, size_on_disk, try_json
 from pipeline.info.results import ablation, bench, choice, heads, kept, progress, reproduction, results, tries
@@ -99,7 +99,7 @@ def _run_json(path: Path) -> Artefact:
 def _config(path: Path) -> Artefact:
     try:
         tree = read_tree(path)
-        if is_stage_2_alone(tree):  # as the ablations are
+        if is_rebalance_only(tree):  # as the ablations are
             own = make_rebalance_config(tree, str(path)).model_dump(mode="json", exclude_unset=True)
             variants = [variant["name"] for variant in own.pop("variants", ())]
             return Artefact(path, "settings of stage 2", own | ({"variants": variants} if variants else {}))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cache import Split, create_store, open_cache
-from pipeline.config import RebalanceConfig, bytes_of
+from pipeline.config import RebalanceConfig, parse_bytes
 from pipeline.errors import DataError
 from pipeline.rebalance.engine.c_kernel import instruction_sets
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
@@ -137,7 +137,7 @@ def test_sizes_are_text(text, size):
 @pytest.mark.parametrize("text", ["", "GiB", "0", "-1GiB", "8 GB iB", "8 TiBs", "a lot"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="a size such as 8GiB"):
-        bytes_of(text)
+        parse_bytes(text)
 
 
 @pytest.mark.parametrize("kernel", [None, *(["double"] if instruction_sets() else [])])
