@@ -10,7 +10,7 @@ METHODS = {
     "ce": "retrain with cross-entropy",
     "cb": "retrain with the class-balanced loss",
     "iwb": "inverse weight-balancing",
-    "best": "iwb with the logit-adjusted loss, class means mixed in",
+    "iwb-la": "iwb with the logit-adjusted loss, class means mixed in",
     "focal": "retrain with the focal loss",
     "grw": "retrain with weights π^−ρ",
     "crt": "a new classifier, class-balanced sampling",
@@ -28,6 +28,8 @@ METHODS = {
     "logit-adjust": "logits less τ·ln π; no training",
     "iif": "logits times inverse image frequency; no training",
 }
+
+RENAMED = {"best": "iwb-la"}  # of format 0.1
 
 
 def start_name(fingerprint: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> str:

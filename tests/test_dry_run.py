@@ -133,7 +133,7 @@ def test_what_is_finished_is_said_to_be(finished, monkeypatch, capsys):
         ["dump-features", "--views", "2", "--out", "two.zarr"],
         ["dump-features", "--checkpoint", "runs/tiny/backbone/best.pt", "--out", "best/features.zarr"],
         ["rebalance", "--config", "ablations/table3"],
-        ["rebalance", "--method", "crt", "--method", "best"],
+        ["rebalance", "--method", "crt", "--method", "iwb-la"],
         ["report"],
         ["report", "--out", "elsewhere"],
         ["progress", "runs/tiny"],

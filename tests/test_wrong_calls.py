@@ -74,7 +74,7 @@ CALLS = [
     ("run --store http://bucket/x", 2, ["http://bucket/x"]),
     ("report runs/tiny/features.zarr", 3, ["features.zarr", "a feature store, not a run", "such as runs/tiny"]),
     ("report runs/tiny/backbone", 3, ["the training of a run", "such as runs/tiny"]),
-    ("export --lam 0.7 --out model", 3, ["no head IWB, λ = 0.7", "pipeline rebalance --lam 0.7"]),
+    ("export --lam 0.7 --out model", 3, ["no head iwb, λ = 0.7", "pipeline rebalance --lam 0.7"]),
     ("export --to npy --out model", 2, ["npy is of a feature store", "runs/tiny/features.zarr"]),
     ("export --out runs", 2, ["runs", "--out"]),
     ("export", 2, ["Missing option '--out'"]),

@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
-from pipeline.deploy.export import Exported, create_call, head_text, main_table
+from pipeline.deploy.export import Exported, create_call, main_table
 from pipeline.metrics import class_groups, unmeasured
-from pipeline.report.study import BOUNDS, SPLITS, Kind, Study, spread
+from pipeline.report.study import BOUNDS, SPLITS, Study, spread
+from pipeline.results.head_id import HeadId
 
 READ = """image = ImageOps.exif_transpose(Image.open("photo.jpg"))
 if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip
@@ -34,7 +35,7 @@ def model_card(study: Study, exported: Exported, config: dict[str, Any]) -> str:
 # {study.folder.resolve().name}: {exported.network}, {exported.classes} classes, rebalanced
 
 An image classifier trained on unbalanced classes ({counts.sum():,} images, {counts.max():,} … {counts.min():,} a class),
-its {"gated " if head["method"] == GATED else "linear "}head re-balanced with {head_text(head)}.
+its {"gated " if head["method"] == GATED else "linear "}head re-balanced with {HeadId.of_row(head)}.
 {config["parameters"]:,} parameters, {config["num_features"]}-d features.
 
 ## Use
@@ -178,7 +179,7 @@ print(names[best], float(probabilities[best]))
 def _table(study: Study, head: dict[str, Any]) -> list[str]:
     """The report's rows, and the exported head's own where they are means of several."""
     rows = [f"| {line.name} | {' | '.join(str(line.cells[c]) for c in COLUMNS)} |" for line in main_table(study, head)]
-    kind = Kind(head["method"], head["loss"], head["lam"])
+    kind = HeadId.of_row(head)
     own = [r for r in study.first.rows if r["split"] == "test" and kind.matches(r) and r["seed"] == head["seed"]]
     if own and (head["of_seeds"] > 1 or head["backbone"]):
         rows.append(f"| **the head in this folder** | {' | '.join(str(spread([own[0][c]])) for c in COLUMNS)} |")
@@ -188,7 +189,7 @@ def _table(study: Study, head: dict[str, Any]) -> list[str]:
 def _choice(study: Study, head: dict[str, Any]) -> str:
     """How the head was chosen, in a sentence."""
     if head["lam"] is None:
-        selected = Kind(head["method"], head["loss"], None) == study.first.selected and head["chosen_on"]
+        selected = HeadId.of_row(head) == study.first.selected and head["chosen_on"]
         return (
             f"The head was chosen on {SPLITS[head['chosen_on']]}." if selected else "The method was given, not chosen."
         )
@@ -197,7 +198,7 @@ def _choice(study: Study, head: dict[str, Any]) -> str:
 
 def _weakest(study: Study, head: dict[str, Any], names: list[str]) -> str:
     """A line on the five classes that are recognised worst."""
-    own = study.first.class_accuracy(Kind(head["method"], head["loss"], head["lam"]), "test")
+    own = study.first.class_accuracy(HeadId.of_row(head), "test")
     if own is None:
         return ""
     known = sorted((float(accuracy), c) for c, accuracy in enumerate(own) if accuracy == accuracy)[:5]

@@ -12,7 +12,8 @@ from cache import write_durably
 from pipeline.errors import ConfigError, DataError
 from pipeline.provenance import provenance
 from pipeline.report.sections import Line, summary
-from pipeline.report.study import Backbone, Kind, Study, read_study
+from pipeline.report.study import Backbone, Study, read_study
+from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Linear, Scorer
 from pipeline.text import Shown
 
@@ -46,7 +47,7 @@ class Exported(Shown):
         return {"out": str(self.out), "weights": str(self.weights), **facts}
 
     def __str__(self) -> str:
-        lines = [f"{self.out}: {self.network} with the head {head_text(self.head)}", f"load it: {self.python}"]
+        lines = [f"{self.out}: {self.network} with the head {HeadId.of_row(self.head)}", f"load it: {self.python}"]
         if self.onnx:
             height, width = self.onnx["input"]["shape"][2:]
             found = self.onnx["checked"]
@@ -123,7 +124,7 @@ def export_model(
 
 def settled(
     run: Path, *, to: str, out: Path, lam: float | None, method: str | None
-) -> "tuple[Study, Kind, Checkpoint]":
+) -> "tuple[Study, HeadId, Checkpoint]":
     """The run, the heads that are meant and the network they belong to; raises all that can be known before writing."""
     if out.exists() and not is_exported(out) and any(out.iterdir()):
         raise ConfigError(f"{out}: is not empty and holds no exported model; take another --out")
@@ -153,28 +154,30 @@ def rebalanced_head(run: Path | str, *, lam: float | None = None, method: str | 
     return scorer
 
 
-def wanted_kind(study: Study, *, lam: float | None, method: str | None) -> Kind:
+def wanted_kind(study: Study, *, lam: float | None, method: str | None) -> HeadId:
     """The heads that are meant: the selected ones, or those of a λ or method; DataError naming the λ there are."""
     selected = study.first.selected
     if lam is None and method in (None, selected.method):
         return selected
     name = method or (selected.method if selected.lam is not None else "iwb")
-    own = [what for what, _ in study.first.scorers if what["method"] == name]
+    own = [what for what, _ in study.first.scorers if HeadId.of_row(what).method == name]
     losses = {what.get("loss") for what in own}
     loss = selected.loss if selected.loss in losses else next(iter(sorted(losses, key=str)), None)
     lams = sorted({what["lam"] for what in own if what.get("lam") is not None})
     if lam is not None:
         if own and not lams:
             raise ConfigError(f"--lam {lam:g}: {name} has no λ; leave it out")
-        return Kind(name, loss, next((known for known in lams if f"{known:g}" == f"{lam:g}"), lam))  # as tables show it
+        return HeadId(
+            name, loss, next((known for known in lams if f"{known:g}" == f"{lam:g}"), lam)
+        )  # as tables show it
     tuned = study.first.tuned_lam(name)
     if tuned is None and lams:  # λ = 0 is a reference that nothing was chosen from
-        candidates = [Kind(name, loss, known) for known in lams if known] or [Kind(name, loss, lams[0])]
+        candidates = [HeadId(name, loss, known) for known in lams if known] or [HeadId(name, loss, lams[0])]
         return max(candidates, key=lambda kind: _validated(study, kind))
-    return Kind(name, loss, tuned)
+    return HeadId(name, loss, tuned)
 
 
-def _validated(study: Study, kind: Kind) -> float:
+def _validated(study: Study, kind: HeadId) -> float:
     found = study.spread(kind, study.choosing_split, "all")
     return -1.0 if found is None or found.mean is None else found.mean
 
@@ -224,7 +227,7 @@ def matching_checkpoint(backbone: Backbone) -> "Checkpoint":
     )
 
 
-def carried(scorer: Scorer, checkpoint: "Checkpoint", kind: Kind) -> Linear:
+def carried(scorer: Scorer, checkpoint: "Checkpoint", kind: HeadId) -> Linear:
     """The head as the network's own classifier can carry it; DataError where it cannot and only an ONNX graph does."""
     from pipeline.backbone.build import classifier
 
@@ -317,13 +320,5 @@ def input_facts(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 def main_table(study: Study, head: dict[str, Any]) -> list[Line]:
     """The report's table, with the exported head where it is not the selected one."""
-    kind = Kind(head["method"], head["loss"], head["lam"])
+    kind = HeadId.of_row(head)
     return summary(study, also=None if kind == study.first.selected else kind)
-
-
-def head_text(head: dict[str, Any]) -> str:
-    """`inverse weight-balancing (class-balanced loss, λ = 0.4)`."""
-    loss = {"cb": "class-balanced loss", "ce": "cross-entropy"}.get(head["loss"] or "", head["loss"])
-    name = "inverse weight-balancing" if head["method"] == "iwb" else head["method"]
-    lam = f", λ = {head['lam']:g}" if head["lam"] is not None else ""
-    return f"{name} ({loss}{lam})" if loss and loss != name else f"{name}{lam}"

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from pipeline.deploy.export import STAGE1
 from pipeline.errors import DataError
-from pipeline.info.artefact import Artefact, Facts, accuracies_of, beside, prefixed, read_json, text_of, try_json
+from pipeline.info.artefact import Artefact, Facts, accuracies_of, beside, prefixed, read_json, try_json
 from pipeline.info.trained import checkpoint
 from pipeline.method_names import start_name
 from pipeline.paths import read_document
 from pipeline.report.study import read_results
+from pipeline.results.head_id import HeadId
 from pipeline.results.heads import read_scorers
 
 CHOSEN_ON = {"val": "chosen on validation", "kfold": "chosen on held-out folds"}
@@ -46,10 +47,7 @@ def choice(path: Path) -> Artefact:
 
 
 def _selected(chosen: Facts) -> str:
-    loss = f", loss {chosen['loss']}" if chosen.get("loss") else ""
-    lam = "" if chosen.get("lam") is None else f", λ = {chosen['lam']:g}"
-    own = "".join(f", {k} {text_of(v)}" for k, v in chosen.get("parameters", {}).items())
-    return f"{chosen['method']}{loss}{lam}{own} ({CHOSEN_ON.get(chosen.get('chosen_on') or '', 'given')})"
+    return f"{HeadId.from_dict(chosen)} ({CHOSEN_ON.get(chosen.get('chosen_on') or '', 'given')})"
 
 
 def _scored(chosen: Facts, said: Facts) -> str:
@@ -70,9 +68,7 @@ def heads(path: Path) -> Artefact:
     described, weight = [what for what, _ in scorers], scorers[0][1].arrays[0]
     named: dict[str, int] = {}
     for head in described:
-        told = [head["loss"]] if head.get("loss") else []
-        told += [f"λ = {head['lam']:g}"] if head.get("lam") is not None else []
-        name = head["method"] + (f" ({', '.join(told)})" if told else "")
+        name = HeadId.of_row(head).name()
         named[name] = named.get(name, 0) + 1
     facts = {
         "heads": len(described),
@@ -200,5 +196,4 @@ def progress(path: Path) -> Artefact:
 
 
 def _chosen(row: Facts) -> str:
-    lam = "" if row.get("lam") is None else f", λ = {row['lam']:g}"
-    return f"{row['method']}{lam}" + (f" (chosen on {row['chosen_on']})" if row.get("chosen_on") else "")
+    return HeadId.of_row(row).name() + (f" (chosen on {row['chosen_on']})" if row.get("chosen_on") else "")

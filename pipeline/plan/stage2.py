@@ -12,11 +12,12 @@ from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks, planned_ranks
 from pipeline.paths import results_folder, store_settings
 from pipeline.prepared import Prepared, Write, classes_text, device_numbers, device_text
-from pipeline.rebalance.methods.settings import Setting, asked_methods, candidates, references
+from pipeline.rebalance.methods.settings import asked_methods, candidates, is_trained, references
 from pipeline.rebalance.overwrite_check import refuse_foreign
 from pipeline.rebalance.run import choosing_split, network_of, prepare
 from pipeline.rebalance.selection import AUTO, parse_lam
 from pipeline.rebalance.tuning import is_comparison
+from pipeline.results.head_id import HeadId
 
 
 def plan_rebalance(
@@ -76,9 +77,9 @@ def stage2_numbers(configs: Sequence[RebalanceConfig], *, rows: int, views: int,
     heads, steps, more = 0, 0, False
     for config in configs:
         asked = dict.fromkeys([*(references(config) if beside else []), *_asked(config)])
-        trained = sum(setting.trained for setting in asked)
+        trained = sum(is_trained(setting) for setting in asked)
         if is_comparison(config):
-            trained = sum(config.trials for method in asked_methods(config.method) if Setting(method).trained)
+            trained = sum(config.trials for method in asked_methods(config.method) if is_trained(HeadId(method)))
         heads += trained * len(config.seeds)
         steps += config.epochs * ceil(rows / config.batch_size) * len(config.seeds)
         more |= is_comparison(config) or (config.lam.strip() == "auto" and "iwb" in asked_methods(config.method))
@@ -118,6 +119,6 @@ def stage2_plan(
     )
 
 
-def _asked(config: RebalanceConfig) -> list[Setting]:
+def _asked(config: RebalanceConfig) -> list[HeadId]:
     lams = parse_lam(config.lam)
     return candidates(config, AUTO if lams is None else lams)

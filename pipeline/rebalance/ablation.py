@@ -16,7 +16,7 @@ from pipeline.paths import recorded_document, recorded_path, results_folder
 from pipeline.provenance import provenance
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
-from pipeline.rebalance.methods.settings import Setting, candidates, cb_form, resolved
+from pipeline.rebalance.methods.settings import candidates, cb_form, resolved
 from pipeline.rebalance.run import (
     fit,
     hits_of,
@@ -32,6 +32,7 @@ from pipeline.rebalance.selection import Choice, count_lam
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import refuse_double_balancing
 from pipeline.results.differences import LEVEL, RESAMPLES, paired_difference
+from pipeline.results.head_id import HeadId
 from pipeline.results.rebalance_result import csv_text, mean_and_std
 from pipeline.text import Shown
 
@@ -83,21 +84,21 @@ class Fitted:
 
     variant: Variant
     sweep: Sweep
-    asked: list[Setting]
+    asked: list[HeadId]
     choice: Choice
     on: str | None
     form: str
     views: str
 
     @property
-    def chosen(self) -> Setting:
+    def chosen(self) -> HeadId:
         return self.asked[self.choice.index]
 
     @property
     def told(self) -> dict[str, Any]:
         """What selection.json says of it."""
-        near = [self.asked[i].facts for i in self.choice.within_one_se]
-        told = {"name": self.variant.name, **self.chosen.facts, "chosen_on": self.on, "within_one_se": near}
+        near = [self.asked[i].to_dict() for i in self.choice.within_one_se]
+        told = {"name": self.variant.name, **self.chosen.to_dict(), "chosen_on": self.on, "within_one_se": near}
         return told | ({"score": self.choice.score, "standard_error": self.choice.standard_error} if self.on else {})
 
     def test(self, split: Any, device: Any) -> Scored:
@@ -163,7 +164,7 @@ def _ablate(
         for (s, seed), scores in scored.items()
         if s in f.asked
     ]
-    rates = [hits_of(of, split.labels).rate(f.chosen.facts) for f, of in zip(fitted, tested, strict=True)]
+    rates = [hits_of(of, split.labels).rate(f.chosen.to_dict()) for f, of in zip(fitted, tested, strict=True)]
     counts, alone = loaded.features.counts, [_alone(i, fitted) for i in range(len(fitted))]
     rows = [
         _variant_row(f, of)

@@ -12,9 +12,9 @@ from pipeline.errors import DataError
 from pipeline.rebalance.methods.settings import REFERENCES
 from pipeline.rebalance.selection import Choice, select
 from pipeline.results.differences import Hits, differences
+from pipeline.results.head_id import HeadId
 
 MEASURES = ("all", "many", "medium", "few", "ece")
-Setting = tuple[str, str | None, float | None]
 
 
 def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -> dict[str, Any]:
@@ -31,13 +31,13 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
     first = documents[0]
     candidates, choice, on = choose(documents)
     chosen = candidates[choice.index]
-    against: dict[str, Any] = {role: setting.facts for role, setting in REFERENCES.items()}
+    against: dict[str, Any] = {role: setting.to_dict() for role, setting in REFERENCES.items()}
     if on and choice.runner_up is not None:
-        against["runner_up"] = _facts(candidates[choice.runner_up])
+        against["runner_up"] = candidates[choice.runner_up].to_dict()
     splits = sorted({row["split"] for row in first["results"]}, key=("kfold", "val", "test").index)
     scores = {split: [_by_setting(d["results"], split) for d in documents] for split in splits}
     rows = [
-        _facts(s) | {"seed": None, "split": split} | _spread([of_one[s] for of_one in scores[split]])
+        s.to_dict() | {"seed": None, "split": split} | _spread([of_one[s] for of_one in scores[split]])
         for split in splits
         for s in scores[split][0]
         if all(s in of_one for of_one in scores[split])
@@ -49,17 +49,17 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
         "backbones": len(documents),
         "baseline": _spread([d["baseline"] for d in documents]),
         "selected": {
-            **_facts(chosen),
+            **chosen.to_dict(),
             "chosen_on": on,
             **_spread(tested),
             "n": len(documents),
             "n_of": "backbones",
         },
-        "candidates": [_facts(s) for s in candidates],
+        "candidates": [s.to_dict() for s in candidates],
         "results": rows,
         "timing": {key: sum(d["timing"][key] for d in documents) for key in first["timing"]},
-        "within_one_se": [_facts(candidates[i]) for i in choice.within_one_se] if on else [],
-        "differences": differences(_facts(chosen), against, hits) if hits else None,
+        "within_one_se": [candidates[i].to_dict() for i in choice.within_one_se] if on else [],
+        "differences": differences(chosen.to_dict(), against, hits) if hits else None,
         "chosen": together,
         **{key: first[key] for key in ("network", "settings", "notes") if key in first},
     }
@@ -96,9 +96,9 @@ def chosen_by_backbones(each: Sequence[Sequence[Mapping[str, Any]]]) -> list[dic
     return found
 
 
-def choose(documents: Sequence[Mapping[str, Any]]) -> tuple[list[Setting], Choice, str | None]:
+def choose(documents: Sequence[Mapping[str, Any]]) -> tuple[list[HeadId], Choice, str | None]:
     """(candidates of every backbone, the choice among them, the split it was made on: None for a single candidate)."""
-    each = [[(c["method"], c["loss"], c["lam"]) for c in d["candidates"]] for d in documents]
+    each = [[HeadId.of_row(c) for c in d["candidates"]] for d in documents]
     candidates = [s for s in each[0] if all(s in others for others in each)]
     if not candidates:
         raise DataError("the backbones have no λ in common; give a list such as --set rebalance.lam=0.05,0.1,0.2")
@@ -107,19 +107,15 @@ def choose(documents: Sequence[Mapping[str, Any]]) -> tuple[list[Setting], Choic
     on = documents[0]["selected"]["chosen_on"]
     scores = [_by_setting(d["results"], on) for d in documents]
     means = np.array([[of_one[s]["all"] for of_one in scores] for s in candidates], np.float64)
-    return candidates, select(means, methods=[s[0] for s in candidates]), on
+    return candidates, select(means, methods=[s.method for s in candidates]), on
 
 
-def _by_setting(rows: Sequence[Mapping[str, Any]], split: str) -> dict[Setting, dict[str, float | None]]:
-    found: dict[Setting, list[Mapping[str, Any]]] = defaultdict(list)
+def _by_setting(rows: Sequence[Mapping[str, Any]], split: str) -> dict[HeadId, dict[str, float | None]]:
+    found: dict[HeadId, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["split"] == split:
-            found[row["method"], row["loss"], row["lam"]].append(row)
+            found[HeadId.of_row(row)].append(row)
     return {setting: {m: _mean([r[m] for r in of]) for m in MEASURES} for setting, of in found.items()}
-
-
-def _facts(setting: Setting) -> dict[str, Any]:
-    return dict(zip(("method", "loss", "lam"), setting, strict=True))
 
 
 def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

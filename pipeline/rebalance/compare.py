@@ -11,11 +11,11 @@ from pipeline.errors import PipelineError
 from pipeline.metrics import GROUPS
 from pipeline.rebalance.methods import RIVALS, Free
 from pipeline.rebalance.methods.iwb_la import TRIALS
-from pipeline.rebalance.methods.settings import BASELINE, Setting, asked_methods, references
+from pipeline.rebalance.methods.settings import asked_methods, references
 from pipeline.rebalance.selection import parse_lam
 from pipeline.rebalance.sweep import Sweep
-from pipeline.rebalance.tuning import edges, lams_of, next_trials, parameters
-from pipeline.report.table import told_parameters
+from pipeline.rebalance.tuning import edges, lams_of, next_trials
+from pipeline.results.head_id import BASELINE, HeadId, chosen_text
 from pipeline.results.rebalance_result import spread_of
 
 ALIKE = 0.2  # percentage points
@@ -29,7 +29,7 @@ class Comparison:
     had, JSON-ready; trials: every setting tried, with its scores on the choosing split alone.
     """
 
-    winners: list[Setting]
+    winners: list[HeadId]
     chosen: list[dict[str, Any]]
     trials: list[dict[str, Any]]
     notes: list[str]
@@ -57,7 +57,7 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
             report(_line(found.chosen[-1], found.trials[-len(tried) :]))
         curve = [s for s in tried if method == "iwb" and s.lr == best.lr and s not in sweep.diverged]
         sweep.keep_only([best, *curve, BASELINE], of=tried)
-    sweep.add([Setting("iwb", config.loss, 0.0, rates.get("iwb", rates["cb"]))])
+    sweep.add([HeadId("iwb", config.loss, 0.0, rates.get("iwb", rates["cb"]))])
     at_border = [c["method"] for c in found.chosen if c["border"]]
     if at_border:
         found.notes.append(
@@ -76,10 +76,10 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
             f"iwb: λ shares its {config.trials} trials with the learning rate, so λ {tried_lams} of the {len(asked_lams)} "
             "asked for were tried; --trials gives all methods more"
         )
-    if "best" in asked:
+    if "iwb-la" in asked:
         tries = ", ".join(f"{lam:g}" for lam in sorted({lam for lam, _ in TRIALS}))
         found.notes.append(
-            f"best tries λ {tries} of its own, with its own loss: --lam, --loss and --formulation are not for it"
+            f"iwb-la tries λ {tries} of its own, with its own loss: --lam, --loss and --formulation are not for it"
         )
     free = [c["method"] for c in found.chosen if isinstance(RIVALS.get(c["method"]), Free)]
     if free:
@@ -87,10 +87,10 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
     return found
 
 
-def _tune(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> tuple[list[Setting], Setting]:
+def _tune(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> tuple[list[HeadId], HeadId]:
     """(every setting tried, the best of them)."""
-    tried: list[Setting] = []
-    best: Setting | None = None
+    tried: list[HeadId] = []
+    best: HeadId | None = None
     while new := next_trials(method, config, tried, best):
         sweep.add(new)
         tried += new
@@ -104,7 +104,7 @@ def _tune(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> tup
     return tried, best
 
 
-def _stays(sweep: Sweep, setting: Setting, split: str) -> bool:
+def _stays(sweep: Sweep, setting: HeadId, split: str) -> bool:
     """Whether a setting's accuracies on the choosing split are those of the stage-1 head."""
     scored = sweep.scored[split]
     (start,) = (scores.summary for (s, _), scores in scored.items() if s == BASELINE)
@@ -112,16 +112,16 @@ def _stays(sweep: Sweep, setting: Setting, split: str) -> bool:
     return all(abs(a - b) < ALIKE for a, b in each if a is not None and b is not None)
 
 
-def _trial(sweep: Sweep, setting: Setting, split: str, *, chosen: bool) -> dict[str, Any]:
+def _trial(sweep: Sweep, setting: HeadId, split: str, *, chosen: bool) -> dict[str, Any]:
     seeds = sweep.seeds_of(setting)
     scores = [] if setting in sweep.diverged else [sweep.scored[split][setting, seed].summary for seed in seeds]
-    told = setting.facts | {"parameters": parameters(setting), "split": split, "n": len(seeds)}
+    told = setting.to_dict() | {"parameters": setting.parameters, "split": split, "n": len(seeds)}
     return told | spread_of(scores) | {"diverged": not scores, "chosen": chosen}
 
 
-def _chosen(best: Setting, sweep: Sweep, split: str, trials: int, border: list[str]) -> dict[str, Any]:
+def _chosen(best: HeadId, sweep: Sweep, split: str, trials: int, border: list[str]) -> dict[str, Any]:
     mean = float(np.mean([sweep.scored[split][best, seed].summary["all"] for seed in sweep.seeds_of(best)]))
-    return best.facts | {"parameters": parameters(best), "trials": trials, "score": mean, "border": border}
+    return best.to_dict() | {"parameters": best.parameters, "trials": trials, "score": mean, "border": border}
 
 
 def _line(chosen: dict[str, Any], trials: list[dict[str, Any]]) -> str:
@@ -129,4 +129,4 @@ def _line(chosen: dict[str, Any], trials: list[dict[str, Any]]) -> str:
     scores = [t["all"] for t in trials if t["all"] is not None]
     lost = f", {diverged} diverged" if diverged else ""
     several = f"{len(trials)} trials{lost}, {trials[0]['split']} {min(scores):.1f} … {max(scores):.1f}"
-    return f"{chosen['method']}: {several}; best {told_parameters(chosen)}"
+    return f"{chosen['method']}: {several}; best {chosen_text(chosen)}"

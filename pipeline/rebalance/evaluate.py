@@ -14,8 +14,8 @@ from pipeline.method_names import start_name
 from pipeline.metrics import GROUPS
 from pipeline.paths import results_folder
 from pipeline.rebalance.load import read_split
-from pipeline.rebalance.methods.settings import Setting
 from pipeline.rebalance.sweep import score
+from pipeline.results.head_id import HeadId
 from pipeline.results.heads import read_scorers
 from pipeline.results.rebalance_result import MEASURES, Row, mean_and_std
 from pipeline.text import Shown
@@ -45,7 +45,7 @@ class EvaluateResult(Shown):
     def __rich__(self) -> "Table":
         from rich.table import Table
 
-        from pipeline.report.table import name, spread
+        from pipeline.report.table import spread
 
         without = f"; {self.left_out} unreadable images left out" if self.left_out else ""
         title = f"Accuracy on {self.split} in %, mean ± std over batch orders{without}"
@@ -55,8 +55,7 @@ class EvaluateResult(Shown):
         for column in columns:
             table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right")
         for setting in self.settings:
-            label = name((setting["method"], setting["loss"], setting["lam"]), self.start)
-            table.add_row(label, *(spread([setting], column) for column in columns))
+            table.add_row(HeadId.of_row(setting).name(self.start), *(spread([setting], column) for column in columns))
         return table
 
 
@@ -81,7 +80,7 @@ def evaluate(store: Path | str, heads: Path | None = None, *, split: str = "test
             f"{heads}: heads for {classes} classes and {width} features, {store} has {len(cache.counts)} "
             f"and {cache.width}; give the heads.safetensors made from this store"
         )
-    fitted = {(Setting(d["method"], d["loss"], d["lam"]), d["seed"]): head for d, head in described}
+    fitted = {(HeadId.of_row(d), d["seed"]): head for d, head in described}
     scored = score(fitted, features, np.asarray(cache.counts), torch.device("cpu"))
     rows = [
         Row(setting.method, setting.loss, setting.lam, seed, split, *(scores.summary[m] for m in MEASURES))

@@ -20,13 +20,14 @@ from pipeline.provenance import provenance
 from pipeline.rebalance.compare import Comparison, compare
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
-from pipeline.rebalance.methods.settings import REFERENCES, Setting, candidates, references, resolved
+from pipeline.rebalance.methods.settings import REFERENCES, candidates, is_trained, references, resolved
 from pipeline.rebalance.overwrite_check import refuse_foreign, replaced
 from pipeline.rebalance.selection import AUTO, Choice, at_the_border, count_lam, parse_lam, refine
 from pipeline.rebalance.sweep import Scored, Sweep, score
-from pipeline.rebalance.tuning import is_comparison, parameters, refuse_double_balancing
+from pipeline.rebalance.tuning import is_comparison, refuse_double_balancing
 from pipeline.resources import free_memory
 from pipeline.results.differences import Hits, differences
+from pipeline.results.head_id import HeadId
 from pipeline.results.heads import heads_file
 from pipeline.results.rebalance_result import (
     MEASURES,
@@ -78,10 +79,10 @@ def _rebalance(
 
     sweep, asked, split, tuned = fit(loaded, config, ranks, report, beside=references(config))
     choice = sweep.choose(asked, split) if split else Choice(0, math.nan, math.nan, ())
-    chosen, near = asked[choice.index], [asked[i].facts for i in choice.within_one_se]
-    selected = chosen.facts | {"chosen_on": split} | ({"parameters": parameters(chosen)} if tuned else {})
-    against: dict[str, dict[str, Any] | None] = {role: setting.facts for role, setting in REFERENCES.items()}
-    against["runner_up"] = None if choice.runner_up is None else asked[choice.runner_up].facts
+    chosen, near = asked[choice.index], [asked[i].to_dict() for i in choice.within_one_se]
+    selected = chosen.to_dict() | {"chosen_on": split} | ({"parameters": chosen.parameters} if tuned else {})
+    against: dict[str, dict[str, Any] | None] = {role: setting.to_dict() for role, setting in REFERENCES.items()}
+    against["runner_up"] = None if choice.runner_up is None else asked[choice.runner_up].to_dict()
     said: dict[str, Any] = {"selected": selected}
     if split:
         said |= {"score": choice.score, "standard_error": choice.standard_error, "runner_up": against["runner_up"]}
@@ -91,7 +92,7 @@ def _rebalance(
     scored = sweep.scored | {"test": score(sweep.heads, test, loaded.features.counts, ranks.device)}
     hits = hits_of(scored["test"], test.labels)
     rows = [row_of(*key, name, scores) for name, of in scored.items() for key, scores in of.items()]
-    tested = [r for r in rows if r.split == "test" and (r.method, r.loss, r.lam) == tuple(chosen.facts.values())]
+    tested = [r for r in rows if r.split == "test" and (r.method, r.loss, r.lam) == tuple(chosen.to_dict().values())]
     stage_1 = next(r for r in rows if r.split == "test" and r.method == "baseline")
     reading = loaded.views.seconds
     border = at_the_border(chosen.lam, [s.lam for s in asked], auto=parse_lam(config.lam) is None)
@@ -105,9 +106,9 @@ def _rebalance(
         | {"views_stored": loaded.store.views("train")},
         baseline={m: getattr(stage_1, m) for m in MEASURES},
         selected=selected | {"n": len(tested), "n_of": "batch orders of one backbone"} | mean_and_std(tested),
-        candidates=tuple(setting.facts for setting in asked),
+        candidates=tuple(setting.to_dict() for setting in asked),
         within_one_se=tuple(near),
-        differences=differences(chosen.facts, against, [hits]),
+        differences=differences(chosen.to_dict(), against, [hits]),
         results=tuple(rows),
         timing={
             "load_s": round(load_seconds + reading, 3),
@@ -146,7 +147,7 @@ def prepare(store: Cache | Path | str, config: RebalanceConfig) -> tuple[Loaded,
     return loaded, possible, notes
 
 
-def choosing_split(config: RebalanceConfig, asked: Sequence[Setting], loaded: Loaded) -> str | None:
+def choosing_split(config: RebalanceConfig, asked: Sequence[HeadId], loaded: Loaded) -> str | None:
     """What a setting is chosen on, None where there is but one; ConfigError where the store has no validation split."""
     split = config.select_on if len(asked) > 1 or is_comparison(config) else None
     if split == "val" and loaded.val is None:
@@ -169,8 +170,8 @@ def fit(
     ranks: Ranks,
     report: Callable[[str], object],
     *,
-    beside: Sequence[Setting] = (),
-) -> tuple[Sweep, list[Setting], str | None, Comparison | None]:
+    beside: Sequence[HeadId] = (),
+) -> tuple[Sweep, list[HeadId], str | None, Comparison | None]:
     """(all heads fitted and scored, the settings to choose among, what to choose on: None where there is but one, what
     tuning found)."""
     lams = parse_lam(config.lam)
@@ -200,10 +201,10 @@ def with_possible_views(config: RebalanceConfig, loaded: Loaded) -> tuple[Rebala
     return config, []
 
 
-def little_training(config: RebalanceConfig, asked: Sequence[Setting], rows: int) -> list[str]:
+def little_training(config: RebalanceConfig, asked: Sequence[HeadId], rows: int) -> list[str]:
     """What a person should know of heads that moved less than a quarter as far as the paper's can: steps × learning rate."""
     steps = config.epochs * math.ceil(rows / config.batch_size)
-    if not any(setting.trained for setting in asked) or steps * config.lr >= PAPER_STEPS * PAPER_LR / 4:
+    if not any(is_trained(setting) for setting in asked) or steps * config.lr >= PAPER_STEPS * PAPER_LR / 4:
         return []
     return [
         f"stage 2 took {steps:,} steps at a learning rate of {config.lr:g}, little beside the {PAPER_STEPS:,} at "
@@ -235,13 +236,13 @@ def refuse_too_many(config: RebalanceConfig, loaded: Loaded) -> None:
 
 def hits_of(scored: Scored, labels: np.ndarray) -> Hits:
     """What Hits needs, of heads scored on the test split."""
-    heads = [setting.facts | {"seed": seed} for setting, seed in scored]
+    heads = [setting.to_dict() | {"seed": seed} for setting, seed in scored]
     of = list(scored.values())
     return Hits(heads, np.stack([scores.hit for scores in of]), np.asarray(labels), of[0].counts)
 
 
-def row_of(setting: Setting, seed: int | None, split: str, scores: Any) -> Row:
-    return Row(**setting.facts, seed=seed, split=split, **scores.summary)
+def row_of(setting: HeadId, seed: int | None, split: str, scores: Any) -> Row:
+    return Row(**setting.to_dict(), seed=seed, split=split, **scores.summary)
 
 
 def network_of(store: Cache) -> dict[str, Any]:
@@ -257,15 +258,17 @@ def _write(
     scored: dict[str, Scored],
     loaded: Loaded,
     config: RebalanceConfig,
-    chosen: Setting,
+    chosen: HeadId,
 ) -> None:
     """Every file of the result; results.json last, so that it never speaks of files that are not there."""
     out, names = Path(result.out), loaded.store.class_names
-    heads = [(s.facts | {"seed": seed, "selected": s == chosen}, head) for (s, seed), head in sweep.heads.items()]
+    heads = [(s.to_dict() | {"seed": seed, "selected": s == chosen}, head) for (s, seed), head in sweep.heads.items()]
     facts = {"class_names": list(names), "network": result.network, "store_digest": result.digest}
     write_durably(out / "heads.safetensors", heads_file(heads, facts))
-    shown = [s.facts for s in (*references(config), chosen)]
-    lines = [(*key, name, scores) for name, of in scored.items() for key, scores in of.items() if key[0].facts in shown]
+    shown = [s.to_dict() for s in (*references(config), chosen)]
+    lines = [
+        (*key, name, scores) for name, of in scored.items() for key, scores in of.items() if key[0].to_dict() in shown
+    ]
     write_durably(out / "per_class.csv", per_class_csv(lines, names))
     write_durably(out / "results.csv", rows_csv(result.results))
     if result.trials:

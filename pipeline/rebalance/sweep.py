@@ -17,13 +17,14 @@ from pipeline.rebalance.folds import stratified_folds
 from pipeline.rebalance.methods import RIVALS, Free
 from pipeline.rebalance.methods.fit import Trial, fit, solve
 from pipeline.rebalance.methods.iwb_la import with_means
-from pipeline.rebalance.methods.settings import BASELINE, ENGINE, Setting, head_of, schedule_of
+from pipeline.rebalance.methods.settings import ENGINE, head_of, is_trained, schedule_of
 from pipeline.rebalance.methods.training_free import nearest_mean
 from pipeline.rebalance.selection import Choice, select
+from pipeline.results.head_id import BASELINE, HeadId
 from pipeline.results.heads import Linear, Scorer, is_finite, predict
 
 NEAREST_MEAN = Free("ncm", nearest_mean)
-Key = tuple[Setting, int | None]  # what is not trained has no seed
+Key = tuple[HeadId, int | None]  # what is not trained has no seed
 Fitted = dict[Key, Scorer]
 Scored = dict[Key, Scores]
 
@@ -44,7 +45,7 @@ class Sweep:
     folds: bool
     heads: Fitted = field(default_factory=dict)
     scored: dict[str, Scored] = field(default_factory=dict)
-    diverged: set[Setting] = field(default_factory=set)
+    diverged: set[HeadId] = field(default_factory=set)
     fit_seconds: float = 0.0
     fitted: int = 0
 
@@ -52,10 +53,10 @@ class Sweep:
         self.heads[BASELINE, None] = Linear(self.features.weight, self.features.bias)
         self._score(self.heads)
 
-    def seeds_of(self, setting: Setting) -> Sequence[int | None]:
-        return self.config.seeds if setting.trained else (None,)
+    def seeds_of(self, setting: HeadId) -> Sequence[int | None]:
+        return self.config.seeds if is_trained(setting) else (None,)
 
-    def add(self, settings: Sequence[Setting]) -> None:
+    def add(self, settings: Sequence[HeadId]) -> None:
         """Fits and scores the settings that are not there yet, in every batch order."""
         new = [s for s in dict.fromkeys(settings) if (s, self.seeds_of(s)[0]) not in self.heads]
         if new:
@@ -64,23 +65,23 @@ class Sweep:
             self.fitted += len(fitted)
             self._score(fitted)
 
-    def keep_only(self, settings: Collection[Setting], *, of: Sequence[Setting]) -> None:
+    def keep_only(self, settings: Collection[HeadId], *, of: Sequence[HeadId]) -> None:
         """Drops the heads and scores of those that are not to be kept."""
         dropped = set(of) - set(settings)
         self.heads = {key: head for key, head in self.heads.items() if key[0] not in dropped}
         for split, rows in self.scored.items():
             self.scored[split] = {key: scores for key, scores in rows.items() if key[0] not in dropped}
 
-    def choose(self, settings: Sequence[Setting], split: str) -> Choice:
+    def choose(self, settings: Sequence[HeadId], split: str) -> Choice:
         """The best of the settings on a split that has been scored."""
         found = self.scored[split]
         seeds = self.config.seeds
-        each = [[found[s, seed if s.trained else None] for seed in seeds] for s in settings]
+        each = [[found[s, seed if is_trained(s) else None] for seed in seeds] for s in settings]
         means = np.array([[scores.summary["all"] for scores in of] for of in each], np.float64)
         errors = [float(np.mean([s.standard_error for s in of])) for of in each]
         return select(means, sampling_error=errors, methods=[s.method for s in settings])
 
-    def _fit(self, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
+    def _fit(self, settings: Sequence[HeadId], rows: np.ndarray | None) -> Fitted:
         started = time.perf_counter()
         shared = [s for s in settings if s.method in ENGINE and self.config.spread == "rows"]
         spread = [s for s in settings if s not in shared]
@@ -98,11 +99,11 @@ class Sweep:
         self.diverged.update(lost)
         return {key: head for key, head in fitted.items() if key[0] not in lost}
 
-    def _fit_here(self, settings: Sequence[Setting], rows: np.ndarray | None, ranks: Ranks | None) -> Fitted:
+    def _fit_here(self, settings: Sequence[HeadId], rows: np.ndarray | None, ranks: Ranks | None) -> Fitted:
         """The heads of the settings, found by this rank alone or by all ranks that share their batches."""
         fitted: Fitted = {}
-        schedules: dict[Schedule, list[Setting]] = {}  # the engine fits what has one schedule
-        rivals: dict[str, list[Setting]] = {}  # a rival brings all of its trials
+        schedules: dict[Schedule, list[HeadId]] = {}  # the engine fits what has one schedule
+        rivals: dict[str, list[HeadId]] = {}  # a rival brings all of its trials
         for s in settings:
             if s.method in ENGINE:
                 schedules.setdefault(schedule_of(self.config, lr=s.lr, method=s.method), []).append(s)
@@ -115,14 +116,14 @@ class Sweep:
         return fitted
 
     def _fit_engine(
-        self, schedule: Schedule, settings: Sequence[Setting], rows: np.ndarray | None, ranks: Ranks | None
+        self, schedule: Schedule, settings: Sequence[HeadId], rows: np.ndarray | None, ranks: Ranks | None
     ) -> Fitted:
         heads: list[Head] = list(dict.fromkeys(head_of(s, self.config) for s in settings))
         seeds, where = self.config.seeds, self.ranks.device
         weight, bias = fit_heads(
             self.features, heads, seeds=seeds, schedule=schedule, rows=rows, device=where, ranks=ranks
         )
-        shares = [dict(s.own).get("means", 0.0) for s in settings]
+        shares = [dict(s.values).get("means", 0.0) for s in settings]
         means = solve(NEAREST_MEAN, [{}], self.features, rows=rows, device=where)[0] if any(shares) else None
         fitted: Fitted = {}
         for s, share in zip(settings, shares, strict=True):
@@ -134,14 +135,14 @@ class Sweep:
                 fitted[s, seed] = Linear(*found)
         return fitted
 
-    def _fit_rival(self, method: str, settings: Sequence[Setting], rows: np.ndarray | None) -> Fitted:
+    def _fit_rival(self, method: str, settings: Sequence[HeadId], rows: np.ndarray | None) -> Fitted:
         rule, config = RIVALS[method], self.config
         if isinstance(rule, Free):
-            solved = solve(rule, [dict(s.own) for s in settings], self.features, rows=rows, device=self.ranks.device)
+            solved = solve(rule, [dict(s.values) for s in settings], self.features, rows=rows, device=self.ranks.device)
             return {(s, None): head for s, head in zip(settings, solved, strict=True)}
         heads = fit(
             rule,
-            [Trial(config.lr if s.lr is None else s.lr, dict(s.own)) for s in settings],
+            [Trial(config.lr if s.lr is None else s.lr, dict(s.values)) for s in settings],
             self.features,
             seeds=config.seeds,
             schedule=schedule_of(config),

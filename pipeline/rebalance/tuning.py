@@ -7,26 +7,26 @@ values as they like, since a trial costs them one evaluation and they have no le
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
 from pipeline.rebalance.methods import RIVALS, Free, Trained
 from pipeline.rebalance.methods.iwb_la import RATE, TRIALS
-from pipeline.rebalance.methods.settings import BASELINE, ENGINE, Setting, asked_methods
+from pipeline.rebalance.methods.settings import ENGINE, asked_methods, is_trained
 from pipeline.rebalance.selection import parse_lam
+from pipeline.results.head_id import BASELINE, HeadId
 
 LAMS = (0.05, 0.15, 0.5)  # of `--lam auto`
 
 
 def is_comparison(config: RebalanceConfig) -> bool:
     """Whether each method is tuned: where that is asked for, and wherever a rival competes."""
-    return config.tune or any(method in RIVALS or method == "best" for method in asked_methods(config.method))
+    return config.tune or any(method in RIVALS or method == "iwb-la" for method in asked_methods(config.method))
 
 
 def next_trials(
-    method: str, config: RebalanceConfig, tried: Sequence[Setting] = (), best: Setting | None = None
-) -> list[Setting]:
+    method: str, config: RebalanceConfig, tried: Sequence[HeadId] = (), best: HeadId | None = None
+) -> list[HeadId]:
     """The settings to try next for one method, after those tried, of which `best` is the best; none once it is tuned.
 
     Half of the trials go to a ladder of learning rates with the first of the method's own values, which are the
@@ -36,9 +36,9 @@ def next_trials(
     if best is None:
         ladder = learning_rates(centre_of(method, config), -(-config.trials // 2))
         first, *others = settings_of(method, config)
-        return [replace(first, lr=lr) for lr in ladder] if first.trained else [first, *others]
+        return [replace(first, lr=lr) for lr in ladder] if is_trained(first) else [first, *others]
     left = config.trials - len(tried)
-    if not best.trained or left <= 0:
+    if not is_trained(best) or left <= 0:
         return []
     known = {replace(s, lr=None) for s in tried}
     if others := [replace(s, lr=best.lr) for s in settings_of(method, config) if s not in known]:
@@ -46,25 +46,25 @@ def next_trials(
     return [replace(best, lr=lr) for lr in rates_around(best, tried, left)]
 
 
-def settings_of(method: str, config: RebalanceConfig) -> list[Setting]:
+def settings_of(method: str, config: RebalanceConfig) -> list[HeadId]:
     """A method with each of its own values, λ among them, and no learning rate yet; the literature's come first."""
     if method == "baseline":
         return [BASELINE]
     if method in ("ce", "cb"):
-        return [Setting(method, method)]
+        return [HeadId(method, method)]
     if method == "iwb":
         lams = lams_of(config)
         middle = lams[len(lams) // 2]
-        return [Setting(method, config.loss, lam) for lam in sorted(lams, key=lambda lam: lam != middle)]
-    if method == "best":
-        return [Setting(method, "la", lam, own=(("means", share),)) for lam, share in TRIALS]
-    return [Setting(method, own=tuple(own.items())) for own in RIVALS[method].own]
+        return [HeadId(method, config.loss, lam) for lam in sorted(lams, key=lambda lam: lam != middle)]
+    if method == "iwb-la":
+        return [HeadId(method, "la", lam, values=(("means", share),)) for lam, share in TRIALS]
+    return [HeadId(method, values=tuple(own.items())) for own in RIVALS[method].own]
 
 
 def centre_of(method: str, config: RebalanceConfig) -> float:
     """The literature's learning rate, scaled in proportion to the batch; the configuration's where it names none."""
     rule = RIVALS.get(method)
-    if method == "best":
+    if method == "iwb-la":
         return config.lr * RATE
     if not isinstance(rule, Trained) or rule.lr is None:
         return config.lr
@@ -79,7 +79,7 @@ def learning_rates(centre: float, how_many: int) -> tuple[float, ...]:
     return tuple(_rounded(centre * factor**i) for i in range(-(how_many // 2), how_many - how_many // 2))
 
 
-def rates_around(best: Setting, tried: Sequence[Setting], how_many: int) -> list[float]:
+def rates_around(best: HeadId, tried: Sequence[HeadId], how_many: int) -> list[float]:
     """New learning rates near the best: one factor beyond it where it is the last of all tried, else ever finer."""
     assert best.lr is not None
     rates, factor = {s.lr for s in tried if s.lr is not None}, _factor(-(-(len(tried) + how_many) // 2))
@@ -109,7 +109,7 @@ def lams_of(config: RebalanceConfig) -> tuple[float, ...]:
     return tuple(asked[(2 * i + 1) * len(asked) // (2 * most)] for i in range(most))
 
 
-def edges(chosen: Setting, tried: Sequence[Setting]) -> list[str]:
+def edges(chosen: HeadId, tried: Sequence[HeadId]) -> list[str]:
     """What lies at the border of its grid: `lr 0.32 (0.00016 … 0.32)`. A grid of fewer than three values has none."""
     found = []
     for name, value in numbers(chosen).items():
@@ -119,15 +119,10 @@ def edges(chosen: Setting, tried: Sequence[Setting]) -> list[str]:
     return found
 
 
-def numbers(setting: Setting) -> dict[str, float]:
+def numbers(setting: HeadId) -> dict[str, float]:
     """λ, lr and own values that are numbers."""
-    told = {"λ": setting.lam, "lr": setting.lr} | dict(setting.own)
+    told = {"λ": setting.lam, "lr": setting.lr} | dict(setting.values)
     return {name: value for name, value in told.items() if isinstance(value, float)}
-
-
-def parameters(setting: Setting) -> dict[str, Any]:
-    """lr and own values, JSON-ready."""
-    return ({} if setting.lr is None else {"lr": setting.lr}) | dict(setting.own)
 
 
 def refuse_double_balancing(config: RebalanceConfig) -> None:
@@ -157,6 +152,6 @@ def refuse_double_balancing(config: RebalanceConfig) -> None:
             )
 
 
-def _kind(setting: Setting) -> tuple:
+def _kind(setting: HeadId) -> tuple:
     """Own values that are no numbers; grids of different kinds have borders of their own."""
-    return tuple(item for item in setting.own if isinstance(item[1], str))
+    return tuple(item for item in setting.values if isinstance(item[1], str))

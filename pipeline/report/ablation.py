@@ -16,6 +16,7 @@ from pipeline.report.curves import accuracy_curves
 from pipeline.report.drawing import Drawing
 from pipeline.report.study import SPLITS
 from pipeline.report.table import DIFFERENCES, caption, difference, differences_caption, html_table, spread
+from pipeline.results.head_id import HeadId
 
 Row = Mapping[str, Any]
 PAPER = "another, far larger network (CIFAR100-LT, imbalance factor 100), so no number compares with those to its left"
@@ -119,12 +120,12 @@ def accuracy_figure(document: Mapping[str, Any]) -> Drawing | None:
 def _points(document: Mapping[str, Any], row: Row) -> list[dict[str, Any]]:
     """A point for each setting of a variant: means over its seeds on the test split."""
     mine = [h for h in document["heads"] if h["variant"] == row["name"] and h["split"] == "test"]
-    settings = dict.fromkeys((h["method"], h["loss"], h["lam"]) for h in mine)
+    heads = dict.fromkeys(HeadId.of_row(h) for h in mine)
     points = []
-    for setting in sorted(settings, key=lambda s: -1 if s[2] is None else s[2]):
-        of = [h for h in mine if (h["method"], h["loss"], h["lam"]) == setting]
-        chosen = row["chosen_on"] is not None and setting == (row["method"], row["loss"], row["lam"])
-        point = {"variant": row["name"], "lam": setting[2], "chosen": chosen, "n": len(of)}
+    for setting in sorted(heads, key=lambda head: -1 if head.lam is None else head.lam):
+        of = [h for h in mine if setting.matches(h)]
+        chosen = row["chosen_on"] is not None and setting.matches(row)
+        point = {"variant": row["name"], "lam": setting.lam, "chosen": chosen, "n": len(of)}
         for column in ("all", "many", "medium", "few"):
             values = [h[column] for h in of if h[column] is not None]
             point[column] = round(float(np.mean(values)), 4) if values else None

@@ -11,8 +11,9 @@ from pipeline.report.chart import chart, class_axis, plain, trace
 from pipeline.report.curves import accuracy_curves, style_of
 from pipeline.report.drawing import Drawing, rounded
 from pipeline.report.geometry import feature_geometry
-from pipeline.report.study import BASELINE, COLUMNS, SPLITS, Row, Spread, Study, mean
+from pipeline.report.study import COLUMNS, SPLITS, Row, Spread, Study, mean
 from pipeline.report.table import html_table
+from pipeline.results.head_id import BASELINE
 
 Studies = Mapping[str, Study]
 SHOWN = ("many", "medium", "few", "all", "ece")
@@ -39,7 +40,7 @@ def compared(studies: Studies) -> tuple[str, list[Row]]:
         parameters = f"{row['parameters']:,}" if row["parameters"] else "–"
         sizes = [f"{row['classes']:,}", f"{row['images']:,}", f"{row['imbalance_factor']:g}", study.repeated]
         facts.append((name, [row["network"] or "–", parameters, row["data"] or "–", *sizes]))
-        chosen = f"{study.first.selected.method_name}{f', λ = {lams}' if lams else ''}"
+        chosen = f"{study.first.selected.without_lam.name()}{f', λ = {lams}' if lams else ''}"
         for key, head, kinds in (("start", study.start, BASELINE), ("selected", chosen, study.selected)):
             cells = {column: study.spread(kinds, "test", column) for column in SHOWN}
             row[key] = {c: s.mean if s else None for c, s in cells.items()}

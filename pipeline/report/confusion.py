@@ -22,7 +22,7 @@ WORST = 3  # confusions of each class that the CSV lists
 
 def head_names(study: Study) -> tuple[str, str]:
     """What before and after are called."""
-    after = str(study.first.selected) if len(set(study.selected)) == 1 else study.first.selected.method_name
+    after = str(study.first.selected) if len(set(study.selected)) == 1 else study.first.selected.without_lam.name()
     return study.start.removeprefix("the "), after
 
 

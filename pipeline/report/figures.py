@@ -16,7 +16,8 @@ from pipeline.report.geometry import feature_geometry
 from pipeline.report.norms import norm_against_size, weight_norms
 from pipeline.report.predictions import read_compared
 from pipeline.report.reliability import reliability_diagram
-from pipeline.report.study import BASELINE, BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, signed
+from pipeline.report.study import BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, signed
+from pipeline.results.head_id import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def accuracy_against_lambda(study: Study) -> Drawing | None:
         by = f" by {zero} of {len(study.backbones)} backbones" if len(study.backbones) > 1 else ""
         how += f"; λ = 0, the dash-dotted line, was chosen{by}"
     caption = (
-        f"{kind.method_name} with {kind.loss_name}; mean ± one standard deviation over {study.repeated}. {how}; "
+        f"{kind.without_lam.name()}; mean ± one standard deviation over {study.repeated}. {how}; "
         "test was evaluated afterwards and selected nothing."
     )
     return Drawing("accuracy-lambda", "Accuracy against λ", caption, figure, table, lambda_chart(study, table))
@@ -78,9 +79,9 @@ def accuracy_against_lambda(study: Study) -> Drawing | None:
 def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[Row]:
     """Draws one group on one split; the numbers drawn."""
     table = []
-    alone = study.first.alone
-    lines = [(study.start.removeprefix("the "), BASELINE, BEFORE), (f"{alone.loss_name} alone", alone, ALONE)]
-    for label, kind, style in [*lines, ("λ = 0: equal target norms", study.at(0.0), ZERO)]:
+    start = study.start.removeprefix("the ")
+    references = ((BASELINE, BEFORE), (study.first.loss_only, ALONE), (study.at(0.0), ZERO))
+    for label, kind, style in [(head.name(start), head, style) for head, style in references]:
         value = study.spread(kind, split, column)
         if value is not None and value.mean is not None:
             axes.axhline(value.mean, label=label, linewidth=1.6, **style)
@@ -91,7 +92,7 @@ def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[R
         return table
     x, y = np.array(list(known)), np.array([s.mean for s in known.values()], dtype=float)
     error = np.array([s.std or 0.0 for s in known.values()])
-    name = study.at(0.0).method_name
+    name = study.at(0.0).without_lam.name()
     if len(x) > 1:
         axes.fill_between(x, y - error, y + error, color=SKY, alpha=0.35, linewidth=0)
         axes.plot(x, y, label=name, linewidth=2, markersize=5, **AFTER)

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.report.study import Backbone, Kind
+from pipeline.report.study import Backbone
+from pipeline.results.head_id import HeadId
 
 TAU = 0.7  # of τ-norm, as Kang et al. (ICLR 2020) choose it on ImageNet-LT
 ROWS_TO_FIT = 2**19  # rows × epochs that MaxNorm may take for a picture: seconds on a CPU
 PRODUCTS_TO_FIT = 2**37  # multiplications, too
 EPOCHS = 10
-MAXNORM = Kind("maxnorm", None, None)
-TAU_NORM = Kind("tau-norm", None, None)
+MAXNORM = HeadId("maxnorm")
+TAU_NORM = HeadId("tau-norm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ def maxnorm(backbone: Backbone) -> Other | None:
     return Other("MaxNorm (fitted for this picture)", np.linalg.norm(head.arrays[0].astype(np.float64), axis=1), told)
 
 
-def _parameters(backbone: Backbone, kind: Kind) -> dict[str, float]:
+def _parameters(backbone: Backbone, kind: HeadId) -> dict[str, float]:
     """The numbers that tuning chose for a method."""
     chosen = (c["parameters"] for c in backbone.results.get("chosen", ()) if c["method"] == kind.method)
     return {name: value for name, value in next(chosen, {}).items() if isinstance(value, int | float)}

@@ -28,7 +28,7 @@ def weight_norms(study: Study) -> Drawing:
     others = {kind: other for kind, other in found.items() if other and kind != chosen.method}
     lines: list[tuple[str, np.ndarray | None, Row]] = [
         (study.start.removeprefix("the "), before, BEFORE | {"marker": "s"}),
-        (f"{backbone.alone.loss_name} alone", backbone.norms(backbone.alone), ALONE | {"marker": "^"}),
+        (backbone.loss_only.name(), backbone.norms(backbone.loss_only), ALONE | {"marker": "^"}),
         *((other.name, other.norms, TAU_NORM if kind == "tau-norm" else MAXNORM) for kind, other in others.items()),
         (str(chosen), backbone.norms(chosen), AFTER),
         ("target P of the norm term, at the same mean", aim, TARGET),

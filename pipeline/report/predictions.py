@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.report.study import BASELINE, PRODUCTS_FOR_A_FIGURE, Backbone, Kind, Study
+from pipeline.report.study import PRODUCTS_FOR_A_FIGURE, Backbone, Study
+from pipeline.results.head_id import BASELINE, HeadId
 from pipeline.results.heads import predict_array, read_scorers
 
 
@@ -49,7 +50,7 @@ def read_compared(study: Study) -> Compared | None:
     return Compared(before, after)
 
 
-def answers(backbone: Backbone, kind: Kind, split: str = "test") -> list[Answers]:
+def answers(backbone: Backbone, kind: HeadId, split: str = "test") -> list[Answers]:
     """One for every head of a kind that was kept, of as many batch orders as take seconds; linear or not."""
     store = backbone.store
     if split not in store.splits or not store.valid(split).any():

@@ -3,12 +3,12 @@
 import datetime
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 from pipeline.metrics import class_groups
-from pipeline.report.study import BASELINE, BOUNDS, COLUMNS, SPLITS, Kind, Row, Spread, Study, signed
+from pipeline.report.study import BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, signed
 from pipeline.report.table import (
     DIFFERENCES,
     difference,
@@ -16,8 +16,8 @@ from pipeline.report.table import (
     html_table,
     labelled,
     network_text,
-    told_parameters,
 )
+from pipeline.results.head_id import BASELINE, HeadId, chosen_text
 
 TITLES = {"all": "All", "many": "Many", "medium": "Medium", "few": "Few", "ece": "ECE"}
 
@@ -36,13 +36,12 @@ class Line:
         return {"name": self.name, "selected": self.selected, "n": self.cells["all"].n, **numbers, **spreads}
 
 
-def summary(study: Study, also: Kind | None = None) -> list[Line]:
+def summary(study: Study, also: HeadId | None = None) -> list[Line]:
     """The main table: stage 1, the loss alone, λ = 0, the selected head, `also`; on the test split."""
-    alone = study.first.alone
-    lines: list[tuple[str, Kind | Sequence[Kind]]] = [
-        ("Stage 1 as trained" if study.start == "stage 1" else "Linear probe on the encoder", BASELINE),
-        (f"{_sentence(alone.loss_name)} alone", alone),
-        ("Norms pulled together (λ = 0)", study.at(0.0)),
+    lines: list[tuple[str, HeadId | Sequence[HeadId]]] = [
+        (study.start.removeprefix("the "), BASELINE),
+        (study.first.loss_only.name(), study.first.loss_only),
+        (study.at(0.0).name(), study.at(0.0)),
         (_selected_name(study), study.selected),
     ]
     if also is not None:
@@ -141,8 +140,8 @@ def methods(study: Study) -> str:
     head = f"<th>Trials</th><th>Chosen</th>{on}{tested}"
     body = []
     for c in study.document["chosen"]:
-        kinds = [Kind(c["method"], c["loss"], b.tuned_lam(c["method"])) for b in study.backbones]
-        cells = [str(c["trials"]), escape(told_parameters(c)), f"{c['score']:.1f}"]
+        kinds = [replace(HeadId.of_row(c), lam=b.tuned_lam(HeadId.of_row(c).method)) for b in study.backbones]
+        cells = [str(c["trials"]), escape(chosen_text(c)), f"{c['score']:.1f}"]
         cells += [_cell(spread) if (spread := study.spread(kinds, "test", column)) else "–" for column in shown]
         mark = " class=chosen" if kinds == study.selected else ""
         row = "".join(f"<td>{cell}</td>" for cell in cells)
@@ -164,12 +163,12 @@ def _norm_term(study: Study) -> str:
     """What the norm term adds to its loss, said apart from what the loss alone gives."""
     if study.first.selected.lam is None:
         return ""
-    parts, alone = [], study.first.alone
+    parts, loss_only = [], study.first.loss_only
     for column in COLUMNS:
-        without, added = (study.spread(k, "test", column) for k in (alone, study.selected))
+        without, added = (study.spread(k, "test", column) for k in (loss_only, study.selected))
         if without and added and without.mean is not None and added.mean is not None:
             parts.append(f"{column} {signed(added.mean - without.mean)}")
-    return f"<p>The norm term itself, against {alone.loss_name} alone: {', '.join(parts)} points.</p>" if parts else ""
+    return f"<p>The norm term itself, against {loss_only.name()}: {', '.join(parts)} points.</p>" if parts else ""
 
 
 def data(study: Study) -> str:
@@ -252,15 +251,11 @@ def _selected_name(study: Study) -> str:
     how = f"chosen on {SPLITS[study.choosing_split]}" if study.chosen_on else "given"
     lams = {k.lam for k in study.selected if k.lam is not None}
     if not lams:
-        return study.first.selected.method_name
+        return study.first.selected.name()
     if len(lams) == 1:
         return f"{study.first.selected} ({how})"
-    return f"{study.first.selected.method_name}, λ of each backbone ({how})"
+    return f"{study.first.selected.without_lam.name()}, λ of each backbone ({how})"
 
 
 def _clock(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(seconds)))
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]

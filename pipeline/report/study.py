@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pipeline.method_names import PROBE, start_name
 from pipeline.metrics import GROUPS, class_groups
 from pipeline.paths import holds_runs, read_document
 from pipeline.report.dispersion import Directions, read_directions
+from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Linear, Scorer, read_scorers
 
 COLUMNS = ("all", *GROUPS)
@@ -23,33 +24,6 @@ BOUNDS = {"many": "> 100", "medium": "20–100", "few": "< 20"}
 SPLITS = {"val": "validation", "kfold": "held-out folds", "test": "test"}
 PRODUCTS_FOR_A_FIGURE = 2**40  # multiplications, seconds on a CPU; a figure is not worth more
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Which heads a line of a table or figure stands for; lam None where the method has no λ."""
-
-    method: str
-    loss: str | None
-    lam: float | None
-
-    @property
-    def method_name(self) -> str:
-        return "IWB" if self.method == "iwb" else self.method
-
-    @property
-    def loss_name(self) -> str:
-        loss = self.loss or self.method
-        return {"cb": "class-balanced loss", "ce": "cross-entropy"}.get(loss, loss)
-
-    def __str__(self) -> str:
-        return self.method_name + (f", λ = {self.lam:g}" if self.lam is not None else "")
-
-    def matches(self, row: Row) -> bool:
-        return row["method"] == self.method and row.get("lam") == self.lam and self.loss in (None, row.get("loss"))
-
-
-BASELINE = Kind("baseline", None, None)
 
 
 @dataclass(frozen=True)
@@ -73,17 +47,16 @@ class Backbone:
     name: str
     results_path: Path
     results: dict[str, Any]
-    selected: Kind
+    selected: HeadId
     store: Cache
     metrics: list[Row]
     training: dict[str, Any]
     rebalancing: dict[str, Any]
 
     @property
-    def alone(self) -> Kind:
-        """The same loss without the norm term."""
-        loss = self.selected.loss or "cb"
-        return Kind(loss, None, None)
+    def loss_only(self) -> HeadId:
+        """The selected head's loss without the norm term."""
+        return self.selected.loss_only
 
     @property
     def network(self) -> dict[str, Any]:
@@ -111,15 +84,15 @@ class Backbone:
 
     def tuned_lam(self, method: str) -> float | None:
         """The λ that stands for a method where methods were tuned."""
-        return next((c["lam"] for c in self.results.get("chosen", ()) if c["method"] == method), None)
+        return next((c["lam"] for c in self.results.get("chosen", ()) if HeadId.of_row(c).method == method), None)
 
-    def head(self, kind: Kind) -> tuple[Row, Scorer]:
+    def head(self, kind: HeadId) -> tuple[Row, Scorer]:
         """(what it is, head) of a kind, of several batch orders the first; DataError naming what there is instead."""
         mine = [(what, head) for what, head in self.scorers if kind.matches(what)]
         if mine:
             return min(mine, key=lambda each: each[0].get("seed") or 0)
         file = self.results_path.with_name("heads.safetensors")
-        others = [what for what, _ in self.scorers if what["method"] == kind.method]
+        others = [what for what, _ in self.scorers if HeadId.of_row(what).method == kind.method]
         lams = ", ".join(f"{lam:g}" for lam in sorted({w["lam"] for w in others if w.get("lam") is not None}))
         if kind.lam is not None and lams:
             again = f"run `pipeline rebalance --lam {kind.lam:g}` for another"
@@ -128,7 +101,7 @@ class Backbone:
         again = f"run `pipeline rebalance --method {kind.method}` first"
         raise DataError(f"{file}: no head {kind}; it has {known}; {again}")
 
-    def norms(self, kind: Kind) -> np.ndarray | None:
+    def norms(self, kind: HeadId) -> np.ndarray | None:
         """(C,) lengths of the class vectors, mean over batch orders; None where no such head was kept."""
         heads, weight, _ = self.heads
         found = [np.linalg.norm(weight[i].astype(np.float64), axis=1) for i, h in enumerate(heads) if kind.matches(h)]
@@ -146,7 +119,7 @@ class Backbone:
                 for line in csv.DictReader(file)
             ]
 
-    def class_accuracy(self, kind: Kind, split: str) -> np.ndarray | None:
+    def class_accuracy(self, kind: HeadId, split: str) -> np.ndarray | None:
         """(C,) accuracy in %, mean over batch orders, nan where a class has no sample; None where nobody measured it.
 
         per_class.csv has few settings; the others are measured again with the heads that were kept.
@@ -163,7 +136,7 @@ class Backbone:
             return None
         return np.where(seen > 0, 100 * total / np.maximum(seen, 1), np.nan)
 
-    def _measured(self, kind: Kind, split: str) -> tuple[np.ndarray, np.ndarray]:
+    def _measured(self, kind: HeadId, split: str) -> tuple[np.ndarray, np.ndarray]:
         """(right, seen) samples of every class (C,), summed over the heads of a kind."""
         heads, weight, bias = self.heads
         right, seen = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
@@ -230,13 +203,13 @@ class Study:
         each = [{r["lam"] for r in b.rows if r["method"] == method and r.get("lam")} for b in self.backbones]
         return sorted(set.intersection(*each))
 
-    def at(self, lam: float) -> Kind:
+    def at(self, lam: float) -> HeadId:
         """The method with a λ that the curves show: the selected one, else IWB."""
         chosen = self.first.selected
         if chosen.lam is not None:
-            return Kind(chosen.method, chosen.loss, lam)
+            return HeadId(chosen.method, chosen.loss, lam)
         loss = next((r.get("loss") for r in self.first.rows if r["method"] == "iwb"), None)
-        return Kind("iwb", loss, lam)
+        return HeadId("iwb", loss, lam)
 
     @property
     def start(self) -> str:
@@ -262,9 +235,9 @@ class Study:
         n = len({r["seed"] for r in self.first.rows if self.first.selected.matches(r)})
         return f"{n} batch orders of one backbone" if n > 1 else "one backbone, one batch order"
 
-    def spread(self, kinds: Kind | Sequence[Kind], split: str, column: str) -> Spread | None:
+    def spread(self, kinds: HeadId | Sequence[HeadId], split: str, column: str) -> Spread | None:
         """Spread of one column of the table; a list gives each backbone its own kind; None where one lacks it."""
-        wanted = [kinds] * len(self.backbones) if isinstance(kinds, Kind) else kinds
+        wanted = [kinds] * len(self.backbones) if isinstance(kinds, HeadId) else kinds
         each = []
         for backbone, kind in zip(self.backbones, wanted, strict=True):
             rows = [r for r in backbone.rows if r["split"] == split and kind.matches(r)]
@@ -275,7 +248,7 @@ class Study:
         return spread(values)
 
     @property
-    def selected(self) -> list[Kind]:
+    def selected(self) -> list[HeadId]:
         return [b.selected for b in self.backbones]
 
     def has_split(self, split: str) -> bool:
@@ -353,8 +326,9 @@ def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
     except CacheError as error:
         raise DataError(f"{path}: its feature store cannot be read: {error}") from error
     chosen = choice or results["selected"]
-    own = {c["method"]: c["lam"] for c in results.get("chosen", ())}  # λ as this backbone tuned it
-    selected = Kind(chosen["method"], chosen.get("loss"), chosen.get("lam") or own.get(chosen["method"]))
+    own = {c.method: c.lam for c in map(HeadId.of_row, results.get("chosen", ()))}  # λ as this backbone tuned it
+    selected = HeadId.of_row(chosen)
+    selected = replace(selected, lam=selected.lam or own.get(selected.method, selected.lam))
     metrics = folder / "backbone" / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     training = _json_or_empty(folder / "backbone" / "run.json")

@@ -10,10 +10,10 @@ from rich.console import Group
 from rich.table import Table
 
 from pipeline.method_names import start_name
+from pipeline.results.head_id import HeadId, chosen_text
 
 COLUMNS = ("many", "medium", "few", "all", "ece")
 DIFFERENCES = ("many", "medium", "few", "all")
-Setting = tuple[str, str | None, float | None]
 
 
 def results_table(document: Mapping[str, Any]) -> Table:
@@ -21,15 +21,15 @@ def results_table(document: Mapping[str, Any]) -> Table:
 
     document: what `rebalance --json` prints, or the combination of several backbones' documents.
     """
-    tested: dict[Setting, list[Mapping[str, Any]]] = {}
+    tested: dict[HeadId, list[Mapping[str, Any]]] = {}
     for row in document["results"]:
         if row["split"] == "test":
-            tested.setdefault(_setting(row), []).append(row)
-    selected = _setting(document["selected"])
-    order = sorted(tested, key=lambda s: (_rank(s, selected), s[2] or 0.0))
+            tested.setdefault(HeadId.of_row(row), []).append(row)
+    selected = HeadId.of_row(document["selected"])
+    order = sorted(tested, key=lambda head: (_rank(head, selected), head.lam or 0.0))
     start = start_name(document.get("fingerprint"))
     chosen = "◀ selected" if document["selected"]["chosen_on"] else "◀ given"
-    near = {_setting(facts) for facts in document.get("within_one_se", ())}
+    near = {HeadId.of_row(facts) for facts in document.get("within_one_se", ())}
     several = any(len(rows) > 1 for rows in tested.values()) or document["selected"]["n"] > 1
     title = "Test accuracy in %, mean ± std" if several else "Test accuracy in %"
     table = Table(title=title, caption=caption(document), caption_justify="left", title_justify="left", box=box.SIMPLE)
@@ -42,7 +42,7 @@ def results_table(document: Mapping[str, Any]) -> Table:
         cells = [spread(tested[setting], column) for column in COLUMNS]
         last_of_block = i + 1 == len(order) or _rank(order[i + 1], selected) // 10 != _rank(setting, selected) // 10
         style = "bold" if setting == selected else None
-        table.add_row(name(setting, start), *cells, mark, style=style, end_section=last_of_block)
+        table.add_row(setting.name(start), *cells, mark, style=style, end_section=last_of_block)
     return table
 
 
@@ -59,7 +59,7 @@ def differences_table(document: Mapping[str, Any]) -> Table | None:
         return None
     start = start_name(document.get("fingerprint"))
     table = Table(
-        title=f"{name(_setting(document['selected']), start)} less other rows, in points, with 95 % intervals",
+        title=f"{HeadId.of_row(document['selected']).name(start)} less other rows, in points, with 95 % intervals",
         caption=differences_caption(found),
         caption_justify="left",
         title_justify="left",
@@ -83,9 +83,9 @@ def differences_caption(found: Mapping[str, Any]) -> str:
 
 def labelled(rows: Sequence[Mapping[str, Any]], start: str) -> list[tuple[str, Mapping[str, Any]]]:
     """(name, row) of each other setting once, though it may stand in two roles."""
-    ran_up = [_setting(row) for row in rows if row["against"] == "runner_up"]
-    once = {_setting(row): row for row in rows}
-    return [(name(s, start) + (" (runner-up)" if s in ran_up else ""), row) for s, row in once.items()]
+    ran_up = [HeadId.of_row(row) for row in rows if row["against"] == "runner_up"]
+    once = {HeadId.of_row(row): row for row in rows}
+    return [(s.name(start) + (" (runner-up)" if s in ran_up else ""), row) for s, row in once.items()]
 
 
 def difference(value: Mapping[str, float] | None) -> str:
@@ -107,15 +107,9 @@ def chosen_table(document: Mapping[str, Any]) -> Table | None:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("at the border of its grid")
     for row in document["chosen"]:
-        cells = (str(row["trials"]), f"{row['score']:.1f}", told_parameters(row), ", ".join(row["border"]))
-        table.add_row(name((row["method"], row["loss"], None), start), *cells)
+        cells = (str(row["trials"]), f"{row['score']:.1f}", chosen_text(row), ", ".join(row["border"]))
+        table.add_row(HeadId.of_row(row).without_lam.name(start), *cells)
     return table
-
-
-def told_parameters(chosen: Mapping[str, Any]) -> str:
-    """`λ 0.15, lr 0.005`, or a dash where there was nothing to choose."""
-    own = ({} if chosen["lam"] is None else {"λ": chosen["lam"]}) | chosen["parameters"]
-    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in own.items()) or "–"
 
 
 def tries_table(document: Mapping[str, Any]) -> Table:
@@ -195,19 +189,6 @@ def html_table(corner: str, heads: Sequence[str], lines: Sequence[tuple[str, Seq
     return f"<div class=scroll><table class=main><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def name(setting: Setting, start: str = "stage 1") -> str:
-    """A row's name: `stage 1 (baseline)`, `cb alone`, `iwb + cb λ 0.15`; start: as start_name gives it."""
-    method, loss, lam = setting
-    if method == "baseline":
-        return f"{start} (baseline)"
-    if method == loss:
-        return f"{method} alone"
-    text = f"{method} + {loss}" if loss else method
-    if lam is None:
-        return text
-    return f"{text}, λ {lam:g}" + (" (equal norms)" if lam == 0 and method == "iwb" else "")
-
-
 def spread(rows: Sequence[Mapping[str, Any]], column: str) -> str:
     """`41.2 ± 0.3` over rows, or of the one row that carries its own std; a dash for an empty group."""
     values = [row[column] for row in rows if row[column] is not None]
@@ -217,17 +198,12 @@ def spread(rows: Sequence[Mapping[str, Any]], column: str) -> str:
     return f"{statistics.fmean(values):.1f}" + (f" ± {std:.1f}" if std is not None else "")
 
 
-def _setting(row: Mapping[str, Any]) -> Setting:
-    return (row["method"], row["loss"], row["lam"])
-
-
-def _rank(setting: Setting, selected: Setting) -> int:
+def _rank(head: HeadId, selected: HeadId) -> int:
     """Blocks of ten: references, the selected row, the sweep."""
-    if setting == selected:
+    if head == selected:
         return 10
-    method, _, lam = setting
     references = {"baseline": 0, "ce": 1, "cb": 2}
-    return references.get(method, 3 if method == "iwb" and lam == 0 else 20)
+    return references.get(head.method, 3 if head.method == "iwb" and head.lam == 0 else 20)
 
 
 def _split_name(split: str) -> str:

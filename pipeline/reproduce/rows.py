@@ -99,7 +99,7 @@ def method_rows(
                 spread=spread_of(tested),
                 n=len(tested),
                 n_of=ONE_BACKBONE if trained else ONCE,
-                views="clean" if method in ("baseline", "best") or not trained else views,
+                views="clean" if method in ("baseline", "iwb-la") or not trained else views,
                 time_s=stage_1["time_s"] if baseline else document["timing"]["total_s"],
                 command=stage_1["command"] if baseline else command,
                 chosen=_chosen(own.get("lam"), own.get("parameters", {})),

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.metrics import GROUPS, class_groups
+from pipeline.results.head_id import HeadId
 from pipeline.seeds import derive
 
 RESAMPLES, LEVEL = 2000, 0.95
@@ -68,8 +69,8 @@ class Hits:
 
     def rate(self, facts: Mapping[str, Any]) -> np.ndarray:
         """(M,) share of a setting's seeds that are right on each sample."""
-        mine = [i for i, head in enumerate(self.heads) if all(head[key] == value for key, value in facts.items())]
-        return self.hit[mine].mean(0)
+        rows = [i for i, head in enumerate(self.heads) if HeadId.of_row(facts).matches(head)]
+        return self.hit[rows].mean(0)
 
     def to_bytes(self) -> bytes:
         """A safetensors file, a bit for each sample and head."""

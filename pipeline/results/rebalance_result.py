@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.metrics import Scores
-from pipeline.rebalance.methods.settings import Setting
+from pipeline.results.head_id import HeadId
 from pipeline.text import Shown
 
 if TYPE_CHECKING:
@@ -93,11 +93,11 @@ def rows_csv(rows: Sequence[Row]) -> str:
     return csv_text([asdict(row) for row in rows])
 
 
-def per_class_csv(scored: Sequence[tuple[Setting, int | None, str, Scores]], class_names: Sequence[str]) -> str:
+def per_class_csv(scored: Sequence[tuple[HeadId, int | None, str, Scores]], class_names: Sequence[str]) -> str:
     """per_class.csv: one line for each setting, seed, split and class; `images` are training images."""
     return csv_text(
         [
-            setting.facts
+            setting.to_dict()
             | {"seed": seed, "split": split, "class": c, "name": class_names[c], "images": int(scores.counts[c])}
             | {"correct": int(scores.correct[c]), "total": int(scores.total[c])}
             for setting, seed, split, scores in scored

@@ -18,7 +18,8 @@ from pipeline.deploy.export import export_model, rebalanced_head, wanted_kind
 from pipeline.errors import ConfigError, DataError
 from pipeline.rebalance import rebalance
 from pipeline.report import write_report
-from pipeline.report.study import Kind, read_heads, read_results, read_study
+from pipeline.report.study import read_heads, read_results, read_study
+from pipeline.results.head_id import HeadId
 from tests.small_run import COUNTS, digits_run, made_store
 
 
@@ -67,18 +68,18 @@ def test_another_lambda_is_taken_and_not_called_chosen(run, tmp_path):
     found = torch.load(exported.weights, weights_only=True)
     assert any(torch.equal(tensor, head_of(run, lam)[0]) for tensor in found.values())
     assert exported.head["chosen_on"] is None
-    assert f"| IWB, λ = {lam:g} (given) |" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"| iwb, λ = {lam:g} (given) |" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     with pytest.raises(DataError, match=r"it has λ = 0, 0.05, 0.2; run `pipeline rebalance --lam 0.7`"):
         export_model(run, out=tmp_path / "model", lam=0.7)
 
 
 def test_of_a_method_that_was_not_tuned_validation_prefers_a_lambda(run):
     study = read_study(run)
-    other = replace(study, backbones=[replace(study.first, selected=Kind("cb", "cb", None))])
-    val = {lam: study.spread(Kind("iwb", "cb", lam), "val", "all").mean for lam in (0.05, 0.2)}
-    assert wanted_kind(other, lam=None, method="iwb") == Kind("iwb", "cb", max(val, key=val.get))
-    assert wanted_kind(other, lam=0.05000001, method=None) == Kind("iwb", "cb", 0.05)  # as tables show it
-    assert wanted_kind(other, lam=None, method=None) == Kind("cb", "cb", None)
+    other = replace(study, backbones=[replace(study.first, selected=HeadId("cb", "cb"))])
+    val = {lam: study.spread(HeadId("iwb", "cb", lam), "val", "all").mean for lam in (0.05, 0.2)}
+    assert wanted_kind(other, lam=None, method="iwb") == HeadId("iwb", "cb", max(val, key=val.get))
+    assert wanted_kind(other, lam=0.05000001, method=None) == HeadId("iwb", "cb", 0.05)  # as tables show it
+    assert wanted_kind(other, lam=None, method=None) == HeadId("cb", "cb")
     low = min(val, key=val.get)
     for backbone in other.backbones:  # whatever the two really scored, the higher one is taken
         for row in backbone.rows:

@@ -22,7 +22,8 @@ from pipeline.deploy.export import carried, export_model
 from pipeline.deploy.inference_model import load_model
 from pipeline.deploy.predict import predict
 from pipeline.errors import ConfigError, DataError, PipelineError
-from pipeline.report.study import Kind, read_study
+from pipeline.report.study import read_study
+from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Gated, Linear
 from tests.small_run import digits_run
 
@@ -32,7 +33,7 @@ def run(tiny_backbone, tmp_path_factory):
     """Digits with heads of several methods, one of them no linear layer."""
     copy = tmp_path_factory.mktemp("onnx") / "run"
     shutil.copytree(tiny_backbone.parent, copy / "backbone")
-    return digits_run(copy / "backbone" / "last.pt", method=("iwb", "best", "disalign", "tau-norm"), trials=2)
+    return digits_run(copy / "backbone" / "last.pt", method=("iwb", "iwb-la", "disalign", "tau-norm"), trials=2)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_a_head_that_is_no_layer_goes_whole_into_a_graph_and_into_nothing_else(r
             export_model(run, to=to, out=out, method="disalign")
     assert not out.exists()
     exported = export_model(run, to="onnx", out=out, method="disalign")
-    kind = Kind("disalign", None, None)
+    kind = HeadId("disalign")
     assert isinstance(read_study(run).first.head(kind)[1], Gated)
     (logits,) = onnxruntime.InferenceSession(exported.weights).run(["logits"], {"images": digits})
     np.testing.assert_allclose(logits, expected_of(run, kind, digits)[0], rtol=1e-4, atol=1e-4)
@@ -130,7 +131,7 @@ def test_a_network_without_a_bias_carries_only_heads_without_one(run):
     checkpoint = load_checkpoint(run / "backbone" / "last.pt")
     checkpoint.model.fc = nn.Linear(16, 10, bias=False)
     head = Linear(np.ones((10, 16), np.float32), np.zeros(10, np.float32))
-    kind = Kind("tau-norm", None, None)
+    kind = HeadId("tau-norm")
     assert carried(head, checkpoint, kind) is head
     with pytest.raises(
         DataError, match="has no bias, so it cannot carry the rebalanced one; --to onnx carries it whole"
@@ -140,14 +141,14 @@ def test_a_network_without_a_bias_carries_only_heads_without_one(run):
 
 def test_a_method_with_several_lambdas_gives_the_one_validation_prefers(run, tmp_path):
     own = read_study(run).first
-    for method in ("iwb", "best"):
+    for method in ("iwb", "iwb-la"):
         tuned = own.tuned_lam(method)
         found = export_model(run, out=tmp_path / "model", method=method)
         assert (found.head["method"], found.head["lam"]) == (method, tuned)
         assert tuned is not None
         assert "λ was chosen on validation." in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     with pytest.raises(DataError, match=r"no head best, λ = 0.123; it has λ = [0-9.]+; run"):
-        export_model(run, out=tmp_path / "model", method="best", lam=0.123)
+        export_model(run, out=tmp_path / "model", method="iwb-la", lam=0.123)
     with pytest.raises(ConfigError, match=r"--lam 0.1: tau-norm has no λ; leave it out"):
         export_model(run, out=tmp_path / "model", method="tau-norm", lam=0.1)
 

@@ -20,8 +20,8 @@ from pipeline.distributed import ranks
 from pipeline.metrics import class_groups
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.load import load
-from pipeline.rebalance.methods.settings import Setting
 from pipeline.rebalance.sweep import Sweep, score
+from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Linear, read_scorers
 
 HERE = Path(__file__).parent
@@ -29,24 +29,24 @@ FEATURES, TABLES = HERE / "cifar100_lt_if100_resnet32.safetensors", HERE / "tabl
 LAMS = "0,0.05,0.15,0.4,1"
 STAGE_2 = {"lam": LAMS, "views": "clean", "seeds": (0,), "epochs": 10, "batch_size": 64, "lr": 0.005}
 RIVALS = (  # at settings near those that validation chose on these features, fewer and larger steps
-    Setting("ce", "ce", lr=0.1),
-    Setting("best", "la", 0.6, lr=0.02, own=(("means", 0.25),)),
-    Setting("focal", lr=0.1, own=(("gamma", 2.0),)),
-    Setting("grw", lr=0.02, own=(("rho", 1.2),)),
-    Setting("crt", lr=0.1),
-    Setting("lws", lr=0.1),
-    Setting("balanced-softmax", lr=0.05, own=(("tau", 1.0),)),
-    Setting("ldam-drw", lr=1.0, own=(("margin", 0.5), ("defer", 0.8))),
-    Setting("maxnorm", lr=0.002, own=(("weight_decay", 0.1),)),
-    Setting("marc", lr=0.05, own=(("rho", 1.2),)),
-    Setting("disalign", lr=0.1, own=(("rho", 1.2),)),
-    Setting("iif-trained", lr=0.001, own=(("variant", "smooth"),)),
-    Setting("ala", lr=0.001),
-    Setting("las", lr=0.02, own=(("head", 0.3), ("tail", 0.0))),
-    Setting("tau-norm", own=(("tau", 0.75), ("bias", "dropped"))),
-    Setting("ncm"),
-    Setting("logit-adjust", own=(("tau", 1.0), ("form", "additive"))),
-    Setting("iif", own=(("variant", "smooth"),)),
+    HeadId("ce", "ce", lr=0.1),
+    HeadId("iwb-la", "la", 0.6, lr=0.02, values=(("means", 0.25),)),
+    HeadId("focal", lr=0.1, values=(("gamma", 2.0),)),
+    HeadId("grw", lr=0.02, values=(("rho", 1.2),)),
+    HeadId("crt", lr=0.1),
+    HeadId("lws", lr=0.1),
+    HeadId("balanced-softmax", lr=0.05, values=(("tau", 1.0),)),
+    HeadId("ldam-drw", lr=1.0, values=(("margin", 0.5), ("defer", 0.8))),
+    HeadId("maxnorm", lr=0.002, values=(("weight_decay", 0.1),)),
+    HeadId("marc", lr=0.05, values=(("rho", 1.2),)),
+    HeadId("disalign", lr=0.1, values=(("rho", 1.2),)),
+    HeadId("iif-trained", lr=0.001, values=(("variant", "smooth"),)),
+    HeadId("ala", lr=0.001),
+    HeadId("las", lr=0.02, values=(("head", 0.3), ("tail", 0.0))),
+    HeadId("tau-norm", values=(("tau", 0.75), ("bias", "dropped"))),
+    HeadId("ncm"),
+    HeadId("logit-adjust", values=(("tau", 1.0), ("form", "additive"))),
+    HeadId("iif", values=(("variant", "smooth"),)),
 )
 
 

@@ -1,4 +1,4 @@
-"""The method `best`: its head is the sum it says it is, its trials are as many as anyone's."""
+"""The method `iwb-la`: its head is the sum it says it is, its trials are as many as anyone's."""
 
 import numpy as np
 
@@ -8,9 +8,10 @@ from pipeline.rebalance.engine.features import Features, Split
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.formulation import penalty
 from pipeline.rebalance.methods.iwb_la import with_means
-from pipeline.rebalance.methods.settings import Setting, head_of, schedule_of
+from pipeline.rebalance.methods.settings import head_of, is_trained, schedule_of
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import is_comparison, next_trials
+from pipeline.results.head_id import HeadId
 
 COUNTS = np.array([200, 40, 12, 6])
 
@@ -33,7 +34,7 @@ def test_class_means_are_added_at_a_share_of_the_mean_norm():
 def test_its_head_is_the_engines_on_the_clean_view_plus_the_class_means():
     known = features(1)
     sweep = Sweep(known, None, RebalanceConfig(seeds=(3,)), Ranks(0, 1, choose_device("cpu")), folds=False)
-    setting = Setting("best", "la", 0.6, 0.01, (("means", 0.25),))
+    setting = HeadId("iwb-la", "la", 0.6, 0.01, (("means", 0.25),))
     sweep.add([setting])
     schedule = Schedule(lr=0.01, augmented=False)
     weight, bias = fit_heads(known, [Head("ce", 0.6, penalty(), tau=1.0)], seeds=(3,), schedule=schedule)
@@ -49,30 +50,30 @@ def test_its_head_is_the_engines_on_the_clean_view_plus_the_class_means():
 
 
 def test_it_is_tuned_with_as_many_trials_as_others_and_finds_the_small_classes():
-    config = RebalanceConfig(method=("best",), seeds=(0,), batch_size=16, lr=0.05)
+    config = RebalanceConfig(method=("iwb-la",), seeds=(0,), batch_size=16, lr=0.05)
     assert is_comparison(config)
     other = features(2)
     sweep = Sweep(
         features(1), Split(other.views[0], other.labels), config, Ranks(0, 1, choose_device("cpu")), folds=False
     )
     tried, best = [], None
-    while new := next_trials("best", config, tried, best):
+    while new := next_trials("iwb-la", config, tried, best):
         sweep.add(new)
         tried += new
         best = tried[sweep.choose(tried, "val").index]
     assert len(tried) == len(set(tried)) == config.trials
     assert len({s.lam for s in tried}) > 2
-    few = {s: sweep.scored["val"][s, 0 if s.trained else None].summary["few"] for s in (best, Setting("baseline"))}
-    assert few[best] > few[Setting("baseline")] + 5
+    few = {s: sweep.scored["val"][s, 0 if is_trained(s) else None].summary["few"] for s in (best, HeadId("baseline"))}
+    assert few[best] > few[HeadId("baseline")] + 5
 
 
 def test_the_default_and_the_logit_adjusted_loss_mean_these_heads():
     config = RebalanceConfig()
     assert config.formulation == "mixed"
-    assert head_of(Setting("iwb", "cb", 0.3), config) == Head("cb-bce", 0.3, penalty("paper"))
-    assert head_of(Setting("cb", "cb"), config) == Head("cb-bce")
+    assert head_of(HeadId("iwb", "cb", 0.3), config) == Head("cb-bce", 0.3, penalty("paper"))
+    assert head_of(HeadId("cb", "cb"), config) == Head("cb-bce")
     paper = RebalanceConfig(formulation="paper")
-    assert head_of(Setting("iwb", "cb", 0.3), paper) == Head("cb-softmax", 0.3, penalty("paper"))
-    assert head_of(Setting("iwb", "la", 0.3), config) == Head("ce", 0.3, penalty("paper"), tau=1.0)
-    assert not schedule_of(config, method="best").augmented
+    assert head_of(HeadId("iwb", "cb", 0.3), paper) == Head("cb-softmax", 0.3, penalty("paper"))
+    assert head_of(HeadId("iwb", "la", 0.3), config) == Head("ce", 0.3, penalty("paper"), tau=1.0)
+    assert not schedule_of(config, method="iwb-la").augmented
     assert schedule_of(config, method="iwb").augmented

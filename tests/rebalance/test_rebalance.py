@@ -442,9 +442,9 @@ def test_nothing_is_read_for_a_typing_error(tmp_path):
 def test_the_table_says_what_it_is(swept):
     text = str(swept)
     for part in (
-        "stage 1 (baseline)",
-        "cb alone",
-        "λ 0 (equal norms)",
+        "stage 1",
+        "CB loss only",
+        "equal norms (λ = 0)",
         "◀ selected",
         "tiny, 7 parameters, 5-d features",
         "2 augmented views",
@@ -460,11 +460,11 @@ def test_the_table_says_what_it_is(swept):
     narrow.print(results_table(swept.to_dict()))
     assert "◀ selected" in narrow.file.getvalue()
     names = list(results_table(swept.to_dict()).columns[0].cells)
-    assert [n.split(" (")[0] for n in names[:4]] == [
+    assert names[:4] == [
         "stage 1",
-        "cb alone",
-        "iwb + cb, λ 0",
-        f"iwb + cb, λ {swept.selected['lam']:g}",
+        "CB loss only",
+        "equal norms (λ = 0)",
+        f"iwb, λ = {swept.selected['lam']:g}",
     ]
 
 

@@ -9,7 +9,7 @@ from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS
 from pipeline.rebalance.methods import FREE, RIVALS, TRAINED
-from pipeline.rebalance.methods.settings import Setting, asked_methods
+from pipeline.rebalance.methods.settings import HeadId, asked_methods
 from pipeline.rebalance.tuning import (
     centre_of,
     edges,
@@ -27,7 +27,7 @@ FREE_NAMES = {rule.name for rule in FREE}
 
 
 def test_the_names_are_those_of_the_rules():
-    assert {*METHODS} == {"baseline", "ce", "cb", "iwb", "best", *RIVALS}
+    assert {*METHODS} == {"baseline", "ce", "cb", "iwb", "iwb-la", *RIVALS}
     assert asked_methods(("all",)) == tuple(METHODS)
     with pytest.raises(ConfigError, match=r"--method balanced-sofmax: unknown.*did you mean balanced-softmax"):
         asked_methods(("balanced-sofmax",))
@@ -60,7 +60,7 @@ def test_everything_trained_has_as_many_trials(method, trials, wanted):
 
 @pytest.mark.parametrize("rule", TRAINED, ids=lambda rule: rule.name)
 def test_the_literature_setting_is_among_the_trials(rule):
-    literature = Setting(rule.name, None, None, rule.lr or 0.04, tuple(rule.own[0].items()))
+    literature = HeadId(rule.name, None, None, rule.lr or 0.04, tuple(rule.own[0].items()))
     assert literature in next_trials(rule.name, RebalanceConfig(batch_size=rule.batch, lr=0.04))
     assert next_trials(rule.name, RebalanceConfig(batch_size=rule.batch, lr=0.04, trials=1)) == [literature]
 
@@ -80,7 +80,7 @@ def test_ladders():
 
 
 def test_what_is_left_goes_around_the_best_rate_and_beyond_an_end():
-    tried = [Setting("cb", "cb", None, lr) for lr in (0.01, 0.04, 0.16)]
+    tried = [HeadId("cb", "cb", None, lr) for lr in (0.01, 0.04, 0.16)]
     assert rates_around(tried[1], tried, 4) == [0.08, 0.02, 0.0566, 0.0283]
     assert rates_around(tried[2], tried, 3) == [0.64, 0.32, 2.56]
     assert rates_around(tried[0], tried, 2) == [0.0025, 0.005]
@@ -89,10 +89,10 @@ def test_what_is_left_goes_around_the_best_rate_and_beyond_an_end():
 @pytest.mark.parametrize("wanted", [1e-4, 3e-4, 0.002, 0.011, 0.05, 0.3])
 def test_the_search_comes_near_the_best_rate_and_finds_the_best_value(wanted):
     def score(s):
-        return -abs(math.log(s.lr / wanted)) - abs(dict(s.own)["rho"] - 1.6)
+        return -abs(math.log(s.lr / wanted)) - abs(dict(s.values)["rho"] - 1.6)
 
     tried, best = search("grw", RebalanceConfig(lr=0.005), score)
-    assert dict(best.own)["rho"] == 1.6
+    assert dict(best.values)["rho"] == 1.6
     assert 0.4 < best.lr / wanted < 2.5
     assert not [b for b in edges(best, tried) if b.startswith("lr")]
 
@@ -113,12 +113,12 @@ def test_lambda_shares_the_trials_with_the_learning_rate():
 
 
 def test_the_border_of_a_grid_is_told():
-    tried = [Setting("x", None, None, lr, (("rho", rho),)) for lr in (0.1, 0.2, 0.4) for rho in (1.0, 2.0)]
+    tried = [HeadId("x", None, None, lr, (("rho", rho),)) for lr in (0.1, 0.2, 0.4) for rho in (1.0, 2.0)]
     assert edges(tried[0], tried) == ["lr 0.1 (0.1 … 0.4)"]  # two values of rho have nothing between them
     assert edges(tried[2], tried) == []
     assert edges(tried[4], tried) == ["lr 0.4 (0.1 … 0.4)"]
     kinds = next_trials("logit-adjust", RebalanceConfig())
-    last = next(s for s in kinds if dict(s.own) == {"tau": 1.0, "form": "multiplicative"})
+    last = next(s for s in kinds if dict(s.values) == {"tau": 1.0, "form": "multiplicative"})
     assert edges(last, kinds) == ["tau 1 (0 … 1)"]  # although the additive form goes on to 2
     assert numbers(last) == {"tau": 1.0}
 

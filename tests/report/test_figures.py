@@ -40,12 +40,12 @@ def test_accuracy_against_lambda_shows_what_was_measured(run):
         for column in ("all", "many", "medium", "few"):
             for lam in (0.05, 0.1, 1.0):
                 expected = [r[column] for r in rows if (r["method"], r["lam"], r["split"]) == ("iwb", lam, split)]
-                wanted = {"line": "IWB", "lam": lam, "split": split, "classes": column}
+                wanted = {"line": "iwb", "lam": lam, "split": split, "classes": column}
                 shown = [r for r in drawing.table if wanted.items() <= r.items()]
                 assert [(s["mean"], s["n"]) for s in shown] == [(pytest.approx(np.mean(expected), abs=1e-4), 2)]
-    references = {r["line"] for r in drawing.table} - {"IWB"}
-    assert references == {"stage 1", "class-balanced loss alone", "λ = 0: equal target norms"}
-    assert labels(drawing) == references | {"IWB", "chosen on validation"}
+    references = {r["line"] for r in drawing.table} - {"iwb"}
+    assert references == {"stage 1", "CB loss only", "equal norms (λ = 0)"}
+    assert labels(drawing) == references | {"iwb", "chosen on validation"}
     assert "test (not selected on)" in texts(drawing)
     stars = [line for a in drawing.figure.axes for line in a.lines if line.get_marker() == "*"]
     assert [line.get_xdata()[0] for line in stars] == [study.first.selected.lam] * 8
@@ -62,7 +62,7 @@ def test_a_single_lambda_is_a_point_that_nobody_chose(tmp_path):
 def test_the_band_over_backbones_is_their_standard_deviation(runs):
     study = read_study(runs)
     table = accuracy_against_lambda(study).table
-    shown = next(r for r in table if (r["split"], r["classes"], r["line"], r["lam"]) == ("test", "all", "IWB", 0.05))
+    shown = next(r for r in table if (r["split"], r["classes"], r["line"], r["lam"]) == ("test", "all", "iwb", 0.05))
     expected = study.spread(study.at(0.05), "test", "all")
     assert (shown["std"], shown["n"]) == (pytest.approx(expected.std, abs=1e-4), 3)
     assert "over 3 backbones" in accuracy_against_lambda(study).caption

@@ -7,7 +7,8 @@ import re
 
 from pipeline.report import write_report
 from pipeline.report.sections import summary
-from pipeline.report.study import Kind, read_study
+from pipeline.report.study import read_study
+from pipeline.results.head_id import HeadId
 from tests.small_run import made_run
 
 
@@ -43,10 +44,10 @@ def test_the_table_has_the_measured_numbers_and_says_what_chose(run, tmp_path):
         assert f"{selected[column]:.1f} ± {selected[f'{column}_std']:.1f}" in text
     names = [row["name"] for row in report.rows]
     assert names == [
-        "Stage 1 as trained",
-        "Class-balanced loss alone",
-        "Norms pulled together (λ = 0)",
-        f"IWB, λ = {selected['lam']:g} (chosen on validation)",
+        "stage 1",
+        "CB loss only",
+        "equal norms (λ = 0)",
+        f"iwb, λ = {selected['lam']:g} (chosen on validation)",
     ]
     assert json.loads(json.dumps(report.to_dict()))["rows"] == list(report.rows)
 
@@ -54,7 +55,7 @@ def test_the_table_has_the_measured_numbers_and_says_what_chose(run, tmp_path):
 def test_what_the_norm_term_adds_is_said_apart(run, tmp_path):
     rows = write_report(run, out=tmp_path).rows
     text = text_of(write_report(run, out=tmp_path))
-    said = re.search(r"against class-balanced loss alone: (.*?) points", text)[1].replace("−", "-")
+    said = re.search(r"against CB loss only: (.*?) points", text)[1].replace("−", "-")
     for column, told in (part.split() for part in said.split(", ")):
         assert abs(float(told) - (rows[-1][column] - rows[1][column])) < 0.051
     assert len(said.split(", ")) == 4
@@ -67,7 +68,7 @@ def test_differences_stand_in_the_page_with_their_intervals(run, runs, tmp_path)
         for row in found["rows"]:
             low, high = (f"{row['all'][k]:.1f}".replace("-0.0", "0.0").replace("-", "−") for k in ("low", "high"))
             assert f"[{low}, {high}]" in text
-        assert "less stage 1 (baseline)" in text
+        assert "less stage 1" in text
         assert f"{found['samples']} test samples" in text
 
 
@@ -84,7 +85,7 @@ def test_one_lambda_was_not_chosen(tmp_path):
 
 def test_cross_entropy_is_compared_with_cross_entropy(tmp_path):
     rows = write_report(made_run(tmp_path / "run", loss="ce", lam="0.3")).rows
-    assert rows[1]["name"] == "Cross-entropy alone"
+    assert rows[1]["name"] == "CE loss only"
 
 
 def test_an_empty_group_has_no_column(tmp_path):
@@ -110,8 +111,8 @@ def test_folds_are_named_as_what_chose(tmp_path):
 
 
 def test_a_further_head_gets_its_own_line(run):
-    lines = summary(read_study(run), also=Kind("iwb", "cb", 0.05))
-    assert lines[-1].name == "IWB, λ = 0.05 (given)"
+    lines = summary(read_study(run), also=HeadId("iwb", "cb", 0.05))
+    assert lines[-1].name == "iwb, λ = 0.05 (given)"
     assert [line.selected for line in lines] == [False, False, False, True, False]
 
 

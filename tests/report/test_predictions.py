@@ -14,7 +14,8 @@ from pipeline.report.confusion import confusion_between_groups, frequent_confusi
 from pipeline.report.figures import draw_all
 from pipeline.report.predictions import Answers, answers, read_compared
 from pipeline.report.reliability import reliability_diagram
-from pipeline.report.study import BASELINE, Kind, read_study
+from pipeline.report.study import read_study
+from pipeline.results.head_id import BASELINE, HeadId
 from pipeline.results.heads import Gated, Linear, predict, predict_array
 from tests.small_run import made_run
 
@@ -63,7 +64,7 @@ def test_the_most_frequent_confusions_come_first_and_right_answers_not_at_all():
 def test_answers_agree_with_the_table(run):
     backbone = read_study(run).first
     rows = json.loads((run / "rebalance" / "results.json").read_text())["results"]
-    for kind in (BASELINE, backbone.selected, backbone.alone):
+    for kind in (BASELINE, backbone.selected, backbone.loss_only):
         found = answers(backbone, kind)
         wanted = [r for r in rows if r["split"] == "test" and kind.matches(r)]
         assert len(found) == len(wanted)
@@ -147,10 +148,10 @@ def test_runs_that_lack_groups_or_have_one_class_in_each_draw(tmp_path, counts):
 def test_a_head_that_is_not_linear_is_scored(tmp_path):
     run = made_run(tmp_path / "run", method=("iwb", "disalign"), trials=1, lam="0.1", seeds=(0,))
     backbone = read_study(run).first
-    [found] = answers(backbone, Kind("disalign", None, None))
+    [found] = answers(backbone, HeadId("disalign"))
     row = next(r for r in backbone.rows if r["method"] == "disalign" and r["split"] == "test")
     assert expected_calibration_error(found.confidence, found.hit) == pytest.approx(row["ece"], abs=1e-3)
-    study = replace(read_study(run), backbones=[replace(backbone, selected=Kind("disalign", None, None))])
+    study = replace(read_study(run), backbones=[replace(backbone, selected=HeadId("disalign"))])
     drawn = {drawing.name: drawing for drawing in draw_all(study)}
     assert {"weight-norms", "norm-size", "confusion", "reliability", "feature-geometry"} <= drawn.keys()
     assert "disalign" in {row["head"] for row in drawn["reliability"].table}
@@ -183,7 +184,7 @@ def test_skipped_test_samples_and_a_class_that_lost_all_of_them(tmp_path):
 
 def test_without_heads_samples_or_time_there_is_no_figure(run, tmp_path, monkeypatch):
     study = read_study(run)
-    assert answers(study.first, Kind("ncm", None, None)) == []
+    assert answers(study.first, HeadId("ncm")) == []
     assert answers(study.first, BASELINE, "nothing") == []
     monkeypatch.setattr(scoring, "PRODUCTS_FOR_A_FIGURE", 10)
     assert read_compared(study) is None

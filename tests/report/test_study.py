@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.report.study import BASELINE, Kind, read_heads, read_study, signed, spread
+from pipeline.report.study import read_heads, read_study, signed, spread
+from pipeline.results.head_id import BASELINE, HeadId
 from tests.small_run import COUNTS, made_run
 
 
@@ -22,7 +23,7 @@ def values(document, split, lam, column):
 
 def test_spread_of_one_backbone_is_over_its_batch_orders(run):
     study, expected = read_study(run), values(results(run), "test", 0.1, "few")
-    found = study.spread(Kind("iwb", "cb", 0.1), "test", "few")
+    found = study.spread(HeadId("iwb", "cb", 0.1), "test", "few")
     assert len(expected) == 2
     assert found.mean == pytest.approx(np.mean(expected))
     assert found.std == pytest.approx(np.std(expected, ddof=1))
@@ -32,7 +33,7 @@ def test_spread_of_one_backbone_is_over_its_batch_orders(run):
 def test_spread_of_several_backbones_is_over_their_means_and_not_over_batch_orders(runs):
     study = read_study(runs)
     each = [np.mean(values(results(runs / f"seed-{s}"), "val", 1.0, "all")) for s in (0, 2, 10)]
-    found = study.spread(Kind("iwb", "cb", 1.0), "val", "all")
+    found = study.spread(HeadId("iwb", "cb", 1.0), "val", "all")
     assert [b.name for b in study.backbones] == ["seed-0", "seed-2", "seed-10"]
     assert (found.mean, found.std, found.n) == (pytest.approx(np.mean(each)), pytest.approx(np.std(each, ddof=1)), 3)
     assert study.repeated == "3 backbones"
@@ -57,16 +58,16 @@ def test_lams_are_those_that_every_backbone_has_without_zero(runs, tmp_path):
     file.write_text(json.dumps(document))
     assert read_study(runs).lams == [0.05, 0.1, 1.0]
     assert read_study(folder).lams == [0.05, 1.0]
-    assert read_study(folder).spread(Kind("iwb", "cb", 0.1), "val", "all") is None
+    assert read_study(folder).spread(HeadId("iwb", "cb", 0.1), "val", "all") is None
 
 
 def test_class_accuracy_measured_from_heads_is_what_rebalancing_wrote(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "copy")
     (folder / "rebalance" / "per_class.csv").unlink()
     written, measured = read_study(run).first, read_study(folder).first
-    for kind in (BASELINE, written.alone, written.selected):
+    for kind in (BASELINE, written.loss_only, written.selected):
         np.testing.assert_allclose(written.class_accuracy(kind, "test"), measured.class_accuracy(kind, "test"))
-    assert measured.class_accuracy(Kind("iwb", "cb", 0.77), "test") is None
+    assert measured.class_accuracy(HeadId("iwb", "cb", 0.77), "test") is None
     table = results(run)["selected"]
     assert written.class_accuracy(written.selected, "test").mean() == pytest.approx(table["all"])
 

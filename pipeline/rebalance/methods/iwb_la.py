@@ -1,4 +1,4 @@
-"""`--method best`: inverse weight-balancing with the logit-adjusted loss and a share of class means in the class vectors.
+"""`--method iwb-la`: inverse weight-balancing with the logit-adjusted loss and a share of class means in the class vectors.
 
 Chosen among some two hundred combinations of loss, penalty, start, schedule and post-processing by validation accuracy on two
 encoders; docs/results.md says how far it held on others. The logit-adjusted loss finds the balance, the KL term moves accuracy to
