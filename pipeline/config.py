@@ -99,10 +99,13 @@ class BackboneConfig(Section):
     """Stage 1: the network and its training (docs/training.md).
 
     model_args: what timm.create_model is given beside the name, such as img_size of a vision transformer.
+    encoder: a pretrained network that is taken as it is; frozen: nothing is trained (docs/pretrained.md).
     """
 
     model: str = "cifar_resnet32"
     model_args: dict[str, Any] | None = None
+    frozen: bool = False
+    encoder: str | None = None
     width: float = Field(1.0, gt=0)
     pretrained: bool = False
     epochs: int = Field(200, ge=1)
@@ -133,6 +136,22 @@ class BackboneConfig(Section):
     diagnose_per_class: int = Field(20, ge=1)
     save_every_minutes: float = Field(10.0, gt=0)
     tensorboard: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _encoder_is_frozen(cls, tree: Any) -> Any:
+        """A tree that names an encoder says frozen: true by that."""
+        return {"frozen": True} | tree if isinstance(tree, dict) and tree.get("encoder") else tree
+
+    @model_validator(mode="after")
+    def _frozen_names_an_encoder(self):
+        if self.frozen and not self.encoder:
+            raise ValueError("frozen: name the pretrained network with encoder, such as encoder: lite0")
+        if self.encoder and not self.frozen:
+            raise ValueError(
+                "encoder takes a network as it is: leave frozen away, or train with model and pretrained: true"
+            )
+        return self
 
     @field_validator("model_args")
     @classmethod
@@ -298,6 +317,14 @@ class Config(Section):
     backbone: BackboneConfig = BackboneConfig()
     dump: DumpConfig = DumpConfig()
     rebalance: RebalanceConfig = RebalanceConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _encodes_once(cls, tree: Any) -> Any:
+        """Return the tree with one view, the clean one, where an encoder is taken as it is and dump.views is not set."""
+        backbone, dump = (tree.get(key) for key in ("backbone", "dump")) if isinstance(tree, dict) else (None, None)
+        frozen = isinstance(backbone, dict) and backbone.get("encoder")
+        return tree | {"dump": {"views": 1} | (dump or {})} if frozen and isinstance(dump or {}, dict) else tree
 
     @property
     def run_dir(self) -> Path:

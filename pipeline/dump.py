@@ -80,7 +80,7 @@ class DumpResult(Shown):
 
 
 def dump_features(
-    backbone: Checkpoint | Path | str,
+    backbone: Checkpoint | Path | str | None,
     config: Config | None = None,
     *,
     out: Path | str | None = None,
@@ -102,7 +102,8 @@ def dump_features(
     torchrun the ranks share the work. A backbone without a head for these classes gets a linear probe (probe.py), fitted on
     the clean training features before the seal.
 
-    backbone: a checkpoint's file, of `train_backbone` or of any timm network, or a loaded one. config: images and settings,
+    backbone: a checkpoint's file, of `train_backbone` or of any timm network, or a loaded one, or None for the encoder that
+    the configuration names (backbone.encoder). config: images and settings,
     None for those a checkpoint of `train_backbone` was made with; own_images: its images, with config's sections dump and
     rebalance. settings: KEY=VALUE laid over. out: a folder or URL, by default features.zarr in the backbone's run. model,
     key_map, probe: how a checkpoint from elsewhere is taken, as in `load_foreign`; it is then kept in backbone/ beside the
@@ -114,10 +115,10 @@ def dump_features(
     """
     started = time.perf_counter()
     with distributed.ranks(device) as ranks, Signals() as signals:
-        if isinstance(backbone, Path | str):
+        if not isinstance(backbone, Checkpoint):
             source = find_source(
-                Path(backbone), config, out=out, own_images=own_images, settings=settings, model=model, key_map=key_map,
-                probe=probe, overwrite=overwrite, ranks=ranks, say=say,
+                None if backbone is None else Path(backbone), config, out=out, own_images=own_images, settings=settings,
+                model=model, key_map=key_map, probe=probe, overwrite=overwrite, ranks=ranks, say=say,
             )  # fmt: skip
         else:
             source = source_of(backbone, config, out=out, images=images, keep_in=keep_in)
@@ -129,7 +130,9 @@ def _dump(
     source: Source, ranks: Ranks, signals: Signals, *, overwrite: bool, report: Callable[[int, int, str], object]
 ) -> DumpResult:
     backbone, config, out, keep_in = source.backbone, source.config, source.out, source.keep_in
-    dataset = ranks.together(lambda: fitting(source.images or load_dataset(config.data), backbone))
+    dataset = ranks.together(
+        lambda: fitting(source.images or load_dataset(config.data, resize=not config.backbone.frozen), backbone)
+    )
     writer = _writer(backbone, config, dataset, out=out, ranks=ranks, overwrite=overwrite)
     with writer:
         ranks.together(lambda: keep(backbone, keep_in) if keep_in and ranks.first else None)
@@ -327,6 +330,8 @@ def fitting(dataset: Dataset, backbone: Checkpoint) -> Dataset:
             "alone: --checkpoint FILE --probe"
         )
     for name, split in dataset.splits.items():
+        if backbone.config.backbone.frozen:
+            continue  # its images are resized batch by batch
         if split.images is not None and split.images.shape[1:3] != backbone.transform.size:
             wanted, got = ("×".join(map(str, size)) for size in (backbone.transform.size, split.images.shape[1:3]))
             raise DataError(f"{backbone.path}: trained on {wanted} images, {name} has {got}; set data.image_size")

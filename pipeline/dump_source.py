@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
-from pipeline.backbone.external_checkpoint import bring, is_own
+from pipeline.backbone.external_checkpoint import bring, brought_text, is_own
 from pipeline.config import Config, apply_setting, find_config, load_config, make_config
 from pipeline.data import Dataset
 from pipeline.distributed import Ranks
@@ -25,7 +25,7 @@ class Source:
 
 
 def find_source(
-    path: Path,
+    path: Path | None,
     config: Config | None,
     *,
     out: Path | str | None,
@@ -39,8 +39,9 @@ def find_source(
     say: Callable[[str], object],
 ) -> Source:
     """The backbone in a checkpoint and what goes with it, as `dump_features` says; nothing is written."""
-    ranks.together(lambda: _refuse_missing(path))
-    if not (key_map or probe) and is_own(path):
+    if path is not None:
+        ranks.together(lambda: _refuse_missing(path))
+    if path is not None and not (key_map or probe) and is_own(path):
         backbone = ranks.together(lambda: load_checkpoint(path))
         chosen = ranks.together(lambda: _chosen(config, backbone.config, own_images=own_images, settings=settings))
         out = out or _beside(path)
@@ -55,7 +56,7 @@ def find_source(
     backbone, images = bring(
         path, named, folder, model=model, key_map=key_map, probe=probe, overwrite=overwrite, ranks=ranks
     )
-    say(f"checkpoint: {path}, kept in {folder / 'last.pt'}; store: {out}")
+    say(f"{brought_text(backbone)}, kept in {folder / 'last.pt'}; store: {out}")
     for note in (backbone.brought or {}).get("notes", ()):
         say(f"note: {note}")
     return Source(backbone, backbone.config, out, images, folder)

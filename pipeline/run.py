@@ -12,7 +12,7 @@ from typing import Any
 from cache import CacheError, Otherwise, is_url, locate, write_durably
 from pipeline import distributed
 from pipeline.backbone.checkpoint import load_checkpoint
-from pipeline.backbone.external_checkpoint import bring
+from pipeline.backbone.external_checkpoint import bring, brought_text
 from pipeline.backbone.train import train_backbone
 from pipeline.config import Config
 from pipeline.console import Talk, TrainingReporter, clock
@@ -68,9 +68,9 @@ class RunResult(Shown):
 
 @dataclass(frozen=True)
 class Brought:
-    """A checkpoint from elsewhere that takes the place of stage 1; the fields are load_foreign's."""
+    """A network from elsewhere that takes the place of stage 1; the fields are load_foreign's."""
 
-    path: Path
+    path: Path | None = None
     model: str | None = None
     key_map: Path | None = None
     probe: bool = False
@@ -134,6 +134,7 @@ def run_pipeline(
     Raises what the stages raise; everything finished stays.
     """
     talk = talk or Talk(quiet=True)
+    brought = brought or (Brought() if config.backbone.frozen else None)
     places = places_of(config, out, seeds, brought)
     with distributed.ranks(device) as ranks:
         ranks.together(lambda: refuse_other_kind(out, seeds))
@@ -176,7 +177,7 @@ def places_of(config: Config, out: Path, seeds: Sequence[int] | None, brought: B
     """Folder of each backbone → its configuration; ConfigError where one is brought and several are to be trained."""
     if brought and seeds:
         raise ConfigError(
-            "--seeds trains one backbone a seed, --checkpoint is one that is there: leave one of them away"
+            "--seeds trains one backbone a seed, --checkpoint and --encoder take one that is there: leave one of them away"
         )
     return {out / f"seed-{s}": with_seed(config, s) for s in seeds} if seeds else {out: config}
 
@@ -257,7 +258,7 @@ def _one_backbone(
         )  # fmt: skip
         config = backbone.config
         ranks.together(lambda: refuse_endless(config, images))
-        talk.say(f"checkpoint: {brought.path}, kept in {out / 'backbone' / 'last.pt'}")
+        talk.say(f"{brought_text(backbone)}, kept in {out / 'backbone' / 'last.pt'}")
         talk.notes((backbone.brought or {}).get("notes", ()))
     else:
         with talk.progress("training") as bar:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbone import cifar
+from pipeline.backbone.pretrained import weights_file_of
 from pipeline.config import BackboneConfig, DataConfig, nearest
 from pipeline.data.dataset import Split
 from pipeline.data.transform import IMAGENET_MEAN, IMAGENET_STD, Transform, channel_statistics
@@ -33,14 +34,17 @@ def build_model(config: BackboneConfig, *, num_classes: int, size: tuple[int, in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
         try:
+            if config.pretrained:
+                extra["pretrained_cfg_overlay"] = weights_file_of(name)
             model = timm.create_model(name, pretrained=config.pretrained, num_classes=num_classes, **extra)
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())
             if config.pretrained:
                 raise ConfigError(
                     f"backbone.model={name}: no pretrained weights to be had ({reason}); set backbone.pretrained=false, "
                     "or bring the folder HF_HOME of a host that has fetched them"
                 ) from error
+            reason = reason[:300]
             raise ConfigError(f"backbone.model={name}: timm cannot build it ({reason})") from error
     classifier(model)
     return model
@@ -112,7 +116,7 @@ def input_transform(
     """How pixels become input: the pretrained model's own statistics, else the training images', else ImageNet's.
 
     known: what is known of weights that come from elsewhere, as timm's pretrained_cfg says it; data.mean, data.std and
-    data.image_size go before it, and images in memory keep their size.
+    data.image_size go before it. Images in memory keep their size, and those of a frozen encoder get its own.
     """
     if train.images is not None:
         height, width = train.images.shape[1:3]
@@ -133,12 +137,14 @@ def input_transform(
         wanted = resolve_data_config({}, pretrained_cfg=dict(usual))
         facts = {"crop_pct": wanted["crop_pct"], "interpolation": wanted["interpolation"]}
         mean, std = wanted["mean"], wanted["std"]
-        if train.images is None and data.image_size is None:
+        if data.image_size is None and (train.images is None or backbone.frozen):
             size = tuple(wanted["input_size"][1:])
     if facts["interpolation"] not in ("nearest", "bilinear", "bicubic"):
         facts["interpolation"] = "bicubic"
-    if train.images is None and known is None and augmentation in ("crop", "crop-flip"):
-        facts["crop_pct"] = 1.0  # what is trained on whole images is not cut in the middle at test
+    if backbone.frozen:
+        size = (data.image_size or size[0],) * 2
+    if backbone.frozen or (train.images is None and known is None and augmentation in ("crop", "crop-flip")):
+        facts["crop_pct"] = 1.0  # what is trained on whole images, or on whatever fills its image, is not cut at test
     if train.images is not None and not backbone.pretrained and not known:
         mean, std = channel_statistics(train.images)
     if data.cutout >= min(size):

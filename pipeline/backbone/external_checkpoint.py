@@ -16,9 +16,11 @@ from pipeline.backbone.build import build_model, check_input, classifier, input_
 from pipeline.backbone.checkpoint import Checkpoint, weights_digest
 from pipeline.backbone.cifar import takes_width
 from pipeline.backbone.match_weights import Head, take
+from pipeline.backbone.pretrained import encoder_path, load_encoder
 from pipeline.backbone.weights import find_tensors, read_file, read_key_map, renamed, weights_file
 from pipeline.config import RESERVED_MODEL_ARGS, BackboneConfig, Config
 from pipeline.data import Dataset, load_dataset
+from pipeline.data.transform import Transform
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError, DataError
 from pipeline.provenance import provenance
@@ -43,7 +45,7 @@ class Beside:
 
 
 def load_foreign(
-    path: Path,
+    path: Path | None,
     config: Config,
     *,
     dataset: Dataset,
@@ -53,12 +55,15 @@ def load_foreign(
 ) -> Checkpoint:
     """The backbone in any checkpoint of a timm network, ready to encode the data set.
 
-    path: safetensors, or a pickle of tensors, of which nothing is executed; or a folder with a timm config.json. The
+    path: safetensors, or a pickle of tensors, of which nothing is executed; or a folder with a timm config.json; None
+    for the pretrained network that config.backbone.encoder names. The
     network is `model` if given, else what config.json says, else config.backbone.model. key_map: see read_key_map.
     The head is the file's own where it is one of these classes, unless probe asks otherwise; else a linear probe that is
     fitted when the features are there. Raises DataError for a file that cannot be read or does not fit, ConfigError for
     a network or key map that will not do.
     """
+    if path is None and (path := encoder_path(config.backbone.encoder or "")) is None:
+        return _load_pretrained(config, dataset)
     path = Path(path)
     said = read_beside(path)
     file = weights_file(path, said.weights)
@@ -80,41 +85,96 @@ def load_foreign(
     transform = input_transform(config.data, settings, dataset.train, known=known)
     check_input(network, transform, torch.device("cpu"))
     notes += _about_input(said, known, transform.size, settings.model)
-    facts, summary = network_facts(settings, network), dataset.summary()
-    chosen = config.model_copy(update={"backbone": settings})
+    epoch = content.get("epoch") if isinstance(content, Mapping) else None
     brought = {
         "sha256": _sha256(file),
         "taken_from": ".".join([*found.where, *filter(None, [taken.prefix.rstrip(".")])]) or None,
         "key_map": None if key_map is None else str(key_map),
         "notes": notes,
     }
-    epoch = content.get("epoch") if isinstance(content, Mapping) else None
+    chosen = config.model_copy(update={"backbone": settings})
+    return _brought_along(
+        network, chosen, dataset, transform=transform, path=path, brought=brought, probe=head is None,
+        epoch=epoch if isinstance(epoch, int) else 0,
+    )  # fmt: skip
+
+
+def _load_pretrained(config: Config, dataset: Dataset) -> Checkpoint:
+    """Return the pretrained network that the configuration names, to be given a linear probe for the data's classes."""
+    settings = config.backbone
+    assert settings.encoder is not None
+    pretrained = load_encoder(settings.encoder, model_args=settings.model_args, size=config.data.image_size)
+    settings = settings.model_copy(
+        update={
+            "model": pretrained.model,
+            "model_args": dict(pretrained.model_args) or None,
+            "width": 1.0,
+            "pretrained": False,
+        }
+    )
+    network = build_model(settings, num_classes=len(dataset.class_names))
+    path = pretrained.file or Path(pretrained.name)
+    _load(network, take(pretrained.tensors, network, name=pretrained.model, path=path, probe=True).encoder, None, path)
+    transform = input_transform(config.data, settings, dataset.train, known=pretrained.input)
+    check_input(network, transform, torch.device("cpu"))
+    height, width = transform.size
+    notes = [
+        f"encoder: {pretrained.origin}; a linear probe is fitted on the features",
+        f"input: whole images at {height}×{width}, mean and standard deviation of the network's own training; another size: "
+        "--set data.image_size=…",
+    ]
+    digest = _sha256(pretrained.file) if pretrained.file else None
+    return _brought_along(
+        network, config.model_copy(update={"backbone": settings}), dataset, transform=transform, path=path,
+        brought={"encoder": pretrained.name, "sha256": digest, "notes": notes}, probe=True, epoch=0,
+    )  # fmt: skip
+
+
+def _brought_along(
+    network: nn.Module,
+    config: Config,
+    dataset: Dataset,
+    *,
+    transform: Transform,
+    path: Path,
+    brought: dict[str, Any],
+    probe: bool,
+    epoch: int,
+) -> Checkpoint:
+    """Return the network with what a dump and a later reader need to know of it."""
+    facts, summary = network_facts(config.backbone, network), dataset.summary()
     return Checkpoint(
         path=path,
         model=network.eval(),
-        config=chosen,
+        config=config,
         transform=transform,
         class_names=dataset.class_names,
         counts=dataset.counts,
         network=facts,
         dataset=summary,
-        epoch=epoch if isinstance(epoch, int) else 0,
+        epoch=epoch,
         complete=True,
         weights_digest=weights_digest(network.state_dict()),
         provenance=provenance(
             command="dump-features",
-            config=chosen.model_dump(mode="json"),
+            config=config.model_dump(mode="json"),
             dataset=summary,
             network=facts,
             made_from={"checkpoint": str(path), **brought},
         ),
-        probe=head is None,
+        probe=probe,
         brought=brought,
     )
 
 
+def brought_text(backbone: Checkpoint) -> str:
+    """Return `encoder: lite0` or `checkpoint: FILE`, as a backbone was asked for."""
+    name = (backbone.brought or {}).get("encoder")
+    return f"encoder: {name}" if name else f"checkpoint: {backbone.path}"
+
+
 def bring(
-    path: Path,
+    path: Path | None,
     config: Config,
     folder: Path,
     *,
@@ -125,7 +185,7 @@ def bring(
     ranks: Ranks,
 ) -> tuple[Checkpoint, Dataset]:
     """(load_foreign of the configuration's images; the images), unless the folder it is to be kept in has another one."""
-    dataset = ranks.together(lambda: load_dataset(config.data))
+    dataset = ranks.together(lambda: load_dataset(config.data, resize=not config.backbone.frozen))
     backbone = ranks.together(
         lambda: load_foreign(path, config, dataset=dataset, model=model, key_map=key_map, probe=probe)
     )

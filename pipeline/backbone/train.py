@@ -50,6 +50,7 @@ from pipeline.backbone.training_dir import (
     identity_of,
     recorded_precision,
     refuse_among_images,
+    refuse_frozen,
 )
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
@@ -84,6 +85,7 @@ def train_backbone(
     """
     started = time.perf_counter()
     with distributed.ranks(device) as ranks, Signals() as signals:
+        ranks.together(lambda: refuse_frozen(config.backbone))
         dataset = ranks.together(lambda: images or load_dataset(config.data))
         ranks.together(lambda: refuse_among_images(out, config.data))
         with alone_in(out, ranks) as notes:

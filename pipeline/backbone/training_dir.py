@@ -22,6 +22,8 @@ from pipeline.killpoint import KillPoint
 
 # what may differ when a training goes on
 FREE = {
+    "frozen",
+    "encoder",
     "save_every_minutes",
     "validate_every",
     "pretrained",
@@ -259,6 +261,15 @@ class TrainingFolder:
             raise ConfigError(
                 f"{path} is of another training: {shown}. Take another --out, or --overwrite to start anew"
             )
+
+
+def refuse_frozen(settings: BackboneConfig) -> None:
+    """Raise ConfigError where the configuration takes a pretrained network as it is."""
+    if settings.frozen:
+        raise ConfigError(
+            f"backbone.encoder={settings.encoder}: this network is taken as it is, so there is nothing to train; go on with "
+            "`pipeline dump-features` or `pipeline run`"
+        )
 
 
 def identity_of(settings: BackboneConfig, *, dataset: str, transform: dict[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,25 @@ def key_map(command: Any) -> Any:
     )(command)
 
 
+def encoder(command: Any) -> Any:
+    """--encoder, of the commands that can take a pretrained network as it is."""
+    return click.option(
+        "--encoder",
+        metavar="NAME",
+        help="A pretrained network instead of training one: lite0, lite1, lite2 (weights by pip), a timm name, hf-hub:…, "
+        "local-dir:… or a file.",
+    )(command)
+
+
+def with_encoder(sets: Any, name: str | None, checkpoint: Any) -> tuple[str, ...]:
+    """The settings with those that --encoder means; ConfigError where --checkpoint names another network."""
+    if name is None:
+        return tuple(sets)
+    if checkpoint is not None:
+        raise ConfigError(f"--encoder {name} and --checkpoint {checkpoint} both name a network; leave one of them away")
+    return (*sets, f"backbone.encoder={name}")
+
+
 def probe(command: Any) -> Any:
     """--probe, of the same."""
     return click.option(

@@ -11,6 +11,7 @@ from pipeline.cli.options import (
     STORE,
     Examples,
     dry_run,
+    encoder,
     key_map,
     on_error,
     probe,
@@ -18,6 +19,7 @@ from pipeline.cli.options import (
     shared,
     typed,
     whole_numbers,
+    with_encoder,
     workers,
 )
 from pipeline.cli.paths import backbones_of, take_config
@@ -39,6 +41,7 @@ from pipeline.errors import ConfigError, DataError
     help="Where the features go, such as s3://bucket/path [default: features.zarr in the run].",
 )
 @click.option("--seeds", metavar="0,1,2", help="Train one backbone per seed and aggregate over them.")
+@encoder
 @click.option("--checkpoint", type=PATH, help="Weights of any timm network to take instead of training one.")
 @key_map
 @probe
@@ -53,6 +56,7 @@ def run_command(
     out,
     store,
     seeds,
+    encoder,
     checkpoint,
     key_map,
     probe,
@@ -69,8 +73,9 @@ def run_command(
 
     CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
     """
+    sets = with_encoder(sets, encoder, checkpoint)
     talk, chosen = take_config(config, (*sets, *_said(on_error=on_error)))
-    if checkpoint is None and (key_map or probe):
+    if checkpoint is None and not chosen.backbone.frozen and (key_map or probe):
         raise ConfigError("--key-map and --probe are for a checkpoint from elsewhere: name it with --checkpoint FILE")
     where: Any = {"out": out or chosen.run_dir, "store": store, "seeds": whole_numbers("--seeds", seeds)}
     where |= {"device": device, "overwrite": overwrite}
@@ -78,7 +83,9 @@ def run_command(
         return
     from pipeline.run import Brought, run_pipeline
 
-    brought = Brought(checkpoint, typed(sets, "backbone.model"), key_map, probe) if checkpoint else None
+    brought = None
+    if checkpoint or chosen.backbone.frozen:
+        brought = Brought(checkpoint, typed(sets, "backbone.model"), key_map, probe)
     if dry_run:
         from pipeline.plan.whole import plan_run
 
@@ -162,6 +169,7 @@ def train_command(
     example="pipeline dump-features digits-lt --views 4",
 )
 @click.argument("config", required=False, shell_complete=configs)
+@encoder
 @click.option(
     "--checkpoint",
     type=PATH,
@@ -194,6 +202,7 @@ def train_command(
 @shared
 def dump_command(
     config,
+    encoder,
     checkpoint,
     key_map,
     probe,
@@ -215,9 +224,11 @@ def dump_command(
     was not trained by this program they are CONFIG's, and it is kept in backbone/last.pt beside the store.
     """
     extra = _said(views=views, dtype=dtype, on_error=on_error)
+    sets = with_encoder(sets, encoder, checkpoint)
     talk, named = take_config(config, sets, told=config is not None or checkpoint is None)
-    path = checkpoint or named.run_dir / "backbone" / "last.pt"
-    if checkpoint is None and not path.exists():
+    frozen = checkpoint is None and named.backbone.frozen
+    path = None if frozen else checkpoint or named.run_dir / "backbone" / "last.pt"
+    if checkpoint is None and path is not None and not path.exists():
         if several := backbones_of(named.run_dir):
             one = several[0] / "backbone" / "last.pt"
             raise DataError(
@@ -226,11 +237,11 @@ def dump_command(
         raise DataError(
             f"{path}: no such checkpoint; make one with `pipeline train-backbone{f' {config}' if config else ''}`"
         )
-    if checkpoint is None and (key_map or probe):
+    if checkpoint is None and not frozen and (key_map or probe):
         raise ConfigError("--key-map and --probe are for a checkpoint from elsewhere: name it with --checkpoint FILE")
     made_from: Any = {
-        "config": named if config else None,
-        "own_images": checkpoint is None,
+        "config": named if config or frozen else None,
+        "own_images": checkpoint is None and not frozen,
         "settings": (*sets, *extra),
         "out": out,
         "model": typed(sets, "backbone.model"),

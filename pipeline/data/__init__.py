@@ -26,11 +26,12 @@ SOURCES = {
 __all__ = ["Dataset", "Split", "load_dataset"]
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: DataConfig, *, resize: bool = True) -> Dataset:
     """The images a configuration means: long-tailed as asked, with validation and test splits.
 
     Validation is the source's own, else what the subset left over, else min(val_per_class, N_c // 5) images of each
     class held out of training; a test split that is missing is held out the same way, and a note says so.
+    resize: whether images in memory get the size data.image_size; a frozen encoder's are resized batch by batch.
     Raises DataError naming the file, sample or class that is wrong, ConfigError for an impossible subset.
     """
     found = SOURCES[config.source](config)
@@ -60,7 +61,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         if split:
             told = unmeasured(np.bincount(split.labels, minlength=classes), found.class_names, name)
             dataset = replace(dataset, notes=(*dataset.notes, *told))
-    if config.image_size is not None:
+    if resize and config.image_size is not None:
         dataset = _resized(dataset, config.image_size)
     return dataset
 

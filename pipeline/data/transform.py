@@ -157,7 +157,8 @@ class Loader:
             ids = [drawn_ids(of, nth) for of, nth in zip(ids, draws, strict=True)]
         if self.split.images is not None:
             each = iter(ids)
-            for block in _blocks(rows, limit=BLOCK // math.prod(self.split.images.shape[1:])):
+            pixels = max(math.prod(self.split.images.shape[1:3]), math.prod(self.transform.size))
+            for block in _blocks(rows, limit=BLOCK // (3 * pixels)):
                 images = self._take(np.concatenate(block), np.concatenate([next(each) for _ in block]), key)
                 for batch in images.split([len(positions) for positions in block]):
                     yield self.transform.normalise(batch)
@@ -175,6 +176,10 @@ class Loader:
     def _take(self, positions: np.ndarray, ids: np.ndarray, key: int | None) -> Tensor:
         """uint8 (B, 3, H, W)."""
         how, stored = self.transform, self._images[on_device(positions, self.device)]
+        if stored.shape[1:3] != how.size:
+            mode = InterpolationMode(how.interpolation)
+            resized = v2.functional.resize(stored.permute(0, 3, 1, 2), list(how.size), mode, antialias=True)
+            stored = resized.permute(0, 2, 3, 1)
         if key is None or how.augment == "none":
             images = stored.permute(0, 3, 1, 2).contiguous()
         else:

@@ -23,7 +23,7 @@ from pipeline.backbone.losses import Objective
 from pipeline.backbone.mixup import Mixup
 from pipeline.backbone.precision import choose_precision, forward_operations, name_of
 from pipeline.backbone.sampling import refuse_empty_shares, steps_of
-from pipeline.backbone.training_dir import TrainingFolder, identity_of, refuse_among_images
+from pipeline.backbone.training_dir import TrainingFolder, identity_of, refuse_among_images, refuse_frozen
 from pipeline.backbone.weakening import Weakening, check_place
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
@@ -66,6 +66,7 @@ def plan_training(
 
 def foresee_training(config: Config, *, out: Path, ranks: Ranks, overwrite: bool) -> Training:
     settings = config.backbone
+    refuse_frozen(settings)
     dataset = load_dataset(config.data)
     refuse_among_images(out, config.data)
     try:
@@ -173,7 +174,7 @@ def plan_tries(
 
 
 def plan_dump(
-    backbone: Path | str,
+    backbone: Path | str | None,
     config: Config | None = None,
     *,
     out: Path | str | None = None,
@@ -191,15 +192,15 @@ def plan_dump(
     ranks = planned_ranks(device, world)
     first = Ranks(0, 1, ranks.device)
     source = find_source(
-        Path(backbone), config, out=out, own_images=own_images, settings=settings, model=model, key_map=key_map,
-        probe=probe, overwrite=overwrite, ranks=first, say=say,
+        None if backbone is None else Path(backbone), config, out=out, own_images=own_images, settings=settings,
+        model=model, key_map=key_map, probe=probe, overwrite=overwrite, ranks=first, say=say,
     )  # fmt: skip
     return foresee_dump(source, ranks=ranks, overwrite=overwrite)
 
 
 def foresee_dump(source: Source, *, ranks: Ranks, overwrite: bool) -> Prepared:
     backbone, config, out = source.backbone, source.config, source.out
-    dataset = fitting(source.images or load_dataset(config.data), backbone)
+    dataset = fitting(source.images or load_dataset(config.data, resize=not config.backbone.frozen), backbone)
     arguments = store_of(backbone, config, dataset, out=out, ranks=ranks, overwrite=overwrite)
     with as_data_error():
         found = foresee_store(out, overwrite=overwrite, skipping=config.dump.on_error == "skip", **arguments)

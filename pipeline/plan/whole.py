@@ -38,6 +38,7 @@ def plan_run(
     overwrite: bool = False,
 ) -> Prepared:
     """What `run_pipeline` would do; raises what it would raise before its first step."""
+    brought = brought or (Brought() if config.backbone.frozen else None)
     places = places_of(config, out, seeds, brought)
     ranks = planned_ranks(device, world)
     refuse_other_kind(out, seeds)
