@@ -5,13 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GROUPS = ("many", "medium", "few")
-
-
-def class_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Masks (C,) of classes with more than 100, 20 to 100, and fewer than 20 training images (Liu et al., CVPR 2019)."""
-    counts = np.asarray(counts)
-    return {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+from pipeline.longtail import class_groups
 
 
 def group_means(class_accuracy: np.ndarray, counts: np.ndarray) -> dict[str, float | None]:

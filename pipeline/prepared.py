@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.data.dataset import Dataset
 from pipeline.distributed import Ranks
-from pipeline.metrics import class_groups
+from pipeline.longtail import class_groups
 from pipeline.text import Shown, columns, size, wrapped
 
 WIDTH = 100  # columns at most

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.metrics import class_groups, confusion, expected_calibration_error, group_means, scarce, scores
+from pipeline.longtail import class_groups
+from pipeline.metrics import confusion, expected_calibration_error, group_means, scarce, scores
 
 COUNTS = np.array([500, 101, 100, 20, 19, 1])
 

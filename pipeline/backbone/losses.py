@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import BackboneConfig
-from pipeline.rebalance.engine.target import class_balanced_weights
+from pipeline.longtail import class_balanced_weights, inverse_prior_weights, ldam_margins, log_prior
 
 UNREADABLE = -100  # label of a black image that stands for one that cannot be read
 SCALE = 30.0  # s of the cosine classifier of ldam-drw
@@ -33,13 +33,13 @@ class Objective:
     def __init__(self, settings: BackboneConfig, counts: np.ndarray, *, device: torch.device):
         self.settings = settings
         sizes = torch.as_tensor(counts, dtype=torch.float64)
-        self._log_prior = (sizes / sizes.sum()).log().to(device)
-        self._margins = (settings.ldam_margin * (sizes.min() / sizes) ** 0.25).to(device)
+        self._log_prior = log_prior(sizes).to(device)
+        self._margins = ldam_margins(sizes, settings.ldam_margin).to(device)
         self._weights: Tensor | None = None
         if settings.loss in ("cb", "ldam-drw"):
             self._weights = class_balanced_weights(sizes, beta=settings.cb_beta).to(device)
         elif settings.loss == "grw":
-            self._weights = (-settings.grw_rho * self._log_prior).softmax(0) * len(sizes)
+            self._weights = inverse_prior_weights(sizes, settings.grw_rho).to(device)
         # beside those on the device: a step that reads them from there waits for the one before
         self._host_weights = None if self._weights is None else self._weights.cpu().numpy()
 

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from pipeline.bench.measure import Benchmark, Measure, interleaved, machine
 from pipeline.data.subset import class_sizes
 from pipeline.distributed import choose_device
+from pipeline.longtail import class_balanced_weights
 from pipeline.rebalance.engine.c_kernel import instruction_sets
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.formulation import penalty
-from pipeline.rebalance.engine.target import class_balanced_weights, number_coefficient
+from pipeline.rebalance.engine.target import number_coefficient
 
 SWEEP = 32
 HEADS = (1, 2, 4, 8, 16)  # times the threads, so that all of them are busy

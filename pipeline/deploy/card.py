@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 from pipeline.deploy.export import Exported, create_call, main_table
-from pipeline.metrics import class_groups, unmeasured
-from pipeline.report.study import BOUNDS, SPLITS, Study, spread
+from pipeline.longtail import BOUNDS, class_groups
+from pipeline.metrics import unmeasured
+from pipeline.report.study import SPLITS, Study, spread
 from pipeline.results.head_id import HeadId
 
 READ = """image = ImageOps.exif_transpose(Image.open("photo.jpg"))

@@ -16,7 +16,7 @@ from pipeline.data.transform import Transform
 from pipeline.deploy.export import STAGE1, input_facts, matching_checkpoint
 from pipeline.distributed import choose_device
 from pipeline.errors import DataError, PipelineError
-from pipeline.metrics import class_groups
+from pipeline.longtail import class_groups
 from pipeline.report.study import read_study
 from pipeline.results.heads import Linear, Scorer, scorer_of
 

@@ -19,7 +19,7 @@ from pipeline.data.processes import decoding_processes, end_with_parent
 from pipeline.data.transform import ImageFiles, Transform, collate, from_workers, wanted
 from pipeline.deploy.inference_model import Model, load_model
 from pipeline.errors import ConfigError, DataError
-from pipeline.metrics import GROUPS
+from pipeline.longtail import GROUPS
 from pipeline.text import Shown
 
 ADVICE = "a smaller --batch-size takes less, in a container more --shm-size helps"

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import PipelineError
-from pipeline.metrics import GROUPS
+from pipeline.longtail import GROUPS
 from pipeline.rebalance.methods import RIVALS, Free
 from pipeline.rebalance.methods.iwb_la import TRIALS
 from pipeline.rebalance.methods.settings import asked_methods, references

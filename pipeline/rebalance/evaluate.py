@@ -10,8 +10,8 @@ import torch
 
 from cache import CacheError, open_cache
 from pipeline.errors import DataError
+from pipeline.longtail import GROUPS
 from pipeline.method_names import start_name
-from pipeline.metrics import GROUPS
 from pipeline.paths import results_folder
 from pipeline.rebalance.load import read_split
 from pipeline.rebalance.sweep import score

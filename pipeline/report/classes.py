@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from pipeline.metrics import GROUPS, class_groups
+from pipeline.longtail import GROUPS, class_groups, group_index
 from pipeline.report import assets
 from pipeline.report.study import Row, Study
 
@@ -15,7 +15,7 @@ COLUMNS = ("Class", "Training images", "Group", "Test images", "Before", "After"
 def class_data(study: Study, table: Sequence[Row] | None, key: str) -> str:
     """Of every class, largest first: name, training images, group, accuracies, change, test images; table: class_change's."""
     counts, store = study.counts, study.first.store
-    group = np.array(GROUPS)[np.argmax(list(class_groups(counts).values()), axis=0)]
+    group = np.array(GROUPS)[group_index(counts)]
     tested = np.bincount(store.labels("test")[store.valid("test")], minlength=len(counts))
     start = study.start.removeprefix("the ")
     rows = []

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.metrics import GROUPS, class_groups
+from pipeline.longtail import BOUNDS, GROUPS, group_index
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREY, ORANGE
 from pipeline.report.chart import bars, chart, plain, trace
 from pipeline.report.drawing import Drawing, rounded
 from pipeline.report.predictions import Answers, Compared
-from pipeline.report.study import BOUNDS, Row, Study
+from pipeline.report.study import Row, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,17 +26,12 @@ def head_names(study: Study) -> tuple[str, str]:
     return study.start.removeprefix("the "), after
 
 
-def group_of(counts: np.ndarray) -> np.ndarray:
-    """(C,) the number of each class's group in GROUPS."""
-    return np.argmax(np.stack(list(class_groups(counts).values())), axis=0)
-
-
 def group_confusion(predicted: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(3, 3) in %: row the true group, column the predicted one, mean over the classes of the true group.
 
     Classes without a sample are left out; nan in rows where no class is left.
     """
-    group, number = group_of(counts), len(GROUPS)
+    group, number = group_index(counts), len(GROUPS)
     seen = np.bincount(labels * number + group[predicted], minlength=len(counts) * number).reshape(-1, number)
     total = seen.sum(1)
     share = 100 * seen / np.maximum(total, 1)[:, None]
@@ -69,9 +64,9 @@ def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing
         name: compared.mean(of, [group_confusion(a.predicted, a.labels, counts) for a in of])
         for name, of in heads.items()
     }
-    known = [g for g in range(len(GROUPS)) if (group_of(counts) == g).any()]
+    known = [g for g in range(len(GROUPS)) if (group_index(counts) == g).any()]
     tested = np.unique(np.concatenate([a.labels for a in compared.before]))
-    due = 100 * np.bincount(group_of(counts)[tested], minlength=len(GROUPS)) / len(tested)
+    due = 100 * np.bincount(group_index(counts)[tested], minlength=len(GROUPS)) / len(tested)
     shares = {name: np.nansum(due[:, None] * matrix / 100, axis=0) for name, matrix in matrices.items()}
 
     figure = look.figure_of(11.5, 3.9)
@@ -193,7 +188,7 @@ def _table(
     for name, share in shares.items():
         told = {"row": "share", "head": name, "true": None}
         table += [{**told, "predicted": GROUPS[g], "percent": rounded(share[g]), "due": rounded(due[g])} for g in known]
-    counts, names, group = study.counts, study.first.store.class_names, group_of(study.counts)
+    counts, names, group = study.counts, study.first.store.class_names, group_index(study.counts)
     for name, of in heads.items():
         listed = np.zeros(len(counts), int)
         for true, taken, percent in zip(*frequent_confusions(of, len(counts)), strict=True):

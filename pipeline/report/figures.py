@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.metrics import GROUPS, class_groups
+from pipeline.longtail import BOUNDS, GROUPS, class_groups
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
 from pipeline.report.chart import bars, chart, class_axis, trace
@@ -16,7 +16,7 @@ from pipeline.report.geometry import feature_geometry
 from pipeline.report.norms import norm_against_size, weight_norms
 from pipeline.report.predictions import read_compared
 from pipeline.report.reliability import reliability_diagram
-from pipeline.report.study import BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, signed
+from pipeline.report.study import COLUMNS, SPLITS, Row, Spread, Study, signed
 from pipeline.results.head_id import BASELINE
 
 if TYPE_CHECKING:

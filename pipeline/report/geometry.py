@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cache import Cache
-from pipeline.metrics import GROUPS, class_groups
+from pipeline.longtail import BOUNDS, GROUPS, class_groups
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREY, RED
 from pipeline.report.chart import bars, chart, plain, trace
 from pipeline.report.drawing import Drawing, rounded
-from pipeline.report.study import BOUNDS, Row, Spread, Study, spread
+from pipeline.report.study import Row, Spread, Study, spread
 from pipeline.seeds import derive
 
 if TYPE_CHECKING:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.metrics import GROUPS, confidence_bins, expected_calibration_error
+from pipeline.longtail import GROUPS, group_index
+from pipeline.metrics import confidence_bins, expected_calibration_error
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREY, SKY
 from pipeline.report.chart import chart, plain, trace
-from pipeline.report.confusion import group_of, head_names
+from pipeline.report.confusion import head_names
 from pipeline.report.drawing import AFTER, Drawing, rounded
 from pipeline.report.predictions import Answers, Compared
 from pipeline.report.study import Row, Study, classes
@@ -63,7 +64,10 @@ def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | No
     """Accuracy against confidence, all predictions and those of classes of each group; None without answers."""
     if compared is None:
         return None
-    group, heads = group_of(study.counts), dict(zip(head_names(study), (compared.before, compared.after), strict=True))
+    group, heads = (
+        group_index(study.counts),
+        dict(zip(head_names(study), (compared.before, compared.after), strict=True)),
+    )
     columns: dict[str, dict[str, Reliability]] = {
         "all": {name: reliability(compared, of) for name, of in heads.items()}
     }

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
-from pipeline.metrics import class_groups
-from pipeline.report.study import BOUNDS, COLUMNS, SPLITS, Row, Spread, Study, signed
+from pipeline.longtail import BOUNDS, class_groups
+from pipeline.report.study import COLUMNS, SPLITS, Row, Spread, Study, signed
 from pipeline.report.table import (
     DIFFERENCES,
     difference,

@@ -12,15 +12,14 @@ import numpy as np
 
 from cache import Cache, CacheError, is_url, open_cache
 from pipeline.errors import DataError
+from pipeline.longtail import GROUPS, class_groups
 from pipeline.method_names import PROBE, start_name
-from pipeline.metrics import GROUPS, class_groups
 from pipeline.paths import holds_runs, read_document
 from pipeline.report.dispersion import Directions, read_directions
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Linear, Scorer, read_scorers
 
 COLUMNS = ("all", *GROUPS)
-BOUNDS = {"many": "> 100", "medium": "20–100", "few": "< 20"}
 SPLITS = {"val": "validation", "kfold": "held-out folds", "test": "test"}
 PRODUCTS_FOR_A_FIGURE = 2**40  # multiplications, seconds on a CPU; a figure is not worth more
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.metrics import GROUPS, class_groups
+from pipeline.longtail import GROUPS, group_index
 from pipeline.results.head_id import HeadId
 from pipeline.seeds import derive
 
@@ -36,7 +36,7 @@ def paired_difference(
     classes = len(counts)
     table = np.bincount(labels * len(values) + code, minlength=classes * len(values)).reshape(classes, -1)
     known = table.sum(1) > 0
-    group = np.argmax(list(class_groups(counts).values()), axis=0)
+    group = group_index(counts)
     # classes with equal sizes and equal values are drawn together: the sum of their draws is one larger draw
     kinds, alike = np.unique(np.column_stack([group, table])[known], axis=0, return_counts=True)
     random = np.random.default_rng(derive(seed, "bootstrap"))

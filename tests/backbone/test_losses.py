@@ -12,8 +12,8 @@ from pipeline.backbone.losses import SCALE, UNREADABLE, Objective
 from pipeline.backbone.sampling import shares
 from pipeline.config import BackboneConfig, load_config, shipped_configs
 from pipeline.errors import ConfigError
+from pipeline.longtail import class_balanced_weights, inverse_prior_weights, ldam_margins
 from pipeline.rebalance.engine.objective import classification_loss
-from pipeline.rebalance.engine.target import class_balanced_weights
 from pipeline.rebalance.methods import losses
 from pipeline.rebalance.methods.api import Given
 
@@ -92,9 +92,9 @@ def test_stage_2_computes_the_same(loss):
     found = made.terms(z, y, epoch=0).sum() / made.denominator(y.numpy(), epoch=0)
     sizes = torch.tensor(COUNTS, dtype=torch.float64)
     given = Given(sizes, torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
-    ldam = losses.ldam(z / SCALE, y, losses.ldam_margins(given, 0.5), SCALE)
+    ldam = losses.ldam(z / SCALE, y, ldam_margins(given.counts, 0.5), SCALE)
     v = class_balanced_weights(sizes)[y]
-    rho = losses.inverse_prior(given, 1.2)[y]
+    rho = inverse_prior_weights(given.counts, 1.2)[y]
     expected = {
         "ce": lambda: losses.cross_entropy(z, y).mean(),
         "focal": lambda: losses.focal(z, y, 2.0).mean(),

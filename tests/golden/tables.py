@@ -17,7 +17,7 @@ from safetensors import safe_open
 from cache import Split, create_store, open_cache
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import ranks
-from pipeline.metrics import class_groups
+from pipeline.longtail import class_groups
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.load import load
 from pipeline.rebalance.sweep import Sweep, score

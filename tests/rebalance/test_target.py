@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.longtail import class_balanced_weights
 from pipeline.rebalance.engine.target import (
-    class_balanced_weights,
     cosines,
     hardness_coefficient,
     number_coefficient,

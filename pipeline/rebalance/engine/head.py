@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.longtail import class_balanced_weights, log_prior
 from pipeline.rebalance.engine.formulation import CBLoss, Penalty
-from pipeline.rebalance.engine.target import class_balanced_weights, number_coefficient
+from pipeline.rebalance.engine.target import number_coefficient
 
 ALONE = Penalty(kl_weight=0.0)
 
@@ -68,7 +69,7 @@ class Head:
 
     def prior(self, counts: Tensor) -> Tensor:
         """τ·ln π (C,): it goes into the bias before training and out of it afterwards."""
-        return self.tau * (counts / counts.sum()).log()
+        return self.tau * log_prior(counts)
 
     def half_target(self, counts: Tensor) -> Tensor:
         """λ·NC/2 (C,), which makes P with 1 − cosine."""

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import ConfigError
+from pipeline.longtail import class_balanced_weights
 from pipeline.rebalance.engine.formulation import CBLoss, Direction, Divergence, Penalty, penalty
 from pipeline.rebalance.engine.target import (
     Hardness,
     LogBase,
-    class_balanced_weights,
     hardness_coefficient,
     number_coefficient,
     target,

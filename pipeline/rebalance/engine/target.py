@@ -48,14 +48,3 @@ def hardness_coefficient(weight: Tensor, features: Tensor, labels: Tensor, *, ha
 def target(number: Tensor, hardness: Tensor, lam: float | Tensor) -> Tensor:
     """P = λ · NC · HC, (B, C) or (1, C) where nothing depends on the sample. [Eq. 7]"""
     return lam * number * hardness
-
-
-def class_balanced_weights(counts: Tensor, *, beta: float = 0.9999) -> Tensor:
-    """Weights v (C,) = (1 − β) / (1 − β^N_c), scaled so that they sum to C. [Cui et al., CVPR 2019]
-
-    Computed through expm1, so that counts of millions and β near 1 lose no digits.
-    """
-    if beta == 0:
-        return torch.ones_like(counts)
-    v = 1 / -torch.expm1(counts * torch.log(torch.as_tensor(beta, dtype=counts.dtype)))
-    return v * (len(counts) / v.sum())

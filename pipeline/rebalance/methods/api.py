@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.longtail import log_prior
+
 Params = dict[str, Tensor]
 Own = Mapping[str, Any]
 Head = tuple[Tensor, ...]  # weight (…, C, D), bias (…, C); of a gated head two of each, and its gate (…, D+1)
@@ -33,7 +35,7 @@ class Given:
     @property
     def log_prior(self) -> Tensor:
         """ln π (C,)."""
-        return (self.counts / self.counts.sum()).log()
+        return log_prior(self.counts)
 
     @property
     def norms(self) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.longtail import class_balanced_weights
 from pipeline.rebalance.engine.batches import batch_order
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Schedule
 from pipeline.rebalance.engine.streamed import StreamedView
-from pipeline.rebalance.engine.target import class_balanced_weights
 from pipeline.rebalance.engine.tensor_backend import SHARED_PRODUCT
 from pipeline.rebalance.methods.api import Free, Given, Params, Sampling, Trained, unweighted
 from pipeline.resources import free_memory

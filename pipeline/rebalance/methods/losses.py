@@ -43,17 +43,6 @@ def with_prior(logits: Tensor, given: Given, tau: float | Tensor) -> Tensor:
     return logits + (tau * given.log_prior)[..., None, :]
 
 
-def inverse_prior(given: Given, rho: float | Tensor) -> Tensor:
-    """Weights π_c^(−ρ) with mean 1. [generalised re-weighting; Zhang et al., CVPR 2021]"""
-    return (-rho * given.log_prior).softmax(-1) * len(given.counts)
-
-
-def ldam_margins(given: Given, largest: float | Tensor) -> Tensor:
-    """Margins ∝ N_c^(−1/4); that of the smallest class is `largest`. [Cao et al., NeurIPS 2019]"""
-    m = given.counts**-0.25
-    return largest * (m / m.max())
-
-
 def ldam(cosines: Tensor, labels: Tensor, margins: Tensor, scale: float) -> Tensor:
     """Cross-entropy of s·cos with s·(cos − m_y) for the true class. [Cao et al.]"""
     of_sample = margins.expand(*cosines.shape[:-2], margins.shape[-1]).gather(-1, _like(labels, cosines))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.rebalance.engine.target import class_balanced_weights
+from pipeline.longtail import class_balanced_weights, inverse_prior_weights, ldam_margins
 from pipeline.rebalance.methods import losses
 from pipeline.rebalance.methods.api import Given, Head, Own, Params, Trained, from_stage_1
 from pipeline.rebalance.methods.training_free import VARIANTS
@@ -31,7 +31,7 @@ def balanced_softmax_loss(params: Params, x: Tensor, y: Tensor, given: Given, ow
 
 
 def rho_weight(given: Given, own: Own, progress: float) -> Tensor:
-    return losses.inverse_prior(given, own["rho"])
+    return inverse_prior_weights(given.counts, own["rho"])
 
 
 def cb_weight(given: Given, own: Own, progress: float) -> Tensor:
@@ -94,7 +94,7 @@ def cosine_head(params: Params, given: Given, own: Own) -> Head:
 
 
 def ldam_loss(params: Params, x: Tensor, y: Tensor, given: Given, own: Own) -> Tensor:
-    return losses.ldam(losses.cosine(x, params["weight"]), y, losses.ldam_margins(given, own["margin"]), SCALE)
+    return losses.ldam(losses.cosine(x, params["weight"]), y, ldam_margins(given.counts, own["margin"]), SCALE)
 
 
 def deferred_weight(given: Given, own: Own, progress: float) -> Tensor:
