@@ -2,7 +2,7 @@
 
 What a command does is one function with a typed result, and all of them are here: `run_pipeline`, `train_backbone`,
 `dump_features`, `rebalance`, … A result prints as the command shows it, and `to_dict()` is the document of its --json.
-What --dry-run says is `plan_run`, `plan_training`, …; `iwb_objective` is the loss itself. Nothing heavy is
+What --dry-run says is `plan_run`, `prepare_training`, …; `iwb_objective` is the loss itself. Nothing heavy is
 imported before it is used.
 
 `pipeline.rebalance`, `predict`, `doctor` and `reproduce` are modules as well, which can be called as their function.
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
     from pipeline.backbone.events import TrainResult
     from pipeline.backbone.external_checkpoint import load_foreign
-    from pipeline.backbone.hparam_sweep import TriesResult, try_settings
+    from pipeline.backbone.hparam_sweep import PreparedSweep, SweepResult, prepare_sweep, sweep_hparams
+    from pipeline.backbone.prepare import PreparedTraining, prepare_training
     from pipeline.backbone.train import train_backbone
     from pipeline.bench.cache import bench_cache
     from pipeline.bench.rebalance import bench_rebalance
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Prediction, predict
     from pipeline.doctor import Diagnosis, doctor
     from pipeline.dump import DumpResult, dump_features
+    from pipeline.dump_prepare import PreparedDump, prepare_dump
     from pipeline.errors import PipelineError
     from pipeline.info import Artefact, Verified, describe, verify
     from pipeline.plan.after import plan_export, plan_progress, plan_report
-    from pipeline.plan.stage1 import plan_dump, plan_training, plan_tries
     from pipeline.plan.stage2 import plan_rebalance
     from pipeline.plan.whole import plan_reproduce, plan_run
     from pipeline.prepared import Prepared
@@ -50,7 +51,7 @@ _PUBLIC = {
     "pipeline.backbone.events": ("TrainResult",),
     "pipeline.backbone.external_checkpoint": ("load_foreign",),
     "pipeline.backbone.train": ("train_backbone",),
-    "pipeline.backbone.hparam_sweep": ("TriesResult", "try_settings"),
+    "pipeline.backbone.hparam_sweep": ("PreparedSweep", "SweepResult", "prepare_sweep", "sweep_hparams"),
     "pipeline.bench.cache": ("bench_cache",),
     "pipeline.bench.rebalance": ("bench_rebalance",),
     "pipeline.bench.train": ("bench_train",),
@@ -63,7 +64,8 @@ _PUBLIC = {
     "pipeline.info": ("Artefact", "Verified", "describe", "verify"),
     "pipeline.plan.after": ("plan_export", "plan_progress", "plan_report"),
     "pipeline.prepared": ("Prepared",),
-    "pipeline.plan.stage1": ("plan_dump", "plan_training", "plan_tries"),
+    "pipeline.backbone.prepare": ("PreparedTraining", "prepare_training"),
+    "pipeline.dump_prepare": ("PreparedDump", "prepare_dump"),
     "pipeline.plan.stage2": ("plan_rebalance",),
     "pipeline.plan.whole": ("plan_reproduce", "plan_run"),
     "pipeline.deploy.predict": ("Prediction", "predict"),

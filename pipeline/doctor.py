@@ -166,7 +166,7 @@ def _devices() -> tuple[list[str], str, str, str, int]:
     """(every device, the one `auto` takes, precision, why that precision, threads)."""
     import torch
 
-    from pipeline.backbone.precision import SMALL_NETWORK, choose_precision
+    from pipeline.backbone.arithmetic import SMALL_NETWORK, choose_precision
     from pipeline.distributed import choose_device
 
     found = ["cpu"]

@@ -43,6 +43,11 @@ class KillPoint:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and would see a write fail instead
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
+    @classmethod
+    def from_environment(cls, *, rank: int) -> "KillPoint":
+        """Return the moment that PIPELINE_KILL_AT names."""
+        return cls(os.environ.get("PIPELINE_KILL_AT"), rank=rank)
+
     @contextmanager
     def around(self, what: str, *, size: int = 0) -> Iterator[None]:
         """Encloses something; size: bytes of the file it writes, in the middle of which `within` falls."""

@@ -22,7 +22,9 @@ FIXED = {"iwb_objective": 6}  # positional parameters of the loss, as it is writ
 
 def test_what_commands_do_is_in_one_place():
     wanted = "train_backbone dump_features rebalance evaluate run_pipeline write_report export_model predict describe"
-    wanted += " doctor verify open_cache iwb_objective load_config load_dataset reproduce compare_progress try_settings"
+    wanted += (
+        " doctor verify open_cache iwb_objective load_config load_dataset reproduce compare_progress sweep_hparams"
+    )
     assert set(wanted.split()) <= set(FUNCTIONS)
     assert {"DumpResult", "RebalanceResult", "RunResult", "TrainResult", "Diagnosis", "Artefact"} <= set(RESULTS)
     assert dir(pipeline) == pipeline.__all__

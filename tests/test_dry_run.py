@@ -196,8 +196,8 @@ def test_exports_take_what_was_said(finished, tmp_path, monkeypatch, capsys):
 
 def test_a_training_that_was_stopped_goes_on_as_said(place, tmp_path, monkeypatch, capsys):
     from pipeline import load_config, train_backbone
+    from pipeline.backbone.prepare import prepare_training
     from pipeline.errors import Terminated
-    from pipeline.plan.stage1 import plan_training
 
     config, out = load_config(place / "pipeline.yaml"), tmp_path / "backbone"
 
@@ -208,13 +208,13 @@ def test_a_training_that_was_stopped_goes_on_as_said(place, tmp_path, monkeypatc
     with pytest.raises(Terminated):
         train_backbone(config, out=out, report=stop)
     before = tree(tmp_path)
-    plan = plan_training(config, out=out)
+    plan = prepare_training(config, out=out).description
     assert plan.writes[0].state == "goes on after epoch 0 of 2, step 4 of 6"
     assert plan.numbers["steps"] == 12 - 4
     (out / "last.pt").write_bytes(b"torn")
     (tmp_path / "before").write_text("")
     with pytest.raises(Exception, match=r"last\.pt"):
-        plan_training(config, out=out)
+        prepare_training(config, out=out)
     assert before.keys() | {"before"} == tree(tmp_path).keys()
 
 

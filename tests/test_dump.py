@@ -84,9 +84,8 @@ def in_processes(checkpoint: Path, out: Path, *, ranks: int = 1, **environment: 
 
 def opened(config, checkpoint: Path, out: Path) -> Path:
     """An open store without features, its chunks small."""
-    backbone, dataset = load_checkpoint(checkpoint), load_dataset(config.data)
-    alone = dump.Ranks(0, 1, torch.device("cpu"))
-    dump._writer(backbone, config, dataset, out=out, ranks=alone, overwrite=False).close()
+    prepared = dump.prepare_dump(load_checkpoint(checkpoint), config, out=out, device="cpu")
+    dump._writer(prepared).close()
     return out
 
 

@@ -19,6 +19,7 @@ from pipeline.data.transform import Transform
 from pipeline.errors import DataError
 
 FORMAT = 1
+RECORD_BYTES, REST_BYTES = 250, 8_500  # of a file beside the numbers of its tensors: of each tensor, of all else
 NAMES = ("last.pt", "best.pt", "previous.pt")  # what a training calls its own
 
 
@@ -196,6 +197,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         probe=state.get("probe", False),
         brought=state.get("brought"),
     )
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Return about how large the checkpoint of a model is, without what resuming its training needs."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.nbytes for t in tensors) + RECORD_BYTES * len(tensors) + REST_BYTES
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -5,16 +5,16 @@ The gradient is that of cross-entropy with respect to the features that enter th
 dropout are in evaluation mode.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.backbone.arithmetic import Arithmetic
 from pipeline.backbone.build import encode
-from pipeline.backbone.learner import Learner
+from pipeline.backbone.image_classifier import ImageClassifier
 from pipeline.seeds import derive, uniform
 
 HEADER = "epoch,class,images,measured,accuracy,gradient\n"
@@ -30,21 +30,21 @@ def fixed_rows(labels: np.ndarray, ids: np.ndarray, *, per_class: int, seed: int
 
 
 def class_sums(
-    learner: Learner,
+    network: ImageClassifier,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     classes: int,
-    autocast: Callable[[], AbstractContextManager],
+    arithmetic: Arithmetic,
 ) -> np.ndarray:
     """(3, C) float64 sums by class over batches (pixels, labels): right guesses, ‖∂L/∂z‖, samples.
 
-    A negative label stands for an image that could not be read. The learner must be in evaluation mode.
+    A negative label stands for an image that could not be read. The network must be in evaluation mode.
     """
     sums = np.zeros((3, classes))
     for pixels, labels in batches:
-        with torch.no_grad(), autocast():
-            features = encode(learner.model, pixels)
-        norms, guess = gradient_norms(learner, features.float(), labels.clamp(min=0))
+        with torch.no_grad(), arithmetic.autocast(pixels.device):
+            features = encode(network.model, pixels)
+        norms, guess = gradient_norms(network, features.float(), labels.clamp(min=0))
         read = (labels >= 0).cpu().numpy()
         truth = labels.cpu().numpy()[read]
         columns = ((guess == labels).double(), norms.double(), torch.ones_like(norms, dtype=torch.float64))
@@ -53,11 +53,11 @@ def class_sums(
     return sums
 
 
-def gradient_norms(learner: Learner, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def gradient_norms(network: ImageClassifier, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(‖∂L_i/∂z_i‖₂ of cross-entropy (B,), guessed class (B,)) at features z (B, D)."""
     with torch.enable_grad():
         z = features.detach().requires_grad_()
-        logits = learner.score(z)
+        logits = network.score(z)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits.float(), labels, reduction="sum"), z)
     return gradient.norm(dim=1), logits.detach().argmax(1)
 

@@ -5,27 +5,27 @@ import copy
 import torch
 from torch import Tensor
 
-from pipeline.backbone.learner import Learner
+from pipeline.backbone.image_classifier import ImageClassifier
 
 
 class WeightAverage:
-    """A learner of its own whose weights are the exponential moving average of another's. [Polyak averaging; the decay's
+    """A classifier of its own whose weights are the exponential moving average of another's. [Polyak averaging; the decay's
     warm-up as in Abadi et al., TensorFlow's ExponentialMovingAverage with num_updates]
 
     Batch statistics are averaged like parameters, not copied: those of a step belong to the weights of that step, so their
     average belongs to the averaged weights. Whole numbers (how many batches there were) are copied.
     """
 
-    def __init__(self, learner: Learner, *, decay: float):
+    def __init__(self, classifier: ImageClassifier, *, decay: float):
         self.decay = decay
-        self.learner = copy.deepcopy(learner).requires_grad_(False).eval()
+        self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self._pairs: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
-    def update(self, learner: Learner, *, step: int) -> None:
+    def update(self, classifier: ImageClassifier, *, step: int) -> None:
         """Moves the average towards the weights after optimiser step `step`, counted from 0 over all epochs."""
         if self._pairs is None:  # not before: converted modules keep parameters, but are made after this object
-            mine, theirs = ([*of.parameters(), *of.buffers()] for of in (self.learner, learner))
+            mine, theirs = ([*of.parameters(), *of.buffers()] for of in (self.classifier, classifier))
             moving = [t.is_floating_point() for t in mine]
             self._pairs = tuple(  # type: ignore[assignment]
                 [t for t, moves in zip(of, moving, strict=True) if moves is wanted]

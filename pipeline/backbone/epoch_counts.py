@@ -1,4 +1,4 @@
-"""What an epoch's batches come to: right guesses and images by class, and the sum of the loss."""
+"""Counts over the batches of an epoch: correct predictions and images by class, and the sum of the loss."""
 
 from typing import Any
 
@@ -9,38 +9,44 @@ from torch import Tensor
 from pipeline.distributed import Ranks
 
 
-class Tally:
+class EpochCounts:
     """Counts of one rank since the epoch began, on its device."""
 
     def __init__(self, classes: int, *, device: torch.device):
-        # right, seen; the last column takes what could not be read
+        # correct, seen; the last column takes what could not be read
         self._classes = torch.zeros(2, classes + 1, dtype=torch.float64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, terms: Tensor) -> None:
-        """Counts a part of a batch: logits (B, C), labels (B,), negative if unreadable, terms (B,) of the loss."""
-        seen = torch.where(labels < 0, len(self._classes[0]) - 1, labels)
-        right = torch.stack([(logits.argmax(1) == labels).double(), torch.ones_like(seen, dtype=torch.float64)])
-        self._classes.index_add_(1, seen, right)
+        """Count a part of a batch: logits (B, C), labels (B,), negative if unreadable, terms (B,) of the loss."""
+        columns = torch.where(labels < 0, len(self._classes[0]) - 1, labels)
+        correct = torch.stack([(logits.argmax(1) == labels).double(), torch.ones_like(columns, dtype=torch.float64)])
+        self._classes.index_add_(1, columns, correct)
         self._loss += terms.sum()
 
     def total(self, ranks: Ranks) -> tuple[np.ndarray, np.ndarray, float]:
-        """(right (C,), seen (C,), sum of the loss) of all ranks."""
-        right, seen = ranks.total(self._classes.cpu().numpy())[:, :-1]
-        return right, seen, float(ranks.total(self._loss.cpu().numpy()))
+        """Return (correct (C,), seen (C,), sum of the loss) of all ranks."""
+        correct, seen = ranks.total(self._classes.cpu().numpy())[:, :-1]
+        return correct, seen, float(ranks.total(self._loss.cpu().numpy()))
 
     def clear(self) -> None:
-        """Begins anew."""
         self._classes.zero_()
         self._loss.zero_()
 
     def state(self, ranks: Ranks) -> dict[str, Any]:
-        """What a checkpoint keeps of it: the sums of all ranks."""
-        sums = (ranks.total(of.cpu().numpy()) for of in (self._classes, self._loss))
-        return dict(zip(("tally", "loss_sum"), (of.tolist() for of in sums), strict=True))
+        """Return the sums of all ranks as a checkpoint keeps them."""
+        return {
+            "tally": ranks.total(self._classes.cpu().numpy()).tolist(),
+            "loss_sum": ranks.total(self._loss.cpu().numpy()).tolist(),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` kept, on one rank; nothing where a checkpoint of an earlier version has none."""
+        """Load what `state` returned, on one rank; checkpoints before 0.1 hold none."""
         if "tally" in state:
             self._classes.copy_(torch.tensor(state["tally"], dtype=torch.float64))
             self._loss.fill_(state["loss_sum"])
+
+
+def hits_by_class(predicted: np.ndarray, labels: np.ndarray, *, classes: int) -> np.ndarray:
+    """Return (2, C) correct predictions and samples of each class, from predicted (B,) and true labels (B,)."""
+    return np.stack([np.bincount(rows, minlength=classes) for rows in (labels[predicted == labels], labels)])

@@ -1,5 +1,6 @@
 """What a training tells while it runs, and what it returns."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ def pace(line: dict[str, Any]) -> str:
     """`1,234 img/s, 512 MiB` of an epoch: speed and peak memory, as far as known."""
     speed = f"{line['images_per_s']:,.0f} img/s, " if line.get("images_per_s") else ""
     return f"{speed}{line['peak_memory_mb']:,.0f} MiB" if line.get("peak_memory_mb") else speed.removesuffix(", ")
+
+
+def group_fields(split: str, means: Mapping[str, float | None]) -> dict[str, Any]:
+    """Return the fields of an `Epoch` for the means over all classes and over each group; None where there is none."""
+    names = {"accuracy": "all"} | {group: group for group in GROUPS}
+    return {f"{split}_{field}": means.get(mean) for field, mean in names.items()}
 
 
 @dataclass(frozen=True)

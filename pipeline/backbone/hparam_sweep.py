@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,14 @@ import numpy as np
 
 from cache import write_durably
 from pipeline import distributed
-from pipeline.backbone.train import train_backbone
+from pipeline.backbone.prepare import PreparedTraining, prepare_training
+from pipeline.backbone.train import train
 from pipeline.config import Config, apply_setting, make_config
 from pipeline.console import Talk, TrainingReporter, percent
-from pipeline.data import load_dataset
+from pipeline.data import Dataset, load_dataset
+from pipeline.distributed import Ranks, planned_ranks
 from pipeline.errors import ConfigError, Diverged
+from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.provenance import provenance
 from pipeline.rebalance.selection import Choice, select
 from pipeline.text import Shown
@@ -41,17 +44,32 @@ IMAGES = (
 
 
 @dataclass(frozen=True)
-class Try:
-    """One setting: values by key, the name of its folder, the configuration they give."""
+class SweepPoint:
+    """One setting: values by key, the name of its folder, the configuration that they give."""
 
     values: Mapping[str, Any]
     name: str
     config: Config
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedSweep:
+    """Trainings that have passed every check.
+
+    Arguments:
+        description: what they would do; `--dry-run` prints it.
+        trainings: of every point one for each seed, the points outermost.
+    """
+
+    description: Prepared
+    points: tuple[SweepPoint, ...]
+    seeds: tuple[int, ...]
+    trainings: tuple[PreparedTraining, ...]
+
+
 @dataclass(frozen=True)
-class TriesResult(Shown):
-    """What `tries.json` says, and where it lies."""
+class SweepResult(Shown):
+    """The content of `tries.json`, and the folder that it lies in."""
 
     out: Path
     document: dict[str, Any]
@@ -65,23 +83,23 @@ class TriesResult(Shown):
         yield tries_table(self.document)
         yield from (f"{note[0].upper()}{note[1:]}." for note in self.document["notes"])
         yield f"all numbers: {self.out / 'tries.json'}"
-        chosen = self.document["selected"]
-        yield f"next: pipeline dump-features --checkpoint {chosen['checkpoint']}"
-        if chosen["set"]:
-            keep = " ".join(f"--set {key}={_text(value)}" for key, value in chosen["set"].items())
-            yield f"or, in a run of its own: {keep}"
+        selected = self.document["selected"]
+        yield f"next: pipeline dump-features --checkpoint {selected['checkpoint']}"
+        if selected["set"]:
+            options_text = " ".join(f"--set {key}={_text(value)}" for key, value in selected["set"].items())
+            yield f"or, in a run of its own: {options_text}"
 
 
-def grid(config: Config, options: Sequence[str]) -> list[Try]:
-    """Every combination of the values of options such as `backbone.weight_decay=5e-4,1e-3`, the first key outermost.
+def grid(config: Config, options: Sequence[str]) -> list[SweepPoint]:
+    """Return every combination of the values of options such as `backbone.weight_decay=5e-4,1e-3`, the first key outermost.
 
     Raises ConfigError naming the option: no KEY=V1,V2, a key given twice or not of training, a value that does not fit.
     """
-    asked: dict[str, list[str]] = {}
+    choices: dict[str, list[str]] = {}
     for option in options:
         key, _, text = (part.strip() for part in option.partition("="))
         values = [v for v in re.split(r",(?![^\[]*\])", text) if v.strip()]
-        if not values or key in asked:
+        if not values or key in choices:
             raise ConfigError(
                 f"--try {option}: expected KEY=VALUE,VALUE,…, each key once: backbone.weight_decay=5e-4,1e-3"
             )
@@ -90,15 +108,65 @@ def grid(config: Config, options: Sequence[str]) -> list[Try]:
                 f"--try {option}: only keys of training can be tried, which are backbone.… and {', '.join(IMAGES)}"
                 + ("; several seeds: --seeds 0,1,2" if key == "backbone.seed" else "")
             )
-        asked[key] = values
-    found = [_try(config, dict(zip(asked, values, strict=True))) for values in itertools.product(*asked.values())]
-    names = [one.name for one in found]
+        choices[key] = values
+    points = [
+        _point(config, dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
+    ]
+    names = [point.name for point in points]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"--try: {twice[0]} comes twice")
-    return found
+    return points
 
 
-def try_settings(
+def prepare_sweep(
+    config: Config,
+    options: Sequence[str],
+    *,
+    out: Path | str,
+    seeds: Sequence[int] | None = None,
+    device: str = "auto",
+    world: int = 1,
+    overwrite: bool = False,
+    ranks: Ranks | None = None,
+) -> PreparedSweep:
+    """Return the trainings of `sweep_hparams`, all of them checked; nothing is written.
+
+    Arguments: those of `sweep_hparams`; world, ranks: as in `prepare_training`.
+    Raises: ConfigError: options that make no sense, or no validation split to choose on; what `prepare_training` raises.
+    """
+    points, seeds, out = grid(config, options), tuple(seeds or (config.backbone.seed,)), Path(out)
+    ranks = ranks or planned_ranks(device, world)
+    images = load_dataset(config.data)  # no option changes them
+    refuse_without_validation(images)
+    trainings, parts = [], []
+    for point, seed in itertools.product(points, seeds):
+        settings = point.config.backbone.model_copy(update={"seed": seed})
+        training = prepare_training(
+            point.config.model_copy(update={"backbone": settings}),
+            out=out / "tries" / point.name / f"seed-{seed}", overwrite=overwrite, images=images, ranks=ranks,
+        )  # fmt: skip
+        facts = {name: training.description.facts[name] for name in ("network", "trains")}
+        trainings.append(training)
+        parts.append(replace(training.description, title=f"{point.name}, seed {seed}", facts=facts, notes=()))
+    numbers = {"trainings": len(parts)} | {key: sum(p.numbers[key] for p in parts) for key in ("steps", "images")}
+    first = trainings[0].description
+    facts = {key: text for key, text in first.facts.items() if key not in ("network", "trains")}
+    facts["trains"] = (
+        f"{len(points)} setting(s) × {len(seeds)} seed(s): {numbers['steps']:,} steps, {numbers['images']:,} images"
+    )
+    description = Prepared(
+        "train-backbone",
+        config.model_dump(mode="json", include={"name", "data", "backbone"}),
+        facts,
+        numbers | device_numbers(ranks, first.numbers["precision"]),
+        tuple(Write(out / name, None, replaced_or_new(out / name)) for name in ("tries.json", "tries.csv")),
+        first.notes,
+        tuple(parts),
+    )
+    return PreparedSweep(description, tuple(points), seeds, tuple(trainings))
+
+
+def sweep_hparams(
     config: Config,
     options: Sequence[str],
     *,
@@ -107,58 +175,60 @@ def try_settings(
     device: str = "auto",
     overwrite: bool = False,
     talk: Talk | None = None,
-) -> TriesResult | None:
-    """Trains every setting with every seed in out/tries/NAME/seed-N, or goes on, chooses, writes tries.json and tries.csv.
+) -> SweepResult | None:
+    """Train every setting with every seed in out/tries/NAME/seed-N, or go on; choose; write tries.json and tries.csv.
 
-    Chosen is the highest balanced validation accuracy of the last epoch, mean over seeds; with a single setting nothing
-    is. None on ranks other than the first. A training that diverges is told and its setting never chosen. Raises
-    ConfigError where there is no validation split to choose on, and what training raises.
+    The setting with the highest balanced validation accuracy of the last epoch, mean over seeds, is selected; a setting
+    with a training that diverged never is.
+
+    Arguments:
+        options: such as `backbone.lr=0.1,0.2`; several give every combination.
+
+    Returns: None on ranks other than the first.
+    Raises: what `prepare_sweep` and training raise.
     """
-    talk, seeds = talk or Talk(quiet=True), tuple(seeds or (config.backbone.seed,))
-    tries = grid(config, options)
+    talk = talk or Talk(quiet=True)
     with distributed.ranks(device) as ranks:
-        ranks.together(lambda: refuse_without_validation(config))
+        sweep = ranks.together(
+            lambda: prepare_sweep(config, options, out=out, seeds=seeds, overwrite=overwrite, ranks=ranks)
+        )
         runs: list[list[dict[str, Any]]] = []
         facts: dict[str, Any] = {}
-        for number, (one, seed) in enumerate(itertools.product(tries, seeds)):
-            folder = out / "tries" / one.name / f"seed-{seed}"
-            talk.say(f"── {one.name}, seed {seed} ({number + 1} of {len(tries) * len(seeds)})")
-            settings = one.config.backbone.model_copy(update={"seed": seed})
+        pairs = itertools.product(sweep.points, sweep.seeds)
+        for number, ((point, seed), training) in enumerate(zip(pairs, sweep.trainings, strict=True)):
+            talk.say(f"── {point.name}, seed {seed} ({number + 1} of {len(sweep.trainings)})")
+            line: dict[str, Any] | None = None
             with talk.progress("training") as bar:
-                reporter = TrainingReporter(talk, bar, brief=number > 0)
-                line: dict[str, Any] | None = None
                 try:
-                    trained = train_backbone(
-                        one.config.model_copy(update={"backbone": settings}),
-                        out=folder, device=device, overwrite=overwrite, report=reporter,
-                    )  # fmt: skip
-                    line, facts = trained.last, {"network": trained.network, "dataset": trained.dataset}
+                    result = train(training, ranks=ranks, report=TrainingReporter(talk, bar, brief=number > 0))
+                    line, facts = result.last, {"network": result.network, "dataset": result.dataset}
                 except Diverged as error:
                     talk.say(f"diverged: {error}")
-            run = _run(seed, folder / "last.pt", line)
+            run = _run(seed, training.out / "last.pt", line)
             talk.say(f"balanced validation accuracy of the last epoch: {percent(run['all'])}")
-            if seed == seeds[0]:
+            if seed == sweep.seeds[0]:
                 runs.append([])
             runs[-1].append(run)
         if not ranks.first:
             return None
-        document = compare(tries, runs, seeds=seeds) | facts
+        document = compare(sweep.points, runs, seeds=sweep.seeds) | facts
         document["provenance"] = provenance(
             command="train-backbone", config=config.model_dump(mode="json"), tried=list(options), ranks=ranks.world
         )
         write_durably(out / "tries.json", json.dumps(document, indent=1))
         write_durably(out / "tries.csv", _csv(document["tries"]))
-        return TriesResult(out, document)
+        return SweepResult(out, document)
 
 
 def compare(
-    tries: Sequence[Try], runs: Sequence[Sequence[Mapping[str, Any]]], *, seeds: Sequence[int]
+    points: Sequence[SweepPoint], runs: Sequence[Sequence[Mapping[str, Any]]], *, seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """The document: every setting with its runs, mean and std over seeds, and which was chosen on validation.
+    """Return the document: every setting with its runs, mean and std over seeds, and the one selected on validation.
 
-    runs: of each setting one for every seed, as `_run` makes them; accuracies None where the training diverged.
+    Arguments:
+        runs: for each setting one per seed, as `_run` makes them; accuracies are None where the training diverged.
     """
-    alive = [i for i, of_one in enumerate(runs) if all(run["all"] is not None for run in of_one)]
+    alive = [i for i, point_runs in enumerate(runs) if all(run["all"] is not None for run in point_runs)]
     if not alive:
         raise Diverged("every setting diverged; lower backbone.lr or set backbone.warmup_epochs")
     choice = select(
@@ -166,18 +236,18 @@ def compare(
         sampling_error=[float(np.mean([run["standard_error"] for run in runs[i]])) for i in alive],
     )
     best, near = alive[choice.index], {alive[i] for i in choice.within_one_se}
-    several = len(tries) > 1
+    several = len(points) > 1
     rows = [
         {
-            "name": one.name,
-            "set": dict(one.values),
+            "name": point.name,
+            "set": dict(point.values),
             "n": len(seeds),
-            **_spread(of_one),
-            "diverged": [run["seed"] for run in of_one if run["all"] is None],
+            **_spread(point_runs),
+            "diverged": [run["seed"] for run in point_runs if run["all"] is None],
             "within_one_se": several and i in near,
-            "runs": [dict(run) for run in of_one],
+            "runs": [dict(run) for run in point_runs],
         }
-        for i, (one, of_one) in enumerate(zip(tries, runs, strict=True))
+        for i, (point, point_runs) in enumerate(zip(points, runs, strict=True))
     ]
     selected = {
         key: rows[best][key] for key in ("name", "set", "n", *(f"{m}{s}" for m in MEASURES for s in ("", "_std")))
@@ -191,67 +261,71 @@ def compare(
             "standard_error": choice.standard_error,
             "checkpoint": runs[best][0]["checkpoint"],
         },
-        "notes": _notes(tries, best, near, choice) if several else [],
+        "notes": _notes(points, best, near, choice) if several else [],
     }
 
 
-def _notes(tries: Sequence[Try], best: int, near: set[int], choice: Choice) -> list[str]:
-    others = [tries[i].name for i in sorted(near) if i != best]
-    found = []
-    if others:
-        found.append(
-            f"validation cannot tell {tries[best].name} from {'; '.join(others)}: within one standard error, "
+def _notes(points: Sequence[SweepPoint], best: int, near: set[int], choice: Choice) -> list[str]:
+    equals = [points[i].name for i in sorted(near) if i != best]
+    notes = []
+    if equals:
+        notes.append(
+            f"validation cannot tell {points[best].name} from {'; '.join(equals)}: within one standard error, "
             f"{choice.standard_error:.1f} points"
         )
-    for key, value in tries[best].values.items():
-        values = sorted({one.values[key] for one in tries}) if _is_number(value) else []
+    for key, value in points[best].values.items():
+        values = sorted({point.values[key] for point in points}) if _is_number(value) else []
         if len(values) > 2 and value in (values[0], values[-1]) and value != 0:  # 0 is off: nothing lies beyond
-            found.append(
+            notes.append(
                 f"the chosen {key} {_text(value)} lies at the border of what was tried; a better one may lie beyond"
             )
-    return found
+    return notes
 
 
-def refuse_without_validation(config: Config) -> None:
-    if load_dataset(config.data).val is None:
+def refuse_without_validation(images: Dataset) -> None:
+    if images.val is None:
         raise ConfigError(
             "--try and --seeds compare by validation accuracy, and these data have no validation split; hold images out "
             "with data.val_per_class, or name them with data.val_list"
         )
 
 
-def _try(config: Config, texts: Mapping[str, str]) -> Try:
+def _point(config: Config, texts: Mapping[str, str]) -> SweepPoint:
     tree = config.model_dump(mode="json")
     settings = [f"{key}={text}" for key, text in texts.items()]
     for setting in settings:
         apply_setting(tree, setting)
     made = make_config(tree, " ".join(f"--try {s}" for s in settings))
     values = {key: reduce(getattr, key.split("."), made) for key in texts}
-    named = ",".join(f"{key.removeprefix('backbone.')}={_text(value)}" for key, value in values.items())
-    return Try(values, re.sub(r"[^A-Za-z0-9._=,+-]", "_", named) or "as-configured", made)
+    name = ",".join(f"{key.removeprefix('backbone.')}={_text(value)}" for key, value in values.items())
+    return SweepPoint(values, re.sub(r"[^A-Za-z0-9._=,+-]", "_", name) or "as-configured", made)
 
 
 def _run(seed: int, checkpoint: Path, line: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One training by the last line of its metrics; None for one that diverged."""
+    """Return one training as tries.json has it, from the last line of its metrics, None for one that diverged."""
     line = line or {}
     accuracies = {m: line.get(f"val_{'accuracy' if m == 'all' else m}") for m in MEASURES}
-    told = {key: line.get(key) for key in ("train_accuracy", "loss")}
-    return {"seed": seed, **accuracies, "standard_error": line.get("val_standard_error"), **told} | {
-        "checkpoint": str(checkpoint)
+    return {
+        "seed": seed,
+        **accuracies,
+        "standard_error": line.get("val_standard_error"),
+        "train_accuracy": line.get("train_accuracy"),
+        "loss": line.get("loss"),
+        "checkpoint": str(checkpoint),
     }
 
 
 def _spread(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+    spread: dict[str, float | None] = {}
     for measure in MEASURES:
         values = [run[measure] for run in runs if run[measure] is not None]
-        found[measure] = float(np.mean(values)) if values else None
-        found[f"{measure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return found
+        spread[measure] = float(np.mean(values)) if values else None
+        spread[f"{measure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return spread
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each training."""
+    """Return a line for each training."""
     lines = [{**row["set"], **run} for row in rows for run in row["runs"]]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
@@ -265,7 +339,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """As one would type it: 0.0005, true, class-balanced."""
+    """Return the value as one types it: 0.0005, true, class-balanced."""
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)

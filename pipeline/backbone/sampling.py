@@ -64,6 +64,12 @@ def shares(batch: np.ndarray, *, world: int, parts: int = 1, group: int = 1) -> 
     return [pieces[rank * parts : (rank + 1) * parts] for rank in range(world)]
 
 
+def rank_batches(rows: np.ndarray, *, rank: int, world: int, size: int = 256) -> list[np.ndarray]:
+    """Return a rank's share of the rows, which is evaluated in batches of at most `size`, every row on one rank."""
+    share = np.array_split(rows, world)[rank]
+    return np.array_split(share, math.ceil(len(share) / size)) if len(share) else []
+
+
 def refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> None:
     """Raises ConfigError if a rank or part would get none of the `batch` images of the smallest global batch."""
     if math.ceil(batch / group) >= world * parts:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cache import CacheError, Lock, Unlockable, write_durably
 from pipeline.backbone import checkpoint, diagnosis
+from pipeline.backbone.arithmetic import recorded_precision
 from pipeline.backbone.events import Epoch
 from pipeline.backbone.tensorboard import EventFiles
 from pipeline.config import BackboneConfig, DataConfig
@@ -277,14 +278,6 @@ def identity_of(settings: BackboneConfig, *, dataset: str, transform: dict[str, 
     the training and validation images."""
     images = {"dataset": dataset, "transform": json.dumps(transform, sort_keys=True)}
     return _settings(settings) | {f"data ({key})": value for key, value in images.items()}
-
-
-def recorded_precision(state: dict[str, Any]) -> str | None:
-    """Return the precision in which a checkpoint was trained, such as `bfloat16`; None where it does not say."""
-    precision = state.get("identity", {}).get("backbone.precision")
-    if precision in (None, "auto"):  # before 0.2 the identity held the setting, the provenance what was chosen
-        precision = state.get("provenance", {}).get("precision")
-    return precision
 
 
 def _settings(settings: BackboneConfig) -> dict[str, Any]:

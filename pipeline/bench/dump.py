@@ -16,11 +16,12 @@ from torch import nn
 from cache import Split, Writer, chunk_rows, create_store
 from pipeline.backbone.build import build_model, classifier
 from pipeline.backbone.checkpoint import Checkpoint
+from pipeline.backbone.encoder import Encoder
 from pipeline.bench.measure import Measure, Seconds, busy, cpus, interleaved
 from pipeline.config import BackboneConfig, Config, make_config
 from pipeline.data import load_dataset
 from pipeline.data.transform import Loader, Transform
-from pipeline.dump import Encoder, augmentation_key, dump_features
+from pipeline.dump import augmentation_key, dump_features
 
 NETWORK, CLASSES, FILES = "cifar_resnet32", 10, 64
 TARGET = 0.95
@@ -103,16 +104,16 @@ def _dump(config: Config, of: Checkpoint, place: Path, device: torch.device) -> 
 def _forward(config: Config, of: Checkpoint, device: torch.device) -> Callable[[], None]:
     """The encoder alone, as often as a dump runs it, on the batches of view 1: decoded, augmented, on its device."""
     dataset = load_dataset(config.data)
-    encoder = Encoder(of, config, dataset, device=device)
+    encoder = Encoder(of, device)
     images = Loader(dataset.train, of.transform, device=device).batches(
         _batches(config), augmentation_key(config.dump.seed, 1)
     )
-    batches = [batch.contiguous(memory_format=encoder.memory_format) for batch in images]
+    batches = [encoder.arithmetic.arrange(batch) for batch in images]
 
     def forward() -> None:
         for _ in range(config.dump.views - 1):
             for batch in batches:
-                encoder.forward(batch)
+                encoder(batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -4,7 +4,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.backbone.arithmetic import training_arithmetic
 from pipeline.backbone.build import build_model, input_transform
 from pipeline.backbone.events import Epoch, Step
-from pipeline.backbone.learner import Learner
-from pipeline.backbone.precision import MEMORY_FORMATS, choose_precision, fastest_memory_format, forward_operations
+from pipeline.backbone.image_classifier import ImageClassifier
+from pipeline.backbone.prepare import prepare_training
 from pipeline.backbone.sampling import steps_of
 from pipeline.backbone.train import Trainer
 from pipeline.bench.dump import files, threads
@@ -164,7 +164,8 @@ class Driven:
 
     def __init__(self, config: Config, data: Dataset, *, out: Path, ranks: Ranks, signals: Signals):
         self.device = ranks.device
-        self.trainer = Trainer(config, data, out=out, ranks=ranks, signals=signals, overwrite=True)
+        prepared = prepare_training(config, out=out, overwrite=True, images=data, ranks=ranks)
+        self.trainer = Trainer(prepared, ranks=ranks, signals=signals)
         self._events = self.trainer.run()
         next(self._events)
 
@@ -202,12 +203,10 @@ class Bare:
         model = build_model(settings, num_classes=classes).to(device)
         height, width = batches[0][0].shape[2:]
         size = (height, width)
-        operations = forward_operations(model, size, device)
-        self.precision = choose_precision(settings.precision, device, operations=operations)
-        memory_format = MEMORY_FORMATS[fastest_memory_format(model, size, device, self.precision)]
-        model.to(memory_format=memory_format)
-        self.batches = [(pixels.contiguous(memory_format=memory_format), labels) for pixels, labels in batches]
-        self.learner = Learner(model).train()
+        self.arithmetic = training_arithmetic(model, size, Ranks(0, 1, device), wanted=settings.precision)
+        self.arithmetic.arrange_weights(model)
+        self.batches = [(self.arithmetic.arrange(pixels), labels) for pixels, labels in batches]
+        self.learner = ImageClassifier(model).train()
         self.optimiser = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
@@ -217,8 +216,7 @@ class Bare:
         started = time.perf_counter()
         for pixels, labels in self.batches:
             self.optimiser.zero_grad(set_to_none=True)
-            half = self.precision != torch.float32
-            with torch.autocast(self.device.type, dtype=self.precision) if half else nullcontext():
+            with self.arithmetic.autocast(self.device):
                 logits = self.learner(pixels)
             F.cross_entropy(logits.float(), labels).backward()
             self.optimiser.step()

@@ -139,20 +139,22 @@ def train_command(
         )
     where: Any = {"out": out or chosen.run_dir / "backbone", "device": device, "overwrite": overwrite}
     if dry_run:
-        from pipeline.plan.stage1 import plan_training, plan_tries
-
         world = processes(nproc, device)
         if tries or seeds:
-            show(plan_tries(chosen, tries, seeds=numbers, world=world, **where), as_json)
+            from pipeline.backbone.hparam_sweep import prepare_sweep
+
+            show(prepare_sweep(chosen, tries, seeds=numbers, world=world, **where).description, as_json)
         else:
-            show(plan_training(chosen, world=world, **where), as_json)
+            from pipeline.backbone.prepare import prepare_training
+
+            show(prepare_training(chosen, world=world, **where).description, as_json)
         return
     if relaunched(nproc):
         return
     if tries or seeds:
-        from pipeline.backbone.hparam_sweep import try_settings
+        from pipeline.backbone.hparam_sweep import sweep_hparams
 
-        show(try_settings(chosen, tries, seeds=numbers, talk=talk, **where), as_json)
+        show(sweep_hparams(chosen, tries, seeds=numbers, talk=talk, **where), as_json)
         return
     from pipeline.backbone.train import train_backbone
     from pipeline.console import TrainingReporter
@@ -252,9 +254,9 @@ def dump_command(
         "say": talk.say,
     }
     if dry_run:
-        from pipeline.plan.stage1 import plan_dump
+        from pipeline.dump_prepare import prepare_dump
 
-        show(plan_dump(path, world=processes(nproc, device), **made_from), as_json)
+        show(prepare_dump(path, world=processes(nproc, device), **made_from).description, as_json)
         return
     if relaunched(nproc):
         return

@@ -60,8 +60,8 @@ def plan_export(
     if "://" in str(run) or (Path(run) / "zarr.json").is_file():
         return _of_store(run, to or "npy", out)
     from pipeline.backbone.build import network_facts
+    from pipeline.backbone.checkpoint import checkpoint_bytes
     from pipeline.deploy.export import settled
-    from pipeline.plan.stage1 import model_bytes
 
     study, kind, checkpoint = settled(Path(run), to=to or "timm", out=out, lam=lam, method=method)
     refuse_unwritable(out)
@@ -70,7 +70,9 @@ def plan_export(
     head = {"method": kind.method, "lam": kind.lam}
     facts = {"model": f"{told}; weights of {checkpoint.path}", "head": f"{kind} of {study.first.results_path}"}
     numbers: dict[str, Any] = {"run": str(run), "to": to or "timm", "network": network, "head": head}
-    return Prepared("export", {}, facts, numbers, (Write(out, model_bytes(checkpoint.model), replaced_or_new(out)),))
+    return Prepared(
+        "export", {}, facts, numbers, (Write(out, checkpoint_bytes(checkpoint.model), replaced_or_new(out)),)
+    )
 
 
 def _of_store(store: Path | str, to: str, out: Path) -> Prepared:

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.backbone.external_checkpoint import bring
+from pipeline.backbone.prepare import prepare_training
 from pipeline.config import Config
 from pipeline.distributed import Ranks, planned_ranks
-from pipeline.dump_source import Source, source_of
+from pipeline.dump_prepare import describe_unmade, prepare_dump
 from pipeline.errors import ConfigError
-from pipeline.plan.stage1 import dump_plan, foresee_dump, foresee_training, store_state, unmade_store
 from pipeline.plan.stage2 import stage2_plan
 from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.reproduce.backbone import METHODS, TABLES, settings_of
@@ -68,22 +68,25 @@ def _stages(
             overwrite=overwrite, ranks=replace(ranks, world=1),
         )  # fmt: skip
         config, width = backbone.config, backbone.network["feature_width"]
-        source = Source(backbone, config, store, images, place / "backbone")
-        stages, dataset = [foresee_dump(source, ranks=ranks, overwrite=overwrite)], images
+        dump = prepare_dump(
+            backbone, config, out=store, images=images, keep_in=place / "backbone", overwrite=overwrite,
+            device=str(ranks.device), world=ranks.world,
+        )  # fmt: skip
+        stages, dataset = [dump.description], images
     else:
-        training = foresee_training(config, out=place / "backbone", ranks=ranks, overwrite=overwrite)
+        training = prepare_training(config, out=place / "backbone", ranks=ranks, overwrite=overwrite)
         dataset, width = training.dataset, training.network["feature_width"]
         if training.complete:
             from pipeline.backbone.checkpoint import load_checkpoint
 
             backbone = load_checkpoint(place / "backbone" / "last.pt")
-            source = source_of(backbone, config, out=store, images=dataset, keep_in=None)
-            dump = foresee_dump(source, ranks=ranks, overwrite=overwrite)
+            stage = prepare_dump(
+                backbone, config, out=store, images=dataset, overwrite=overwrite, device=str(ranks.device),
+                world=ranks.world,
+            ).description  # fmt: skip
         else:
-            found = unmade_store(config, dataset, width=width)
-            dump = dump_plan(config, dataset, found, out=store, ranks=ranks, network=training.network)
-            dump = replace(dump, writes=(replace(dump.writes[0], state=store_state(store)),))
-        stages = [training.plan, dump]
+            stage = describe_unmade(config, dataset, out=store, ranks=ranks, network=training.network)
+        stages = [training.description, stage]
     refuse_endless(config, dataset)
     results = place / "rebalance" / "results.json"
     state = "kept where it is of the same features and settings, else replaced" if results.is_file() else "new"

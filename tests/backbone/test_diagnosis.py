@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.backbone import checkpoint, diagnosis
+from pipeline.backbone.arithmetic import Arithmetic
 from pipeline.backbone.build import classifier, encode
 from pipeline.backbone.events import Epoch, Step
-from pipeline.backbone.learner import Learner
+from pipeline.backbone.image_classifier import ImageClassifier
 from pipeline.backbone.train import train_backbone
 from pipeline.config import make_config
 from pipeline.data import load_dataset
@@ -40,7 +40,7 @@ def test_every_class_is_there_with_as_many_as_it_has(counts, per_class, seed):
 
 def test_the_gradient_is_the_closed_form(tiny_backbone):
     model = checkpoint.load_checkpoint(tiny_backbone).model.double()
-    learner, random = Learner(model), np.random.default_rng(0)
+    learner, random = ImageClassifier(model), np.random.default_rng(0)
     z = torch.from_numpy(random.normal(size=(9, classifier(model).in_features)))
     y = torch.from_numpy(random.integers(0, 10, 9))
     norms, guess = diagnosis.gradient_norms(learner, z, y)
@@ -56,9 +56,11 @@ def test_class_sums_leave_out_what_could_not_be_read(tiny_backbone):
     model = checkpoint.load_checkpoint(tiny_backbone).model
     images = torch.randn(6, 3, 8, 8)
     labels = torch.tensor([0, 0, 3, -100, 3, 1])
-    sums = diagnosis.class_sums(Learner(model), [(images, labels)], classes=10, autocast=nullcontext)
+    sums = diagnosis.class_sums(
+        ImageClassifier(model), [(images, labels)], classes=10, arithmetic=Arithmetic(torch.float32)
+    )
     assert sums[2].tolist() == [2, 1, 0, 2, 0, 0, 0, 0, 0, 0]
-    norms, guess = diagnosis.gradient_norms(Learner(model), encode(model, images), labels.clamp(min=0))
+    norms, guess = diagnosis.gradient_norms(ImageClassifier(model), encode(model, images), labels.clamp(min=0))
     assert sums[1, 3] == pytest.approx(float(norms[2] + norms[4]))
     assert sums[0, 0] == int((guess[:2] == 0).sum())
 

@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.backbone import checkpoint
 from pipeline.backbone.build import build_model, class_accuracy
 from pipeline.backbone.ema import WeightAverage, decay_at
-from pipeline.backbone.learner import Learner
+from pipeline.backbone.image_classifier import ImageClassifier
 from pipeline.backbone.train import train_backbone
 from pipeline.config import BackboneConfig, make_config
 from pipeline.data import load_dataset
@@ -27,39 +27,39 @@ def test_the_decay_warms_up():
 
 
 def test_parameters_and_batch_statistics_are_averaged_and_counts_copied():
-    learner = Learner(build_model(BackboneConfig(model="cifar_resnet8", width=0.25), num_classes=3))
-    average = WeightAverage(learner, decay=0.5)
-    optimiser = torch.optim.SGD(learner.parameters(), lr=0.01)
+    classifier = ImageClassifier(build_model(BackboneConfig(model="cifar_resnet8", width=0.25), num_classes=3))
+    average = WeightAverage(classifier, decay=0.5)
+    optimiser = torch.optim.SGD(classifier.parameters(), lr=0.01)
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    by_hand = {name: value.double().clone() for name, value in learner.state_dict().items()}
+    by_hand = {name: value.double().clone() for name, value in classifier.state_dict().items()}
     for step in range(12):
         optimiser.zero_grad()
-        learner(images + step).square().sum().backward()
+        classifier(images + step).square().sum().backward()
         optimiser.step()
-        average.update(learner, step=step)
+        average.update(classifier, step=step)
         decay = min(0.5, (1 + step) / (10 + step))
-        for name, value in learner.state_dict().items():
+        for name, value in classifier.state_dict().items():
             by_hand[name] = decay * by_hand[name] + (1 - decay) * value.double()
-    found = average.learner.state_dict()
+    found = average.classifier.state_dict()
     for name, value in by_hand.items():
         if name.endswith("num_batches_tracked"):
             assert found[name] == 12
         else:
             torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-7)
-    assert not average.learner.training
-    assert not any(p.requires_grad for p in average.learner.parameters())
+    assert not average.classifier.training
+    assert not any(p.requires_grad for p in average.classifier.parameters())
 
 
 def test_the_average_keeps_up_when_batch_normalisation_is_converted_later():
     """As training between GPUs does: parameters stay, the modules around them are made anew."""
-    learner = Learner(build_model(BackboneConfig(model="cifar_resnet8", width=0.25), num_classes=3))
-    average = WeightAverage(learner, decay=0.0)
-    learner.model = nn.SyncBatchNorm.convert_sync_batchnorm(learner.model)
+    classifier = ImageClassifier(build_model(BackboneConfig(model="cifar_resnet8", width=0.25), num_classes=3))
+    average = WeightAverage(classifier, decay=0.0)
+    classifier.model = nn.SyncBatchNorm.convert_sync_batchnorm(classifier.model)
     with torch.no_grad():
-        for tensor in (*learner.parameters(), *learner.buffers()):
+        for tensor in (*classifier.parameters(), *classifier.buffers()):
             tensor.add_(1)
-    average.update(learner, step=100)
-    for mine, theirs in zip(average.learner.state_dict().values(), learner.state_dict().values(), strict=True):
+    average.update(classifier, step=100)
+    for mine, theirs in zip(average.classifier.state_dict().values(), classifier.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
 
 

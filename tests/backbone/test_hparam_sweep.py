@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from pipeline.backbone import hparam_sweep as module
-from pipeline.backbone.hparam_sweep import compare, grid, try_settings
+from pipeline.backbone.hparam_sweep import compare, grid, sweep_hparams
 from pipeline.config import make_config
 from pipeline.errors import ConfigError, Diverged, Terminated
 from tests.conftest import digits_tree
@@ -92,22 +92,22 @@ def test_one_setting_is_not_chosen_and_none_that_diverged():
 
 
 def test_trained_once_each_and_gone_on_with_after_a_stop(tmp_path, monkeypatch):
-    real, trained = module.train_backbone, []
+    real, trained = module.train, []
 
-    def counting(config, **how):
-        trained.append((how["out"].parent.name, config.backbone.seed))
+    def counting(prepared, **how):
+        trained.append((prepared.out.parent.name, prepared.config.backbone.seed))
         if len(trained) == 3:
             report = how["report"]
             how["report"] = lambda event: (report(event), os.kill(os.getpid(), signal.SIGTERM))
-        return real(config, **how)
+        return real(prepared, **how)
 
-    monkeypatch.setattr(module, "train_backbone", counting)
+    monkeypatch.setattr(module, "train", counting)
     options, seeds = ["backbone.lr=0.1,0.02"], (0, 1)
     with pytest.raises(Terminated, match="the same command continues"):
-        try_settings(CONFIG, options, out=tmp_path, seeds=seeds)
+        sweep_hparams(CONFIG, options, out=tmp_path, seeds=seeds)
     assert not (tmp_path / "tries.json").exists()
     before = (tmp_path / "tries/lr=0.1/seed-1/last.pt").read_bytes()
-    result = try_settings(CONFIG, options, out=tmp_path, seeds=seeds)
+    result = sweep_hparams(CONFIG, options, out=tmp_path, seeds=seeds)
     assert trained[3:] == [("lr=0.1", 0), ("lr=0.1", 1), ("lr=0.02", 0), ("lr=0.02", 1)]
     assert (tmp_path / "tries/lr=0.1/seed-1/last.pt").read_bytes() == before
     document = json.loads((tmp_path / "tries.json").read_text())
@@ -127,7 +127,7 @@ def test_trained_once_each_and_gone_on_with_after_a_stop(tmp_path, monkeypatch):
 
 
 def test_a_setting_that_diverges_is_told_and_not_chosen(tmp_path):
-    result = try_settings(CONFIG, ["backbone.lr=0.1,1e30"], out=tmp_path)
+    result = sweep_hparams(CONFIG, ["backbone.lr=0.1,1e30"], out=tmp_path)
     assert result.document["selected"]["name"] == "lr=0.1"
     assert result.document["tries"][1]["diverged"] == [0]
     assert result.document["tries"][1]["all"] is None
@@ -144,7 +144,7 @@ def test_without_validation_images_nothing_is_trained(tmp_path):
     tree["data"] = {"source": "folder", "path": str(tmp_path / "images"), "image_size": 16, "val_per_class": 0}
     tree["data"] |= {"test_per_class": 1, "workers": 0}
     with pytest.raises(ConfigError, match=r"no validation split; hold images out with data\.val_per_class"):
-        try_settings(make_config(tree, "t"), ["backbone.lr=0.1,0.2"], out=tmp_path / "out")
+        sweep_hparams(make_config(tree, "t"), ["backbone.lr=0.1,0.2"], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

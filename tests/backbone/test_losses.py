@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.backbone.learner import Learner
+from pipeline.backbone.image_classifier import ImageClassifier
 from pipeline.backbone.losses import SCALE, UNREADABLE, Objective
 from pipeline.backbone.sampling import shares
 from pipeline.config import BackboneConfig, load_config, shipped_configs
@@ -141,7 +141,7 @@ def test_ranks_and_parts_give_the_gradient_of_the_whole_batch(loss, world, parts
     """As the trainer does it: every part's terms times world / denominator, summed on a rank, averaged over ranks."""
     torch.manual_seed(0)
     made = objective(loss, drw_start=0, label_smoothing=0 if loss == "focal" else 0.1)
-    learner = Learner(Tiny().double(), scale=made.scale)
+    learner = ImageClassifier(Tiny().double(), scale=made.scale)
     x, y = torch.randn(13, 4, dtype=torch.float64), np.random.default_rng(0).integers(0, 3, 13)
     weights = [p for p in learner.parameters() if p.requires_grad]
 
@@ -159,7 +159,7 @@ def test_ranks_and_parts_give_the_gradient_of_the_whole_batch(loss, world, parts
 
 def test_a_cosine_classifier_decides_alike_where_it_is_used():
     torch.manual_seed(0)
-    learner = Learner(Tiny().double(), scale=SCALE)
+    learner = ImageClassifier(Tiny().double(), scale=SCALE)
     x = torch.randn(500, 4, dtype=torch.float64)
     assert learner.model.fc.bias.tolist() == [0, 0, 0]
     for _ in range(200):  # as in training, so that the mean length is known

@@ -32,7 +32,7 @@ def test_images_and_losses_are_mixed_by_hand():
 
 def test_without_alpha_nothing_is_touched():
     off = mixup(0.0)
-    mixture = off.of(np.arange(3), torch.arange(3), epoch=0, step=0)
+    mixture = off.mixture(np.arange(3), torch.arange(3), epoch=0, step=0)
     images = torch.rand(3, 3, 2, 2)
     assert mixture.images(images) is images
     assert mixture.terms(lambda y: y * 2, torch.arange(3)).tolist() == [0, 2, 4]
@@ -41,7 +41,7 @@ def test_without_alpha_nothing_is_touched():
 
 def test_nobody_is_mixed_with_an_image_that_could_not_be_read():
     labels = torch.tensor([0, -100, 1, 2] * 8)
-    mixture = mixup(group=32).of(np.arange(32), labels, epoch=0, step=0)
+    mixture = mixup(group=32).mixture(np.arange(32), labels, epoch=0, step=0)
     assert (labels[mixture.partner] >= 0)[labels >= 0].all()
     terms = mixture.terms(lambda y: F.cross_entropy(torch.zeros(32, 3), y, reduction="none", ignore_index=-100), labels)
     torch.testing.assert_close(terms[labels >= 0], torch.full((24,), float(np.log(3))))
@@ -49,7 +49,7 @@ def test_nobody_is_mixed_with_an_image_that_could_not_be_read():
 
 def test_lambda_is_beta_and_another_in_every_step():
     labels = torch.zeros(2, dtype=torch.int64)
-    lams = [mixup(0.4).of(np.arange(2), labels, epoch=e, step=s).lam for e in range(40) for s in range(50)]
+    lams = [mixup(0.4).mixture(np.arange(2), labels, epoch=e, step=s).lam for e in range(40) for s in range(50)]
     assert len(set(lams)) == 2000
     assert np.mean(lams) == pytest.approx(0.5, abs=0.03)
     assert np.var(lams) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), abs=0.01)
@@ -62,7 +62,7 @@ def test_ranks_and_parts_change_no_partner(world, parts):
     def pairs(pieces):
         found = {}
         for rows in pieces:
-            mixture = mixup().of(rows, torch.zeros(len(rows), dtype=torch.int64), epoch=1, step=2)
+            mixture = mixup().mixture(rows, torch.zeros(len(rows), dtype=torch.int64), epoch=1, step=2)
             found |= dict(zip(rows.tolist(), rows[mixture.partner.numpy()].tolist(), strict=True))
             lams.add(mixture.lam)
         return found

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.backbone import checkpoint
-from pipeline.backbone.learner import Learner, Parallel
+from pipeline.backbone.image_classifier import ImageClassifier, Parallel
 from pipeline.backbone.sampling import shares
 from pipeline.backbone.train import train_backbone
 from pipeline.backbone.weakening import Weakening, check_place, kept, mix, partners, reach
@@ -176,7 +176,7 @@ def test_gradients_are_those_of_the_rule_written_out(at, detach):
     settings = WeakenConfig(strength=0.9, group=8, at=at, detach_partner=detach)
     weakening, images, labels = problem(settings)
     keep, partner = weakening.inputs(np.arange(23), labels, epoch=0, step=0)
-    learner, by_hand = Learner(TinyNet(), settings), TinyNet()
+    learner, by_hand = ImageClassifier(TinyNet(), settings), TinyNet()
     logits = learner(images, keep.double(), partner)
     nn.functional.cross_entropy(logits, labels).backward()
     inner = torch.tanh(by_hand.stem(images))
@@ -197,7 +197,7 @@ def test_gradients_are_those_of_the_rule_written_out(at, detach):
 
 def test_evaluation_never_mixes():
     settings = WeakenConfig(strength=1, at="body")
-    learner, images = Learner(TinyNet(), settings), torch.randn(4, 6, dtype=torch.float64)
+    learner, images = ImageClassifier(TinyNet(), settings), torch.randn(4, 6, dtype=torch.float64)
     assert torch.equal(learner.eval()(images), TinyNet()(images))
 
 
@@ -312,7 +312,7 @@ def _one_rank(rank, world, port, out):
     weakening, images, labels = problem(settings)
     net = TinyNet()
     del net.unused
-    parallel = Parallel(Learner(net, settings), Ranks(rank, world, CPU))
+    parallel = Parallel(ImageClassifier(net, settings), Ranks(rank, world, CPU))
     optimiser = torch.optim.SGD(net.parameters(), lr=0.5)
     (rows,) = shares(np.arange(23), world=world, group=weakening.group)[rank]
     for step in range(2):

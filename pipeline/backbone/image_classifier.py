@@ -13,12 +13,11 @@ from pipeline.backbone.build import classifier, encode
 from pipeline.backbone.weakening import FEATURES, mix
 from pipeline.config import WeakenConfig
 from pipeline.distributed import Ranks
-from pipeline.errors import ConfigError
 
 LENGTH_MOMENTUM = 0.1
 
 
-class Learner(nn.Module):
+class ImageClassifier(nn.Module):
     """What is trained: images (B, 3, H, W) → logits (B, C), features mixed on the way where a mixture is given."""
 
     length: Tensor
@@ -85,22 +84,20 @@ class Learner(nn.Module):
 
 
 class Parallel:
-    """A learner on every rank, its gradients averaged over them."""
+    """A network on every rank, its gradients averaged over them."""
 
-    def __init__(self, learner: Learner, ranks: Ranks, *, sync_batch_norm: bool = False, mode: str = "none"):
+    def __init__(self, network: ImageClassifier, ranks: Ranks, *, sync_batch_norm: bool = False, mode: str = "none"):
         """mode: none, or the mode of torch.compile. sync_batch_norm: batch statistics of all ranks together, on GPUs."""
-        self._module: nn.Module = learner
+        self._module: nn.Module = network
         if sync_batch_norm and ranks.world > 1:
-            if ranks.device.type != "cuda":
-                raise ConfigError("backbone.sync_batch_norm=true: only between GPUs; on CPUs set it to false")
-            learner.model = nn.SyncBatchNorm.convert_sync_batchnorm(learner.model)
+            network.model = nn.SyncBatchNorm.convert_sync_batchnorm(network.model)
         if ranks.world > 1:
             # batch statistics are rank 0's at the next save or validation; training itself never reads them
             cuda = ranks.device.type == "cuda"
             with warnings.catch_warnings():  # torch 2.15 has another word for broadcast_buffers, which 2.9 lacks
                 warnings.simplefilter("ignore", FutureWarning)
                 self._module = DistributedDataParallel(
-                    learner,
+                    network,
                     device_ids=[ranks.device.index] if cuda else None,
                     # on a CPU views slow each step, and exchanging beside the computation takes its cores
                     gradient_as_bucket_view=cuda,
