@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.rebalance.methods.settings import REFERENCES
-from pipeline.rebalance.selection import Choice, select
+from pipeline.rebalance.selection import AUTO, SELECTED_LAM, Choice, at_the_border, select
 from pipeline.results.differences import Hits, differences
 from pipeline.results.head_id import HeadId
 
@@ -61,8 +61,33 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
         "within_one_se": [candidates[i].to_dict() for i in choice.within_one_se] if on else [],
         "differences": differences(chosen.to_dict(), against, hits) if hits else None,
         "chosen": together,
-        **{key: first[key] for key in ("network", "settings", "notes") if key in first},
+        "notes": combined_notes(documents, chosen, candidates) if on else shared_notes(documents),
+        **{key: first[key] for key in ("network", "settings") if key in first},
     }
+
+
+def combined_notes(documents: Sequence[Mapping[str, Any]], chosen: HeadId, candidates: Sequence[HeadId]) -> list[str]:
+    """Return the notes of all backbones, and whether the λ chosen for all of them lies at the border of its grid."""
+    lams = [head.lam for head in candidates]
+    border = [] if documents[0].get("chosen") else at_the_border(chosen.lam, lams, auto=set(AUTO) <= set(lams))
+    return shared_notes(documents) + border
+
+
+def shared_notes(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return each note once, with the backbones it is about where it is not about all of them.
+
+    A note on the λ that one backbone selected for itself is left out: another λ may be selected for all of them.
+    """
+    about: dict[str, list[int]] = defaultdict(list)
+    for number, document in enumerate(documents, 1):
+        for note in document.get("notes", ()):
+            if not note.startswith(SELECTED_LAM):
+                about[note].append(number)
+    whole = len(documents)
+    return [
+        note if len(numbers) == whole else f"backbone {', '.join(map(str, numbers))} of {whole}: {note}"
+        for note, numbers in about.items()
+    ]
 
 
 def under_one_name(

@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.errors import ConfigError
 
 AUTO = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # the coarse grid; `refine` adds the fine one
+SELECTED_LAM = "the selected λ, "  # begins the note of at_the_border
 FORMS = "expected λ in [0, 1]: 0.05, 0.01,0.05,0.1, 0.01:0.5:log:32, 0.1:0.5:lin:5 or auto"
 
 
@@ -128,6 +129,6 @@ def at_the_border(lam: float | None, asked: Sequence[float | None], *, auto: boo
     side, low, high = ("smallest", lam / 10, tried[1]) if lam == tried[0] else ("largest", tried[-2], min(1, 10 * lam))
     of, others = "that auto tries" if auto else "of those given", "smaller" if side == "smallest" else "larger"
     return [
-        f"the selected λ, {lam:g}, is the {side} {of}: {others} ones may do as well or better, and "
+        f"{SELECTED_LAM}{lam:g}, is the {side} {of}: {others} ones may do as well or better, and "
         f"--lam {low:g}:{high:g}:log:8 tries them"
     ]

@@ -181,7 +181,7 @@ def data(study: Study) -> str:
         ("Source", data.get("name")),
         ("Fingerprint", data.get("fingerprint")),
         ("Fingerprint covers", data.get("fingerprint_covers")),
-        *(("Note", note) for note in dict.fromkeys([*data.get("notes", ()), *study.first.results.get("notes", ())])),
+        *(("Note", note) for note in dict.fromkeys([*data.get("notes", ()), *study.document.get("notes", ())])),
     ]
     return _facts(lines)
 
