@@ -88,7 +88,7 @@ def test_only_lambdas_that_every_backbone_tried_count():
 def test_notes_are_of_all_backbones_and_of_the_lambda_selected_for_all():
     """The first backbone prefers λ 0.5, the largest; all together 0.2, which lies inside the grid."""
     scores = ({0.1: [40, 40], 0.2: [44, 44], 0.5: [45, 45]}, {0.1: [40, 40], 0.2: [46, 46], 0.5: [41, 41]})
-    documents = [document(val, dict.fromkeys(val, [50, 50])) for val in scores]
+    documents = [document(val, {lam: [50, 50] for lam in val}) for val in scores]
     border = "the selected λ, 0.5, is the largest of those given: larger ones may do as well or better, and --lam … tries them"
     documents[0]["notes"] = ["1 class(es) without a test image", border]
     documents[1]["notes"] = ["1 class(es) without a test image", "few rests on 3 test image(s)"]
