@@ -304,7 +304,7 @@ def extras() -> dict[str, tuple[str, ...]]:
 def _kernels() -> tuple[str, ...]:
     """Instruction sets of the C kernel, the fastest first."""
     try:
-        from pipeline.rebalance.engine.c_kernel import instruction_sets
+        from pipeline.rebalance.engine.c_backend import instruction_sets
     except ImportError:  # of numpy or torch, which the first check tells
         return ()
     return tuple(name for name in instruction_sets() if name != "double")
@@ -337,7 +337,7 @@ def _warnings(memory: float | None, shared: float | None, disk: float, folder: P
 
 
 def _without_kernel(device: str) -> list[str]:
-    from pipeline.rebalance.engine.c_kernel import instruction_sets
+    from pipeline.rebalance.engine.c_backend import instruction_sets
 
     if device.startswith("cuda"):
         import torch

@@ -297,7 +297,7 @@ def test_what_is_told_is_as_wide_as_the_terminal_and_tears_no_number_from_its_na
 
 
 def test_doctor_knows_the_kernel_the_extras_and_what_takes_how_long(monkeypatch):
-    from pipeline.rebalance.engine import c_kernel as native
+    from pipeline.rebalance.engine import c_backend as native
 
     monkeypatch.setenv("COLUMNS", "80")
     found = doctor()
@@ -315,7 +315,7 @@ def test_doctor_finds_a_kernel_that_computes_something_else(monkeypatch, capsys)
     from pipeline.cli import invoke
     from pipeline.rebalance.engine import fit as engine
 
-    whole = engine.fit_by_kernel
+    whole = engine.fit_with_c_kernel
 
     def wrong(*given, **named):
         for members, weight, bias in whole(*given, **named):
@@ -323,7 +323,7 @@ def test_doctor_finds_a_kernel_that_computes_something_else(monkeypatch, capsys)
 
     if not engine.instruction_sets():
         pytest.skip("no C kernel here")
-    monkeypatch.setattr(engine, "fit_by_kernel", wrong)
+    monkeypatch.setattr(engine, "fit_with_c_kernel", wrong)
     assert invoke(["doctor"]) == 1
     told = " ".join(capsys.readouterr().out.split())
     assert "FAILED stage 2: RuntimeError: heads of the same fit differ by" in told

@@ -15,7 +15,7 @@ from pipeline.bench.measure import Benchmark, Measure, interleaved, machine
 from pipeline.data.subset import class_sizes
 from pipeline.distributed import choose_device
 from pipeline.longtail import class_balanced_weights
-from pipeline.rebalance.engine.c_kernel import instruction_sets
+from pipeline.rebalance.engine.c_backend import instruction_sets
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.formulation import penalty

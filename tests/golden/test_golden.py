@@ -11,7 +11,7 @@ import json
 import pytest
 
 from pipeline.rebalance import sweep
-from pipeline.rebalance.engine.c_kernel import instruction_sets
+from pipeline.rebalance.engine.c_backend import instruction_sets
 from pipeline.rebalance.engine.fit import fit_heads
 from tests.golden import tables
 

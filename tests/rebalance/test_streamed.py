@@ -7,7 +7,7 @@ import torch
 from cache import Split, create_store, open_cache
 from pipeline.config import RebalanceConfig, parse_bytes
 from pipeline.errors import DataError
-from pipeline.rebalance.engine.c_kernel import instruction_sets
+from pipeline.rebalance.engine.c_backend import instruction_sets
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.formulation import penalty
 from pipeline.rebalance.engine.streamed import StreamedViews

@@ -1,4 +1,4 @@
-"""The batches of an epoch, laid out as the stacks read them."""
+"""The batches of an epoch, in the layout that the stacks read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,15 @@ BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # laid out at a time; on a CPU
 
 @dataclass(frozen=True)
 class Batch:
-    """One step of every batch order: B samples each, or those of them that this rank has; size is B in both cases.
+    """One step of every batch order: B samples each, or the part of them that this rank has.
 
-    x (S, B+1, D+1): features and a 1; the last row is the mean of the unit features, and a 0. weighted: x with every
-    row times its loss weight and the last row 0, once for every weighting. labels (S, B, 1). inverse_norm (S, B, 1): 1/|x|
-    unit (S, B, D+1): x/|x| with 0 in the last column, or None where no head asks for it.
+    Arguments:
+        x: (S, B+1, D+1) features and a 1; the last row is the mean of the unit features and a 0.
+        weighted: for each weighting x with every row times its loss weight, and the last row 0.
+        labels: (S, B, 1).
+        inverse_norm: (S, B, 1) 1/|x|.
+        size: samples of the batch on all ranks.
+        unit: (S, B, D+1) x/|x| with 0 in the last column; None where no head needs it.
     """
 
     x: Tensor
@@ -32,22 +36,27 @@ class Batch:
 
 @dataclass(frozen=True)
 class Weighting:
-    """Loss weight of a sample by its class, (C,); divided by their sum over the batch, or else by its size B."""
+    """Loss weights by class (C,), divided by their sum over the batch or by its size B."""
 
-    of_class: Tensor
+    class_weight: Tensor
     by_sum: bool
 
 
 def batch_order(rows: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order (rows,) in which an epoch sees the samples: a function of seed and epoch alone."""
+    """Return the order (rows,) in which an epoch sees the samples, a function of seed and epoch alone."""
     return np.random.default_rng(derive(seed, "batch-order", epoch)).permutation(rows)
 
 
 class Batches:
-    """Lays out epochs, block by block, in buffers that are made once.
+    """Epochs block by block, in buffers that are made once, on the device and in the dtype of the weightings.
 
-    seeds: S; rows: samples of an epoch; size: B, and the last batch may be short. Batches come on the device and in the
-    dtype of the weightings. unit: whether any head asks for the unit features. ranks: who shares every batch.
+    Arguments:
+        seeds: S.
+        rows: samples of an epoch.
+        size: B; the last batch may be shorter.
+        width: D.
+        unit: compute the unit features too.
+        ranks: processes that share every batch.
     """
 
     def __init__(
@@ -61,17 +70,20 @@ class Batches:
         unit: bool = False,
         ranks: Ranks | None = None,
     ):
-        like = weightings[0].of_class
+        like = weightings[0].class_weight
         self.size = size
         batch_bytes = seeds * (size + 1) * (width + 1) * like.element_size() * (1 + len(weightings) + unit)
         self.at_once = max(1, min(rows // size, BLOCK_BYTES[like.device.type] // batch_bytes))
-        self._make = lambda batches, of: Block(batches, seeds, of, width, weightings, unit=unit, ranks=ranks)
+        self._make = lambda batches, rows: Block(batches, seeds, rows, width, weightings, unit=unit, ranks=ranks)
         self._blocks: dict[tuple[int, int], Block] = {}
 
     def epoch(self, features: Tensor, labels: Tensor, order: Tensor) -> Iterator[Sequence[Batch]]:
-        """Blocks of batches; one is overwritten by the next.
+        """Yield blocks of batches, a short batch last; each block overwrites the one before.
 
-        features (N, D) and labels (N,), both on one device; order (S, n): numbers of rows there. A short batch comes last.
+        Arguments:
+            features: (N, D).
+            labels: (N,), on the same device.
+            order: (S, n) rows of both.
         """
         full, last = divmod(order.shape[1], self.size)
         for first in range(0, full, self.at_once):
@@ -87,7 +99,7 @@ class Batches:
 
 
 class Block:
-    """n batches of one size in one set of buffers, and the views of them that a step takes."""
+    """n batches of one size in one set of buffers, and the views of them that a step reads."""
 
     def __init__(
         self,
@@ -100,7 +112,7 @@ class Block:
         unit: bool,
         ranks: Ranks | None = None,
     ):
-        like, self.ranks = weightings[0].of_class, ranks or Ranks(0, 1, weightings[0].of_class.device)
+        like, self.ranks = weightings[0].class_weight, ranks or Ranks(0, 1, weightings[0].class_weight.device)
         self.size, self.first = size, size * self.ranks.rank // self.ranks.world
         b = size * (self.ranks.rank + 1) // self.ranks.world - self.first
         self.shape, self.weightings = (n, s, b, d), weightings
@@ -110,7 +122,7 @@ class Block:
         self.norm, self.inverse = like.new_empty(n, s, b), like.new_empty(n, s, b)
         self.weighted = [torch.zeros_like(self.x) for _ in weightings]
         self.weight, self.mean = like.new_empty(n, s, b), like.new_empty(n, s, 1, d)
-        self.of_all, self.total = like.new_empty(n, s, size), like.new_empty(n, s, 1)
+        self.all_weights, self.total = like.new_empty(n, s, size), like.new_empty(n, s, 1)
         self.unit = like.new_zeros(n, s, b, d + 1) if unit else None
         self.features, self.samples = self.x[:, :, :b, :d], self.x[:, :, :b]
         self.batches = [
@@ -126,7 +138,7 @@ class Block:
         ]
 
     def fill(self, features: Tensor, labels: Tensor, order: Tensor, first: int) -> list[Batch]:
-        """The batches that begin at position `first` of the order."""
+        """Return the batches that begin at position `first` of the order."""
         n, s, b, d = self.shape
         all_rows = order[:, first : first + n * self.size].reshape(s, n, self.size).transpose(0, 1)
         rows = all_rows[:, :, self.first : self.first + b].reshape(-1).to(features.device)
@@ -138,12 +150,12 @@ class Block:
         torch.matmul(self.weight[:, :, None], self.features, out=self.mean)
         self.ranks.add_up(self.mean)
         self.x[:, :, b:, :d] = self.mean
-        of_all = labels.index_select(0, all_rows.reshape(-1).to(labels.device)).to(self.x.device)
+        all_labels = labels.index_select(0, all_rows.reshape(-1).to(labels.device)).to(self.x.device)
         for weighting, weighted in zip(self.weightings, self.weighted, strict=True):
-            torch.index_select(weighting.of_class, 0, self.labels.view(-1), out=self.weight.view(-1))
+            torch.index_select(weighting.class_weight, 0, self.labels.view(-1), out=self.weight.view(-1))
             if weighting.by_sum:
-                torch.index_select(weighting.of_class, 0, of_all, out=self.of_all.view(-1))
-                self.weight.div_(torch.sum(self.of_all, -1, keepdim=True, out=self.total))
+                torch.index_select(weighting.class_weight, 0, all_labels, out=self.all_weights.view(-1))
+                self.weight.div_(torch.sum(self.all_weights, -1, keepdim=True, out=self.total))
             else:
                 self.weight.div_(self.size)
             torch.mul(self.samples, self.weight[..., None], out=weighted[:, :, :b])

@@ -14,16 +14,19 @@ from pipeline.rebalance.engine.streamed import StreamedViews
 
 
 class Epochs:
-    """What a job sees: features by its schedule's views, in one order for each of its S seeds.
+    """The features of a job by its schedule's views, in one order for each of its S seeds.
 
-    rows: the training rows wanted, None for all. size: B, samples of a batch. Features that are streamed have another
-    order than those in memory, as StreamedViews.order says; for a given order nothing else depends on where they are.
+    `size` is B, the samples of a batch; `train_rows` (n,) are the rows that are fitted on. Streamed features have another
+    order than those in memory (StreamedViews.order); for a given order nothing else depends on where they are.
+
+    Arguments:
+        rows: training rows to fit on, None for all.
     """
 
     def __init__(self, features: Features, schedule: Schedule, seeds: Sequence[int], rows: np.ndarray | None):
         self.features, self.schedule, self.seeds, self.rows = features, schedule, seeds, rows
-        self.taken = np.arange(len(features.labels)) if rows is None else rows
-        self.size = min(schedule.batch_size, len(self.taken))
+        self.train_rows = np.arange(len(features.labels)) if rows is None else rows
+        self.size = min(schedule.batch_size, len(self.train_rows))
 
     def __len__(self) -> int:
         return self.schedule.epochs
@@ -32,12 +35,14 @@ class Epochs:
     def streamed(self) -> bool:
         return isinstance(self.features.views, StreamedViews)
 
-    def whole(
+    def views(
         self, epoch: int, *, place: Callable[[Tensor, int | None], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(features (N, D), labels (N,), order (S, n) of rows in them) that make up the epoch; streamed ones for one seed.
+        """Yield (features (N, D), labels (N,), order (S, n) of rows in them) of an epoch; streamed ones have one seed.
 
-        place: where features go; it is told the number of the view that they are the whole of, None for a part.
+        Arguments:
+            place: called with features and the number of the view, None for a part of one; returns them where batches
+                are gathered from.
         """
         labels = torch.as_tensor(self.features.labels, dtype=torch.int64)
         if not self.streamed:
@@ -51,18 +56,21 @@ class Epochs:
             yield part, labels[rows].to(part.device), torch.arange(len(rows))[None]
 
     def pieces(self, epoch: int, *, at_once: int) -> Iterator[list[tuple[np.ndarray, Tensor]]]:
-        """(rows (n,), their features (n, D)) for every seed; n is a multiple of the batch but at the end of an epoch.
+        """Yield for every seed (rows (n,), their features (n, D)); n is a multiple of B but at the end of an epoch.
 
-        at_once: how many rows a piece from memory has. Streams may end at different times: then n is 0.
+        Streams may end at different times; a stream that has ended yields n = 0.
+
+        Arguments:
+            at_once: rows of a piece of features in memory.
         """
         if self.streamed:
             nothing = np.empty(0, np.int64), np.empty((0, self.features.weight.shape[1]), np.float32)
             streams = [self._stream(epoch, seed) for seed in self.seeds]
-            for found in itertools.zip_longest(*streams, fillvalue=nothing):
-                yield [(rows, torch.as_tensor(features)) for rows, features in found]
+            for parts in itertools.zip_longest(*streams, fillvalue=nothing):
+                yield [(rows, torch.as_tensor(features)) for rows, features in parts]
             return
         view, orders = self._view(epoch), [self._order(epoch, seed) for seed in self.seeds]
-        for first in range(0, len(self.taken), at_once):
+        for first in range(0, len(self.train_rows), at_once):
             some = [order[first : first + at_once] for order in orders]
             yield [(rows, view.index_select(0, torch.as_tensor(rows))) for rows in some]
 
@@ -73,7 +81,7 @@ class Epochs:
         return self.features.view_of_epoch(epoch, augmented=self.schedule.augmented)
 
     def _order(self, epoch: int, seed: int) -> np.ndarray:
-        return self.taken[batch_order(len(self.taken), seed=seed, epoch=epoch)]
+        return self.train_rows[batch_order(len(self.train_rows), seed=seed, epoch=epoch)]
 
     def _stream(self, epoch: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         views = self.features.views

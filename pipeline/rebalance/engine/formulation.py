@@ -1,4 +1,4 @@
-"""The single switches that the paper's text and the authors' released code set differently, and how we set them."""
+"""The switches that the paper's text and the authors' released code set differently, and their presets."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,10 +14,16 @@ CBLoss = Literal["softmax", "bce"]
 
 @dataclass(frozen=True)
 class Penalty:
-    """The term that pulls the norms to the target, and how it is weighed beside the classification loss.
+    """The divergence of the norms of the class vectors from the target P, and its weight beside the classification loss.
 
-    direction: KL(softmax n ‖ softmax P) is norms-to-target. kl_weight: a factor on the batch mean, or `batch`, which
-    makes it the sum over this batch. detach_target: no gradient passes through P into the class vectors.
+    Arguments:
+        log_base: base of the logarithm in NC.
+        direction: norms-to-target is KL(softmax n ‖ softmax P).
+        kl_weight: factor on the batch mean; `batch` makes it the sum over the batch.
+        detach_target: let no gradient pass through P into the class vectors.
+        hardness: HC by class (vector), by the true class (scalar), or 1 (none).
+        number: False replaces NC by 1.
+    Source: IWB, AAAI 2024, Eq. 3–8.
     """
 
     log_base: LogBase = "2"
@@ -30,11 +36,11 @@ class Penalty:
 
 
 PRESETS: dict[str, tuple[Penalty, CBLoss]] = {
-    "mixed": (Penalty(), "bce"),  # the text's penalty beside the code's loss: docs/results.md says what speaks for it
+    "mixed": (Penalty(), "bce"),  # penalty of the text, loss of the code: see docs/results.md
     "paper": (Penalty(), "softmax"),
     "code": (Penalty(log_base="e", direction="target-to-norms", kl_weight="batch", detach_target=False), "bce"),
 }
-_KNOWN: dict[str, tuple] = {
+_VALUES: dict[str, tuple] = {
     "log_base": ("2", "e"),
     "direction": ("norms-to-target", "target-to-norms"),
     "hardness": ("vector", "scalar", "none"),
@@ -45,15 +51,15 @@ _KNOWN: dict[str, tuple] = {
 
 
 def penalty(formulation: str = "paper", **switches: Any) -> Penalty:
-    """A preset with the given switches laid over it; None leaves what the preset says.
+    """Return the penalty of a preset, changed by the switches that are not None.
 
-    Raises ConfigError for an unknown formulation or value.
+    Raises: ConfigError: unknown formulation or value.
     """
     return replace(_preset(formulation)[0], **{k: _checked(k, v) for k, v in switches.items() if v is not None})
 
 
 def preset_cb(formulation: str) -> CBLoss:
-    """Which class-balanced loss a formulation means."""
+    """Return the form of the class-balanced loss of a formulation."""
     return _preset(formulation)[1]
 
 
@@ -68,6 +74,6 @@ def _checked(name: str, value: Any) -> Any:
         if value == "batch" or (isinstance(value, int | float) and 0 <= value < float("inf")):
             return value
         raise ConfigError(f"kl_weight {value!r}: expected a number of 0 or more, or 'batch'")
-    if value not in _KNOWN[name]:
-        raise ConfigError(f"{name} {value!r}: expected one of {', '.join(map(str, _KNOWN[name]))}")
+    if value not in _VALUES[name]:
+        raise ConfigError(f"{name} {value!r}: expected one of {', '.join(map(str, _VALUES[name]))}")
     return value

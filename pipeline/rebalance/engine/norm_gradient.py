@@ -1,118 +1,115 @@
-"""How the penalty pulls at the class vectors, and its gradient added to the velocity of a stack.
+"""The gradient of the norm penalty, added to the velocity of a stack.
 
 With g_ic the cosine, H = λ·NC/2 and P_ic = H_c·(1 − g_ic) (vector), H_c·(1 − g_iy) (scalar) or 2·H_c (none):
 ∂KL(s‖q)/∂n_c = s_c·(ln s_c − ln q_c − KL), ∂KL(q‖s)/∂n_c = s_c − q_c, ∂mse/∂n_c = 2·(n_c − P_c)/C, ∂n_c/∂W_c = W_c/n_c.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pipeline.rebalance.engine.stack import Batch, Step
+from pipeline.rebalance.engine.batches import Batch
+from pipeline.rebalance.engine.stack import Buffers, Stack
 
 
 class TrueCosine:
-    """Cosine (S, B, K) of every sample with its true class, read from the logits less the bias."""
+    """Cosine (S, B, K) of every sample with its true class, from the logits without the bias."""
 
-    def __init__(self, step: "Step"):
-        stack = step.stack
+    def __init__(self, stack: Stack, buffers: Buffers):
         s, k, c = stack.norms.shape
-        self.step, self.stack = step, stack
+        self.stack, self.buffers = stack, buffers
         device = stack.norms.device
         heads = torch.arange(s, device=device)[:, None, None] * k + torch.arange(k, device=device)
-        self.head_start = (heads * c).expand(s, step.size, k).contiguous()
-        self.own = torch.empty_like(self.head_start)  # where (seed, head, true class) lies in (S, K, C)
-        self.value, self.of_class = (stack.norms.new_empty(s, step.size, k) for _ in range(2))
+        self.head_start = (heads * c).expand(s, buffers.size, k).contiguous()
+        self.position = torch.empty_like(self.head_start)  # of (seed, head, true class) in (S, K, C)
+        self.value, self.class_value = (stack.norms.new_empty(s, buffers.size, k) for _ in range(2))
         self.bias = torch.empty_like(stack.norms)
 
-    def compute(self, batch: "Batch") -> Tensor:
-        own, of_class = self.own.view(-1), self.of_class.view(-1)
-        torch.add(self.head_start, batch.labels, out=self.own)
-        torch.index_select(self.step.logits.view(-1), 0, self.step.truth.view(-1), out=self.value.view(-1))
+    def compute(self, batch: Batch) -> Tensor:
+        position, class_value = self.position.view(-1), self.class_value.view(-1)
+        torch.add(self.head_start, batch.labels, out=self.position)
+        torch.index_select(self.buffers.logits.view(-1), 0, self.buffers.truth.view(-1), out=self.value.view(-1))
         self.bias.copy_(self.stack.weight[..., self.stack.width])
-        torch.index_select(self.bias.view(-1), 0, own, out=of_class)
-        self.value.sub_(self.of_class).mul_(batch.inverse_norm)
-        torch.index_select(self.stack.norms.view(-1), 0, own, out=of_class)
-        return self.value.div_(self.of_class)
+        torch.index_select(self.bias.view(-1), 0, position, out=class_value)
+        self.value.sub_(self.class_value).mul_(batch.inverse_norm)
+        torch.index_select(self.stack.norms.view(-1), 0, position, out=class_value)
+        return self.value.div_(self.class_value)
 
 
 class MeanTarget:
-    """The target held fixed, in the paper's direction or mse: only its mean over the batch is needed.
+    """The gradient of a fixed target in the paper's direction or mse, which needs only the batch mean of the target.
 
     softmax ignores a shift common to all classes, so mean_i ln q_ic is the mean of P_ic less a constant that cancels in
     the gradient: no exponential of P. The mean of P_ic comes with the last row of the logits.
     """
 
-    def __init__(self, step: "Step"):
-        self.step, self.stack = step, step.stack
-        n = self.stack.norms
+    def __init__(self, stack: Stack, buffers: Buffers):
+        self.stack, self.buffers = stack, buffers
+        n = stack.norms
         summed = self.stack.form.penalty.kl_weight == "batch"  # turns the batch mean into the sum over this batch
-        self.scale = self.stack.kl_weight * (step.total if summed else 1)
+        self.scale = self.stack.kl_weight * (buffers.total if summed else 1)
         self.slope, self.share = (torch.empty_like(n) for _ in range(2))
-        self.pull, self.pull_column = self.stack.pull, self.stack.pull[..., None]
+        self.factor, self.factor_column = stack.norm_factor, stack.norm_factor[..., None]
         self.total = n.new_empty(*n.shape[:2], 1)
-        self.mean_logits = step.logits[:, -1]
+        self.mean_logits = buffers.logits[:, -1]
         if self.stack.form.penalty.hardness == "scalar":
-            self.true_cosine, self.mean_cosine = TrueCosine(step), n.new_empty(n.shape[:2])
+            self.true_cosine, self.mean_cosine = TrueCosine(stack, buffers), n.new_empty(n.shape[:2])
 
-    def add(self, batch: "Batch") -> None:
+    def add(self, batch: Batch) -> None:
         self.compute_slope(batch)
         if self.stack.ranks.first:
             self.slope.mul_(self.scale)
             self.add_slope()
 
-    def compute_slope(self, batch: "Batch") -> None:
-        """slope (S, K, C) = ∂(batch mean of the divergence)/∂n_c; share = softmax of the norms, for kl."""
+    def compute_slope(self, batch: Batch) -> None:
+        """Compute slope (S, K, C) = ∂(batch mean of the divergence)/∂n_c and, for kl, share = softmax of the norms."""
         stack, n, slope = self.stack, self.stack.norms, self.slope
         rule = stack.form.penalty
         # slope = n − mean of P
         if rule.hardness == "none":
             torch.sub(n, stack.half_target, alpha=2, out=slope)
         elif rule.hardness == "scalar":
-            torch.sum(self.true_cosine.compute(batch), dim=1, out=self.mean_cosine).div_(self.step.total)
+            torch.sum(self.true_cosine.compute(batch), dim=1, out=self.mean_cosine).div_(self.buffers.total)
             stack.ranks.add_up(self.mean_cosine)
             torch.addcmul(n, stack.half_target, self.mean_cosine.sub_(1)[..., None], out=slope)
         else:
-            torch.div(self.mean_logits, n, out=self.pull)
-            torch.addcmul(n, stack.half_target, self.pull.sub_(1), out=slope)
+            torch.div(self.mean_logits, n, out=self.factor)
+            torch.addcmul(n, stack.half_target, self.factor.sub_(1), out=slope)
         if rule.divergence == "mse":
             slope.mul_(2 / stack.classes)
         else:
             torch.softmax(n, -1, out=self.share)
-            torch.mul(self.share, slope, out=self.pull)
-            torch.sum(self.pull, -1, keepdim=True, out=self.total)
+            torch.mul(self.share, slope, out=self.factor)
+            torch.sum(self.factor, -1, keepdim=True, out=self.total)
             slope.sub_(self.total).mul_(self.share)
 
     def add_slope(self) -> None:
-        torch.div(self.slope, self.stack.norms, out=self.pull)
+        torch.div(self.slope, self.stack.norms, out=self.factor)
         if not self.stack.fused:
-            self.stack.velocity_of_vectors.addcmul_(self.stack.vectors, self.pull_column)
+            self.stack.velocity_of_vectors.addcmul_(self.stack.vectors, self.factor_column)
 
 
 class EveryTarget:
-    """Whatever needs P of every sample: the code's direction, and targets that the gradient passes through."""
+    """The gradient of a penalty that needs P of every sample: the code's direction, or a target that is not detached."""
 
-    def __init__(self, step: "Step"):
-        self.step, self.stack, self.mean = step, step.stack, MeanTarget(step)
-        form, n = self.stack.form, self.stack.norms
+    def __init__(self, stack: Stack, buffers: Buffers):
+        self.stack, self.buffers, self.mean = stack, buffers, MeanTarget(stack, buffers)
+        form, n = stack.form, stack.norms
         s, k, c = n.shape
-        rows = 1 if form.penalty.hardness == "none" else step.size
+        rows = 1 if form.penalty.hardness == "none" else buffers.size
         self.p, self.q = (n.new_empty(s, rows, k, c) for _ in range(2))
         self.per_class = torch.empty_like(n)
         if form.penalty.hardness == "scalar":
-            self.slack, self.true_value = (n.new_empty(s, step.size, k) for _ in range(2))
+            self.slack, self.true_value = (n.new_empty(s, buffers.size, k) for _ in range(2))
             self.seed_start = torch.arange(s, device=n.device)[:, None, None] * (k * c)
-            self.truth = torch.empty_like(step.truth)
+            self.truth = torch.empty_like(buffers.truth)
         if form.penalty.hardness == "vector":
-            self.projected = n.new_empty(s, step.size, k, c)
+            self.projected = n.new_empty(s, buffers.size, k, c)
         if form.moving_target:
             self.factor = torch.empty_like(n)
             if form.penalty.divergence == "kl" and form.penalty.direction == "target-to-norms":
                 self.log_q, self.kl = torch.empty_like(self.q), n.new_empty(s, rows, k, 1)
 
-    def add(self, batch: "Batch") -> None:
+    def add(self, batch: Batch) -> None:
         rule, mean = self.stack.form.penalty, self.mean
         mean.compute_slope(batch)
         self.compute_targets(batch)
@@ -121,7 +118,7 @@ class EveryTarget:
             if rule.direction == "target-to-norms":
                 torch.sum(self.q, dim=1, out=mean.slope)
                 if rule.hardness != "none":  # else all ranks have the one q of all samples
-                    self.stack.ranks.add_up(mean.slope.div_(self.step.total))
+                    self.stack.ranks.add_up(mean.slope.div_(self.buffers.total))
                 torch.sub(mean.share, mean.slope, out=mean.slope)
         if self.stack.ranks.first:
             mean.slope.mul_(mean.scale)
@@ -131,8 +128,8 @@ class EveryTarget:
             self.add_through_target(batch)
         mean.add_slope()
 
-    def compute_targets(self, batch: "Batch") -> None:
-        """p = P of every sample; projected = W_c·x/|x| for vector."""
+    def compute_targets(self, batch: Batch) -> None:
+        """Compute p = P of every sample and, for vector, projected = W_c·x/|x|."""
         stack, half, n = self.stack, self.stack.half_target, self.stack.norms
         if stack.form.penalty.hardness == "none":
             self.p.copy_(half[:, None]).mul_(2)
@@ -140,20 +137,20 @@ class EveryTarget:
             torch.neg(self.mean.true_cosine.value, out=self.slack).add_(1)
             torch.mul(self.slack[..., None], half[:, None], out=self.p)
         else:
-            torch.sub(self.step.logits[:, :-1], stack.weight[:, None, ..., stack.width], out=self.projected)
+            torch.sub(self.buffers.logits[:, :-1], stack.weight[:, None, ..., stack.width], out=self.projected)
             self.projected.mul_(batch.inverse_norm[..., None])
             torch.div(half, n, out=self.per_class)
             torch.addcmul(half[:, None], self.projected, self.per_class[:, None], value=-1, out=self.p)
 
-    def add_through_target(self, batch: "Batch") -> None:
-        """What reaches W through the cosines in P: ∂g_ic/∂W_c = (x̂_i − g_ic·Ŵ_c)/n_c, x̂ and Ŵ unit vectors.
+    def add_through_target(self, batch: Batch) -> None:
+        """Add the gradient through the cosines in P: ∂g_ic/∂W_c = (x̂_i − g_ic·Ŵ_c)/n_c, x̂ and Ŵ unit vectors.
 
         The part along x̂ goes to the velocity by a third product, the part along Ŵ into the slope of the norms.
         """
         assert batch.unit is not None
         stack, rule, mean, n, e = self.stack, self.stack.form.penalty, self.mean, self.stack.norms, self.q
         # factor = weight / B · ∂P_ic/∂g_ic, and for vector · 1/n_c
-        self.factor.copy_(stack.half_target).mul_(mean.scale).div_(-self.step.total)
+        self.factor.copy_(stack.half_target).mul_(mean.scale).div_(-self.buffers.total)
         if rule.hardness == "vector":
             self.factor.div_(n)
         if rule.divergence == "kl" and rule.direction == "target-to-norms":
@@ -175,14 +172,14 @@ class EveryTarget:
         else:
             self.move_to_true_class(e)
         mean.slope.sub_(self.per_class.div_(n))
-        self.step.velocity.baddbmm_(e.flatten(2).transpose(1, 2), batch.unit)
+        self.buffers.velocity.baddbmm_(e.flatten(2).transpose(1, 2), batch.unit)
 
     def move_to_true_class(self, e: Tensor) -> None:
-        """scalar: all classes' targets of a sample hang on its one cosine, with its true class."""
+        """For scalar, where all targets of a sample depend on its one cosine, collect the gradient at its true class."""
         true = self.mean.true_cosine
         torch.sum(e, -1, out=self.slack)
-        torch.sub(self.step.truth, self.seed_start, out=self.truth)  # truth counts rows of one more a batch
-        torch.div(self.slack, true.of_class, out=self.true_value)
+        torch.sub(self.buffers.truth, self.seed_start, out=self.truth)  # truth counts size + 1 rows a batch
+        torch.div(self.slack, true.class_value, out=self.true_value)
         e.zero_().view(-1).index_copy_(0, self.truth.view(-1), self.true_value.view(-1))
         self.slack.mul_(true.value)
-        self.per_class.zero_().view(-1).index_add_(0, true.own.view(-1), self.slack.view(-1))
+        self.per_class.zero_().view(-1).index_add_(0, true.position.view(-1), self.slack.view(-1))

@@ -1,4 +1,4 @@
-"""The objective of stage 2 as one reads it in the paper; the engine computes the same gradients by hand."""
+"""The objective of stage 2 as the paper writes it; the engine computes the same gradients by hand."""
 
 import numpy as np
 import torch
@@ -36,14 +36,23 @@ def iwb_objective(
     number: bool = True,
     beta: float = 0.9999,
 ) -> Tensor:
-    """Scalar loss of one batch: classification loss plus weighted penalty on the norms. [IWB paper, Eq. 10]
+    """Return the scalar loss of one batch: classification loss plus weighted penalty on the norms.
 
-    weight (C, D), bias (C,), features (B, D), labels (B,) integers, counts (C,) training images of each class. The
-    dtype of weight is the dtype of everything: float64 in, float64 out.
+    All is computed in the dtype of weight: float64 in, float64 out.
 
-    cb: class-balanced `softmax` or `bce`, None for plain cross-entropy; it is not changed by formulation (the released
-    code uses `bce`). The other switches: None means what the formulation says; see Penalty.
-    Raises ConfigError for an unknown switch and for shapes that do not fit together.
+    Arguments:
+        weight: (C, D).
+        bias: (C,).
+        features: (B, D).
+        labels: (B,) integers.
+        counts: (C,) training images of each class.
+        lam: λ, the scale of the target P.
+        cb: class-balanced `softmax` or `bce`, None for cross-entropy; formulation does not change it (the released code
+            uses `bce`).
+        beta: β of the class-balanced loss.
+        formulation, and the other switches, which override it where they are not None: see Penalty.
+    Raises: ConfigError: unknown switch, or shapes that do not fit together.
+    Source: IWB paper, Eq. 10.
     """
     classes, width = weight.shape
     if features.shape[1:] != (width,) or labels.shape != features.shape[:1] or len(counts) != classes:
@@ -69,7 +78,7 @@ def iwb_objective(
 
 
 def classification_loss(logits: Tensor, labels: Tensor, counts: Tensor, *, cb: CBLoss | None, beta: float) -> Tensor:
-    """Loss of one batch from its logits (B, C); the two class-balanced losses also reduce differently.
+    """Return the loss of one batch from its logits (B, C); the two class-balanced losses also reduce differently.
 
     softmax: Σ v_y·CE / Σ v_y. bce: Σ v_y·(binary cross-entropy of the softmax probabilities, summed over classes) / B.
     """
@@ -86,7 +95,7 @@ def classification_loss(logits: Tensor, labels: Tensor, counts: Tensor, *, cb: C
 
 
 def norm_penalty(weight: Tensor, features: Tensor, labels: Tensor, counts: Tensor, lam: float, rule: Penalty) -> Tensor:
-    """Batch mean of the divergence between the norms and the target. [Eq. 8]
+    """Return the batch mean of the divergence between the norms and the target. [IWB paper, Eq. 8]
 
     kl: KL of the two softmax distributions over classes. mse: mean over samples and classes of (n_c − P_ic)², raw.
     """

@@ -1,4 +1,4 @@
-"""The training views of a store that memory cannot hold: batches come from the disk, an epoch at a time."""
+"""Training views of a store that do not fit into memory: batches are read from the disk, an epoch at a time."""
 
 import time
 from collections.abc import Iterator
@@ -13,9 +13,13 @@ from pipeline.seeds import derive
 
 
 class StreamedViews:
-    """V views (N, D) of the samples that have features; `blocks` gives an epoch of one, `order` its rows beforehand.
+    """V views (N, D) of the samples that have features.
 
-    memory_bytes: what all streams together may hold. seconds: spent waiting for the disk.
+    `blocks` yields an epoch of one view, `order` returns the rows of that epoch beforehand; `seconds` counts the time
+    spent waiting for the disk.
+
+    Arguments:
+        memory_bytes: most bytes that all streams together hold.
     """
 
     def __init__(self, store: Cache, views: int, *, memory_bytes: int):
@@ -41,22 +45,25 @@ class StreamedViews:
         rows: np.ndarray | None = None,
         streams: int = 1,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(rows (n,), features (n, D)) in the order of `order`; n is a multiple of batch_size in all but the last.
+        """Yield (rows (n,), features (n, D)) in the order of `order`; n is a multiple of batch_size in all but the last.
 
-        augmented: whether the epoch sees its augmented view, as Features.view_of_epoch says. rows: the training rows
-        wanted, None for all. streams: how many are read at the same time, which then share the memory; a block is to be
-        dropped before the next one is asked for.
-        Raises DataError where the memory is too small, or a chunk damaged or not finite.
+        Drop a block before you ask for the next one.
+
+        Arguments:
+            augmented: let the epoch see its augmented view, as in Features.view_of_epoch.
+            rows: training rows to read, None for all.
+            streams: number of streams that are read at the same time and share the memory.
+        Raises: DataError: the memory is too small, or a chunk is damaged or not finite.
         """
         views = range(1, self.views) if augmented and self.views > 1 else (0,)
-        what = f"{self.store.path}: train features, view {views[epoch % len(views)]}"
+        name = f"{self.store.path}: train features, view {views[epoch % len(views)]}"
         started = time.perf_counter()
         try:
-            found = self.store.stream(
+            blocks = self.store.stream(
                 "train", views=views, multiple_of=batch_size, **self._stream(epoch, seed, rows, streams)
             )
-            for stored, features in found:
-                check_finite(features, what)
+            for stored, features in blocks:
+                check_finite(features, name)
                 self.seconds += time.perf_counter() - started
                 yield self._number[stored], features
                 started = time.perf_counter()
@@ -64,7 +71,7 @@ class StreamedViews:
             raise DataError(f"{error}: --set rebalance.memory=SIZE") from error
 
     def order(self, epoch: int, seed: int, *, rows: np.ndarray | None = None, streams: int = 1) -> np.ndarray:
-        """The rows in the order in which `blocks` gives them: all that training from memory in the same order needs."""
+        """Return the rows (N,) in the order in which `blocks` yields them."""
         try:
             return self._number[self.store.stream_order("train", **self._stream(epoch, seed, rows, streams))]
         except CacheError as error:
@@ -80,33 +87,33 @@ class StreamedViews:
 
 
 class StreamedView:
-    """One of the views: rows (M, D) of it by their numbers, but never the whole of it."""
+    """One view, of which any rows (M, D) can be read, but never all."""
 
-    def __init__(self, of: StreamedViews, view: int):
-        self._of, self._view, self.shape = of, view, of.shape
+    def __init__(self, views: StreamedViews, view: int):
+        self._views, self._view, self.shape = views, view, views.shape
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         if not isinstance(rows, np.ndarray):
             self._refuse(self.shape[0])
-        store = self._of.store
-        if len(rows) * store.width * 4 > self._of.memory_bytes:
+        store = self._views.store
+        if len(rows) * store.width * 4 > self._views.memory_bytes:
             self._refuse(len(rows))
         try:
-            features = store.read_rows("train", self._of._rows[rows], self._view)
+            features = store.read_rows("train", self._views._rows[rows], self._view)
         except CacheError as error:
             raise DataError(str(error)) from error
         check_finite(features, f"{store.path}: train features, view {self._view}")
         return features
 
     def __len__(self) -> NoReturn:
-        self._refuse(self.shape[0])  # who asks is about to copy it, as torch.as_tensor does
+        self._refuse(self.shape[0])  # torch.as_tensor asks for it before it copies everything
 
     def __array__(self, dtype=None, copy=None) -> NoReturn:
         self._refuse(self.shape[0])
 
     def _refuse(self, rows: int) -> NoReturn:
-        needed, given = (size / 2**30 for size in (rows * self.shape[1] * 4, self._of.memory_bytes))
+        needed, memory = (size / 2**30 for size in (rows * self.shape[1] * 4, self._views.memory_bytes))
         raise DataError(
-            f"{self._of.store.path}: {rows:,} rows of features at once take up to {needed:.3g} GiB, {given:.3g} GiB are "
-            f"given; allow more with --set rebalance.memory={int(needed) + 1}GiB"
+            f"{self._views.store.path}: {rows:,} rows of features at once take up to {needed:.3g} GiB, "
+            f"rebalance.memory allows {memory:.3g} GiB; allow more with --set rebalance.memory={int(needed) + 1}GiB"
         )

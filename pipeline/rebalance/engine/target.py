@@ -1,6 +1,6 @@
-"""The target of inverse weight-balancing: how large the norm of every class vector should be (METHODS §1).
+"""The target P of inverse weight-balancing: the norm that every class vector should have (METHODS §1).
 
-Everything here is a pure function of tensors and keeps their dtype; autograd passes through where the arguments ask.
+All functions are pure, keep the dtype of their tensors and can be differentiated.
 """
 
 from typing import Literal
@@ -13,18 +13,22 @@ LogBase = Literal["2", "e"]
 
 
 def number_coefficient(counts: Tensor, *, log_base: LogBase = "2") -> Tensor:
-    """NC (C,): log(N / (N_c + 1)), large for classes with few images.
+    """Return NC (C,) = log(N / (N_c + 1)), large for classes with few images.
 
-    counts: training images of each class, (C,). [IWB paper, Eq. 3; base e is what the released code computes]
+    Arguments:
+        counts: (C,) training images of each class.
+    Source: IWB paper, Eq. 3; base e: its released code.
     """
     ratio = counts.sum() / (counts + 1)
     return torch.log2(ratio) if log_base == "2" else torch.log(ratio)
 
 
 def cosines(weight: Tensor, features: Tensor) -> Tensor:
-    """Cosine (B, C) between every feature (B, D) and every class vector (C, D); the bias plays no part. [Eq. 5]
+    """Return the cosine (B, C) between every feature (B, D) and every class vector (C, D), without the bias.
 
-    A feature or class vector that is all zeros has cosine 0 with everything.
+    A feature or class vector of zeros has cosine 0.
+
+    Source: IWB paper, Eq. 5.
     """
     tiny = torch.finfo(weight.dtype).tiny
     unit = features / features.norm(dim=1, keepdim=True).clamp_min(tiny)
@@ -32,10 +36,14 @@ def cosines(weight: Tensor, features: Tensor) -> Tensor:
 
 
 def hardness_coefficient(weight: Tensor, features: Tensor, labels: Tensor, *, hardness: Hardness = "vector") -> Tensor:
-    """HC: (1 − cosine) / 2, in [0, 1], large where a feature lies far from a class vector. [Eq. 6]
+    """Return HC = (1 − cosine) / 2 in [0, 1], large where a feature is far from a class vector.
 
-    weight (C, D), features (B, D), labels (B,). vector: against every class, (B, C). scalar: against the true class
-    only, (B, 1) [Eq. 4]. none: ones, (1, 1).
+    Arguments:
+        weight: (C, D).
+        features: (B, D).
+        labels: (B,).
+    Returns: vector: (B, C), for every class. scalar: (B, 1), for the true class. none: (1, 1), a one.
+    Source: IWB paper, Eq. 6; scalar: Eq. 4.
     """
     if hardness == "none":
         return weight.new_ones(1, 1)
@@ -46,5 +54,5 @@ def hardness_coefficient(weight: Tensor, features: Tensor, labels: Tensor, *, ha
 
 
 def target(number: Tensor, hardness: Tensor, lam: float | Tensor) -> Tensor:
-    """P = λ · NC · HC, (B, C) or (1, C) where nothing depends on the sample. [Eq. 7]"""
+    """Return P = λ · NC · HC, (B, C), or (1, C) where HC is the same for all samples. [IWB paper, Eq. 7]"""
     return lam * number * hardness

@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
-# a·b + c in one instruction, as ever; Triton 3.9 warns of another default to come
+# a·b + c in one instruction; Triton 3.9 warns that this default will change
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 @triton.jit
-def _update(weight, velocity, pull, norms, minus_lr, decay, width, tiny, BLOCK: tl.constexpr):
+def _update(weight, velocity, norm_factor, norms, minus_lr, decay, width, tiny, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    factor, rate = tl.load(pull + row), tl.load(minus_lr)
+    factor, rate = tl.load(norm_factor + row), tl.load(minus_lr)
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width + 1, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -32,12 +32,14 @@ def _update(weight, velocity, pull, norms, minus_lr, decay, width, tiny, BLOCK: 
 
 
 def update(
-    weight: Tensor, velocity: Tensor, pull: Tensor, norms: Tensor, minus_lr: Tensor, *, weight_decay: float
+    weight: Tensor, velocity: Tensor, norm_factor: Tensor, norms: Tensor, minus_lr: Tensor, *, weight_decay: float
 ) -> None:
-    """velocity += (pull + weight_decay)·weight, weight += minus_lr·velocity, and norms of the new class vectors.
+    """Compute velocity += (norm_factor + weight_decay)·weight, weight += minus_lr·velocity and the new norms, in place.
 
-    weight, velocity (…, C, D+1) float32, the last column the bias, which pull leaves alone and norms leave out; pull and
-    norms (…, C); minus_lr a scalar tensor. All contiguous and changed in place.
+    Arguments (contiguous, float32):
+        weight, velocity: (…, C, D+1); the last column is the bias, for which norm_factor and norms do not count.
+        norm_factor, norms: (…, C).
+        minus_lr: a scalar.
     """
     width, tiny = weight.shape[-1] - 1, torch.finfo(weight.dtype).tiny
-    _update[(norms.numel(),)](weight, velocity, pull, norms, minus_lr, weight_decay, width, tiny, BLOCK=BLOCK)
+    _update[(norms.numel(),)](weight, velocity, norm_factor, norms, minus_lr, weight_decay, width, tiny, BLOCK=BLOCK)

@@ -15,11 +15,10 @@ from pipeline.errors import PipelineError
 from pipeline.longtail import class_balanced_weights
 from pipeline.rebalance.engine.batches import batch_order
 from pipeline.rebalance.engine.features import Features
-from pipeline.rebalance.engine.fit import Schedule
+from pipeline.rebalance.engine.fit import Schedule, free_bytes
 from pipeline.rebalance.engine.streamed import StreamedView
 from pipeline.rebalance.engine.tensor_backend import SHARED_PRODUCT
 from pipeline.rebalance.methods.api import Free, Given, Params, Sampling, Trained, unweighted
-from pipeline.resources import free_memory
 from pipeline.results.heads import Linear, Scorer, scorer_of
 from pipeline.seeds import derive
 
@@ -227,13 +226,6 @@ def _order(rule: Trained, labels: np.ndarray, taken: np.ndarray, seed: int, epoc
     if rule.sampling == "class-balanced":
         return taken[class_balanced_order(labels[taken], seed=seed, epoch=epoch)]
     return taken[batch_order(len(taken), seed=seed, epoch=epoch)]
-
-
-def free_bytes(device: torch.device) -> int:
-    """What a device, or this machine, still has; 4 GiB where it does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_memory() or 4 << 30
 
 
 def _resident(view: np.ndarray | StreamedView, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config import RebalanceConfig, nearest
 from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS, RENAMED
-from pipeline.rebalance.engine.fit import ALONE, Head, Schedule
+from pipeline.rebalance.engine.fit import NO_PENALTY, Head, Schedule
 from pipeline.rebalance.engine.formulation import Penalty, penalty, preset_cb
 from pipeline.rebalance.methods import RIVALS, Trained, methods_in
 from pipeline.rebalance.methods.iwb_la import best_head, best_schedule
@@ -82,7 +82,7 @@ def head_of(setting: HeadId, config: RebalanceConfig) -> Head:
     if setting.method == "iwb-la":
         return best_head(setting.lam or 0.0)
     form = "ce" if setting.loss in ("ce", "la") else f"cb-{cb_form(config)}"
-    rule, tau = penalty_of(config) if setting.method == "iwb" else ALONE, float(setting.loss == "la")
+    rule, tau = penalty_of(config) if setting.method == "iwb" else NO_PENALTY, float(setting.loss == "la")
     return Head(form, setting.lam or 0.0, rule, config.beta, tau)  # type: ignore[arg-type]
 
 

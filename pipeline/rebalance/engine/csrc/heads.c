@@ -14,14 +14,14 @@ enum { KL, MSE };
 enum { NORMS_TO_TARGET, TARGET_TO_NORMS };
 enum { VECTOR, SCALAR, NONE };
 
-/* One head; arrays of REAL: weight, velocity (D, P), the others (P). The same fields as HEAD in native.py. */
+/* One head; arrays of REAL: weight, velocity (D, P), the others (P). The same fields as HEAD in c_backend.py. */
 struct head {
     void *weight, *velocity, *bias, *bias_velocity, *half_target, *class_weight, *prior;
     double kl_weight;
     int32_t penalised, summed, loss, by_sum, divergence, direction, hardness, moving;
 };
 
-/* Rows of one order, in steps of `batch`. The same fields as BLOCK in native.py. */
+/* Rows of one order, in steps of `batch`. The same fields as BLOCK in c_backend.py. */
 struct block {
     const void *features;     /* (rows, D) REAL */
     const void *inverse_norm; /* (rows,) REAL: 1/|x| */
@@ -39,8 +39,8 @@ struct team {
     struct meeting *meeting;
 };
 
-/* Returns when all members have come; what they wrote before is then seen by all. */
-static void together(const struct team *team) {
+/* Return when all members have called it; each then sees what the others wrote before. */
+static void wait_for_team(const struct team *team) {
     if (team->members == 1) return;
     struct meeting *m = team->meeting;
     int round = atomic_load(&m->round);
@@ -115,7 +115,7 @@ struct set {
     void (*advance)(const struct head *, const struct block *, const struct team *, void *);
 };
 
-/* What this processor can run, the fastest first; the one of double precision, for exactness alone, last. */
+/* Instruction sets of this processor, the fastest first; double precision, for exactness alone, last. */
 static int supported(struct set *sets) {
     int n = 0;
 #ifdef X86
@@ -131,13 +131,13 @@ static int supported(struct set *sets) {
 
 static PyObject *instruction_sets(PyObject *self, PyObject *none) {
     struct set sets[4];
-    PyObject *found = PyList_New(0);
-    for (int i = 0, n = supported(sets); found && i < n; i++) {
-        PyObject *one = Py_BuildValue("(si)", sets[i].name, sets[i].lanes);
-        if (!one || PyList_Append(found, one)) Py_CLEAR(found);
-        Py_XDECREF(one);
+    PyObject *list = PyList_New(0);
+    for (int i = 0, n = supported(sets); list && i < n; i++) {
+        PyObject *item = Py_BuildValue("(si)", sets[i].name, sets[i].lanes);
+        if (!item || PyList_Append(list, item)) Py_CLEAR(list);
+        Py_XDECREF(item);
     }
-    return found;
+    return list;
 }
 
 static PyObject *sizes(PyObject *self, PyObject *none) {
@@ -146,7 +146,7 @@ static PyObject *sizes(PyObject *self, PyObject *none) {
 
 /* advance(instruction set, address of heads, first, last + 1, of a block, of scratch, of a meeting, rank, members)
 
-Blocks until all heads are through; the other members of a team have to call too. No checks: native.py makes them. */
+Blocks until all heads are through; the other members of a team have to call too. No checks: c_backend.py makes them. */
 static PyObject *advance(PyObject *self, PyObject *args) {
     struct set sets[4];
     unsigned long long heads, block, scratch, meeting;

@@ -4,7 +4,7 @@ Included once for each instruction set and precision, with REAL, INT (a signed i
 vector, ROWS × COLS of a register tile (COLS in vectors) and NAME(x) defined. Classes lie along vectors: the weight is
 kept as (D, P), P being C padded to whole vectors; padding has weight 0 and bias −1e30, so its probability is exactly 0.
 
-Formulas: IWB (AAAI 2024) Eq. 3–10 and their gradients as pipeline/rebalance/pull.py states them. */
+Formulas: IWB (AAAI 2024) Eq. 3–10 and their gradients as engine/norm_gradient.py states them. */
 
 typedef REAL NAME(vec) __attribute__((vector_size(BYTES)));
 typedef INT NAME(ints) __attribute__((vector_size(BYTES)));
@@ -19,8 +19,8 @@ typedef REAL NAME(loose) __attribute__((vector_size(BYTES), aligned(sizeof(REAL)
 
 INLINE VEC NAME(load)(const REAL *from) { return *(const NAME(loose) *)from; }
 INLINE void NAME(store)(REAL *to, VEC value) { *(NAME(loose) *)to = value; }
-INLINE VEC NAME(choose)(INTS mask, VEC a, VEC b) { return (VEC)((mask & (INTS)a) | (~mask & (INTS)b)); }
-INLINE VEC NAME(larger)(VEC a, VEC b) { return NAME(choose)(a > b, a, b); }
+INLINE VEC NAME(select)(INTS mask, VEC a, VEC b) { return (VEC)((mask & (INTS)a) | (~mask & (INTS)b)); }
+INLINE VEC NAME(larger)(VEC a, VEC b) { return NAME(select)(a > b, a, b); }
 
 INLINE REAL NAME(sum_of)(VEC v) {
     REAL sum = 0;
@@ -49,8 +49,8 @@ INLINE VEC NAME(exponential)(VEC x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    VEC scaled = (VEC)((BITS)p + ((BITS)shifted << 23)); /* unsigned: padding may wrap around, and is chosen away */
-    return NAME(choose)(x < -60.0f, x - x, scaled);
+    VEC scaled = (VEC)((BITS)p + ((BITS)shifted << 23)); /* unsigned: padding may wrap around, and is masked out */
+    return NAME(select)(x < -60.0f, x - x, scaled);
 #else
     VEC y;
     for (long i = 0; i < LANES; i++) y[i] = exp(x[i]);
@@ -86,7 +86,7 @@ INLINE void NAME(logits_tile)(const int rows, const int cols, const struct head 
 
 /* gradient of a tile of the weight, straight into velocity, weight and the norms of the next step */
 INLINE void NAME(update_tile)(const int rows, const int cols, const struct head *h, const struct block *k,
-                              const REAL *features, const REAL *residual, long batch, const REAL *pull, REAL *squares,
+                              const REAL *features, const REAL *residual, long batch, const REAL *norm_factor, REAL *squares,
                               long d, long c) {
     VEC sum[ROWS][COLS];
     UNROLL for (int m = 0; m < rows; m++)
@@ -95,7 +95,7 @@ INLINE void NAME(update_tile)(const int rows, const int cols, const struct head 
     REAL *weight = (REAL *)h->weight + d * k->padded + c, *velocity = (REAL *)h->velocity + d * k->padded + c;
     REAL momentum = k->momentum, rate = k->lr;
     UNROLL for (int v = 0; v < cols; v++) {
-        VEC factor = NAME(load)(pull + c + v * LANES), square = NAME(load)(squares + c + v * LANES);
+        VEC factor = NAME(load)(norm_factor + c + v * LANES), square = NAME(load)(squares + c + v * LANES);
         UNROLL for (int m = 0; m < rows; m++) {
             long at = m * k->padded + v * LANES;
             VEC w = NAME(load)(weight + at);
@@ -133,9 +133,9 @@ static void NAME(logits)(const struct head *h, const struct block *k, const REAL
     OVER_TILES(batch, LOGITS)
 }
 
-#define UPDATE(rows, cols) NAME(update_tile)(rows, cols, h, k, features, residual, batch, pull, squares, i, c)
+#define UPDATE(rows, cols) NAME(update_tile)(rows, cols, h, k, features, residual, batch, norm_factor, squares, i, c)
 static void NAME(update)(const struct head *h, const struct block *k, const REAL *features, const REAL *residual,
-                         long batch, const REAL *pull, REAL *squares, long from, long to) {
+                         long batch, const REAL *norm_factor, REAL *squares, long from, long to) {
     OVER_TILES(k->width, UPDATE)
 }
 
@@ -162,14 +162,14 @@ static void NAME(log_softmax)(const REAL *z, REAL *p, long classes) {
     for (long c = 0; c < classes; c++) p[c] = z[c] - top;
 }
 
-/* What one thread holds of a step, all (P): the first four are sums over its samples, gathered over a team's threads. */
+/* Arrays of one thread in a step, all (P): the first four are sums over its samples, then over the threads of a team. */
 struct NAME(part) {
     REAL *slope;                     /* ∂loss/∂bias */
     REAL *mean;                      /* of W_c·x_i/|x_i|, or of q_ic */
     REAL *along;                     /* of ∂L/∂g_ic · g_ic: what a moving target adds along W_c */
     REAL *cosine;                    /* [0]: of the cosine with the true class */
     REAL *norms, *share, *log_share; /* n, softmax(n), its logarithm */
-    REAL *pull, *row, *target, *edge; /* factor of W_c in the gradient; of one sample: residual, P_i, ∂L/∂P_i */
+    REAL *norm_factor, *row, *target, *edge; /* factor of W_c in the gradient; of one sample: residual, P_i, ∂L/∂P_i */
     REAL *inverse, *factor, *cosines; /* 1/n; ∂L/∂P → ∂L/∂g/n; of one sample: g_i */
     REAL scale;                      /* kl_weight, times the batch where it is summed */
 };
@@ -186,7 +186,7 @@ static void NAME(target_of_sample)(const struct head *h, const struct block *k, 
         if (h->hardness == VECTOR) of_class = (NAME(load)(z + c) - b) * inverse * NAME(load)(s->inverse + c);
         NAME(store)(g + c, of_class);
         VEC value = NAME(load)(half + c) * (1 - of_class);
-        NAME(store)(p + c, NAME(choose)(b < (REAL)-1e29, b, value)); /* padding stays without probability */
+        NAME(store)(p + c, NAME(select)(b < (REAL)-1e29, b, value)); /* padding stays without probability */
     }
     if (h->divergence == MSE) {
         for (long c = 0; c < classes; c++) e[c] = (p[c] - s->norms[c]) * 2 / classes;
@@ -212,7 +212,7 @@ static void NAME(target_of_sample)(const struct head *h, const struct block *k, 
             NAME(store)(residual + c, NAME(load)(residual + c) + edge * inverse);
             NAME(store)(s->along + c, NAME(load)(s->along + c) + edge * NAME(load)(g + c));
         }
-    } else { /* all classes' targets of a sample hang on its one cosine, with its true class */
+    } else { /* all targets of a sample depend on its one cosine, with its true class */
         REAL edge = 0;
         for (long c = 0; c < classes; c++) edge += e[c] * s->factor[c] * s->norms[c];
         edge *= s->inverse[label];
@@ -221,28 +221,28 @@ static void NAME(target_of_sample)(const struct head *h, const struct block *k, 
     }
 }
 
-/* pull (P): factor of W_c in the gradient, from the gathered sums; weight decay comes on top of it */
-static void NAME(pull_of_batch)(const struct head *h, const struct block *k, struct NAME(part) *s, long batch) {
+/* norm_factor (P): factor of W_c in the gradient, from the gathered sums; weight decay comes on top of it */
+static void NAME(norm_factors)(const struct head *h, const struct block *k, struct NAME(part) *s, long batch) {
     const REAL *half = h->half_target;
-    REAL total = 0, *pull = s->pull;
+    REAL total = 0, *norm_factor = s->norm_factor;
     for (long c = 0; c < k->classes; c++) {
         REAL n = s->norms[c];
         if (h->divergence == KL && h->direction == TARGET_TO_NORMS) {
-            pull[c] = s->share[c] - s->mean[c] / batch;
+            norm_factor[c] = s->share[c] - s->mean[c] / batch;
             continue;
         }
         REAL cosine = h->hardness == VECTOR   ? s->mean[c] / n / batch
                       : h->hardness == SCALAR ? s->cosine[0] / batch
                                               : -1;
-        pull[c] = n - half[c] * (1 - cosine);
+        norm_factor[c] = n - half[c] * (1 - cosine);
         if (h->divergence == MSE)
-            pull[c] *= (REAL)2 / k->classes;
+            norm_factor[c] *= (REAL)2 / k->classes;
         else
-            total += s->share[c] * pull[c];
+            total += s->share[c] * norm_factor[c];
     }
     for (long c = 0; c < k->classes; c++) {
-        if (h->divergence == KL && h->direction == NORMS_TO_TARGET) pull[c] = s->share[c] * (pull[c] - total);
-        pull[c] = (pull[c] * s->scale - s->along[c]) / s->norms[c];
+        if (h->divergence == KL && h->direction == NORMS_TO_TARGET) norm_factor[c] = s->share[c] * (norm_factor[c] - total);
+        norm_factor[c] = (norm_factor[c] * s->scale - s->along[c]) / s->norms[c];
     }
 }
 
@@ -334,7 +334,7 @@ static void NAME(norms)(const struct head *h, const struct block *k, struct NAME
     if (h->direction == TARGET_TO_NORMS) NAME(log_softmax)(s->target, s->log_share, k->classes);
 }
 
-/* One step by one member of a team: each has its own classes in the products and its own samples in between.
+/* One step by one member of a team, which has a share of the classes in the products and of the samples in between.
 
 scratch: squares of the norms (P), logits (B, P), then the arrays of every member. */
 static void NAME(step)(const struct head *h, const struct block *k, const struct team *team, long first, long batch,
@@ -345,35 +345,35 @@ static void NAME(step)(const struct head *h, const struct block *k, const struct
     const REAL *features = (const REAL *)k->features + first * k->width;
     const REAL *inverse_norms = (const REAL *)k->inverse_norm + first;
     REAL *squares = scratch, *logits = squares + padded, *parts = logits + k->batch * padded;
-    REAL *own = parts + team->rank * size, *arrays[NAME(ARRAYS)];
-    for (int i = 0; i < NAME(ARRAYS); i++) arrays[i] = own + i * padded;
+    REAL *arrays_of_thread = parts + team->rank * size, *arrays[NAME(ARRAYS)];
+    for (int i = 0; i < NAME(ARRAYS); i++) arrays[i] = arrays_of_thread + i * padded;
     struct NAME(part) s = {arrays[0],  arrays[1],  arrays[2],  arrays[3],
                            arrays[4],  arrays[5],  arrays[6],  arrays[7],
                            arrays[8],  arrays[9],  arrays[10], arrays[11],
                            arrays[12], arrays[13], h->summed ? h->kl_weight * batch : h->kl_weight};
 
     NAME(logits)(h, k, features, logits, batch, from, to);
-    together(team);
-    memset(own, 0, NAME(SUMS) * padded * sizeof(REAL));
-    memset(s.pull, 0, padded * sizeof(REAL));
+    wait_for_team(team);
+    memset(arrays_of_thread, 0, NAME(SUMS) * padded * sizeof(REAL));
+    memset(s.norm_factor, 0, padded * sizeof(REAL));
     if (h->penalised) NAME(norms)(h, k, &s, squares, batch);
     NAME(residuals)(h, k, &s, logits, k->labels + first, inverse_norms, batch, batch * team->rank / team->members,
                     batch * (team->rank + 1) / team->members);
-    together(team);
-    if (team->members > 1) { /* beside our own part, which others may still have to read */
-        REAL *all = own + (NAME(ARRAYS) - NAME(SUMS)) * padded;
+    wait_for_team(team);
+    if (team->members > 1) { /* beside the sums of this thread, which others may still have to read */
+        REAL *all = arrays_of_thread + (NAME(ARRAYS) - NAME(SUMS)) * padded;
         memcpy(all, parts, NAME(SUMS) * padded * sizeof(REAL));
         for (long m = 1; m < team->members; m++)
             for (long c = 0; c < NAME(SUMS) * padded; c++) all[c] += parts[m * size + c];
         s.slope = all, s.mean = all + padded, s.along = all + 2 * padded, s.cosine = all + 3 * padded;
     }
-    if (h->penalised) NAME(pull_of_batch)(h, k, &s, batch);
+    if (h->penalised) NAME(norm_factors)(h, k, &s, batch);
     if (k->weight_decay)
-        for (long c = 0; c < k->classes; c++) s.pull[c] += (REAL)k->weight_decay;
+        for (long c = 0; c < k->classes; c++) s.norm_factor[c] += (REAL)k->weight_decay;
     memset(squares + from, 0, (to - from) * sizeof(REAL));
-    NAME(update)(h, k, features, logits, batch, s.pull, squares, from, to);
+    NAME(update)(h, k, features, logits, batch, s.norm_factor, squares, from, to);
     REAL *bias = h->bias, *velocity = h->bias_velocity, momentum = k->momentum, decay = k->weight_decay, rate = k->lr;
-    const REAL *prior = h->prior; /* it is in the bias while fitting, but no part of what decays */
+    const REAL *prior = h->prior; /* in the bias while fitting; it does not decay */
     for (long c = from; c < LESS(to, k->classes); c++) {
         velocity[c] = momentum * velocity[c] + s.slope[c] + decay * (bias[c] - prior[c]);
         bias[c] -= rate * velocity[c];
@@ -393,7 +393,7 @@ static void NAME(advance)(const struct head *h, const struct block *k, const str
         }
     for (long first = 0; first < k->rows; first += k->batch)
         NAME(step)(h, k, team, first, LESS(k->batch, k->rows - first), scratch);
-    together(team); /* the next head's team must not find us in its scratch */
+    wait_for_team(team); /* else the team of the next head could write into scratch that is still read */
 }
 
 #undef BYTES
