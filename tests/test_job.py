@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from pipeline.cli import cli
 from pipeline.cli.exit_codes import exit_code
-from pipeline.cli.job import job_of, job_options, without_job
+from pipeline.cli.job import job_of, processes, without_job
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.hosts import Job, Seat, meet
 
@@ -19,8 +19,8 @@ def job(*words, nproc=1):
 
     @click.command()
     @click.option("--overwrite", is_flag=True)
-    @job_options
-    def command(overwrite):
+    @processes
+    def command(overwrite, **others):
         found.append(job_of(click.get_current_context(), nproc=nproc))
 
     command.main(list(words), standalone_mode=False)

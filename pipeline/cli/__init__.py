@@ -5,16 +5,16 @@ from typing import Any
 
 import click
 
-from pipeline.cli import artefacts, bench, completion, features, reproduce, stages
+from pipeline.cli import artefacts, bench, completion, config, features, reproduce, stages
 from pipeline.cli.exit_codes import exit_code
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class Commands(click.Group):
-    """A group whose help has the commands in the order in which they are used.
+    """A group that lists its commands in the order of use and, for a beginning of a name, suggests the commands.
 
-    It also names the commands of which only the beginning was typed; click names those that look alike.
+    click itself suggests names that look alike.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -24,10 +24,10 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.exceptions.NoSuchCommand as error:
-            begun = [name for name in self.list_commands(ctx) if name.startswith(args[0])]
-            if error.possibilities or not begun:
+            matches = [name for name in self.list_commands(ctx) if name.startswith(args[0])]
+            if error.possibilities or not matches:
                 raise
-            raise click.UsageError(f"{error.message} Did you mean {' or '.join(map(repr, begun))}?", ctx) from None
+            raise click.UsageError(f"{error.message} Did you mean {' or '.join(map(repr, matches))}?", ctx) from None
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -43,16 +43,16 @@ def cli() -> None:
     """
 
 
-for _group in (stages, features, artefacts, reproduce, bench, completion):
+for _group in (stages, features, artefacts, config, reproduce, bench, completion):
     for _command in _group.COMMANDS:
         cli.add_command(_command)
 
 
 def invoke(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code."""
+    """Run the command line and return its exit code."""
     return exit_code(cli, sys.argv[1:] if arguments is None else arguments)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line and exit; the entry point of the console script."""
     sys.exit(invoke())

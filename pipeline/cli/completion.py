@@ -1,6 +1,6 @@
-"""completion: what the Tab key offers in bash, zsh and fish, each word made without a heavy import.
+"""Words that the Tab key offers in bash, zsh and fish, made without a heavy import, and the command `completion`.
 
-What stands for files or folders comes first: bash's script forgets all words before it.
+The item that stands for files or folders comes first, since bash's script drops the words before it.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from pipeline.cli.options import Examples
+from pipeline.cli.options import Command
 from pipeline.method_names import METHODS
 from pipeline.shipped import shipped_configs
 
@@ -22,34 +22,30 @@ INSTALL = {
 
 
 def configs(context: Any, parameter: Any, incomplete: str) -> list[CompletionItem]:
-    """Shipped names, and files."""
+    """Return the names of shipped configurations, and files."""
     return [CompletionItem(incomplete, type="file"), *_starting(shipped_configs(), incomplete)]
 
 
 def runs(context: Any, parameter: Any, incomplete: str) -> list[CompletionItem]:
-    """Runs under ./runs, those of several backbones with each of them, and folders."""
-    found = [
-        folder for pattern in ("*", "*/seed-*") for folder in sorted(Path("runs").glob(pattern)) if folder.is_dir()
-    ]
-    return [CompletionItem(incomplete, type="dir"), *_starting(map(str, found), incomplete)]
+    """Return the runs under ./runs, with the backbones of those that have several, and folders."""
+    folders = [path for pattern in ("*", "*/seed-*") for path in sorted(Path("runs").glob(pattern)) if path.is_dir()]
+    return [CompletionItem(incomplete, type="dir"), *_starting(map(str, folders), incomplete)]
 
 
 def stores(context: Any, parameter: Any, incomplete: str) -> list[CompletionItem]:
-    """Feature stores under ./runs beside the runs themselves."""
-    found = [
-        str(root.parent) for pattern in ("*", "*/seed-*") for root in Path("runs").glob(f"{pattern}/*.zarr/zarr.json")
-    ]
-    return [*runs(context, parameter, incomplete), *_starting(sorted(found), incomplete)]
+    """Return the runs under ./runs and their feature stores."""
+    roots = [root for pattern in ("*", "*/seed-*") for root in Path("runs").glob(f"{pattern}/*.zarr/zarr.json")]
+    return [*runs(context, parameter, incomplete), *_starting(sorted(str(root.parent) for root in roots), incomplete)]
 
 
 def methods(context: Any, parameter: Any, incomplete: str) -> list[CompletionItem]:
-    """Methods of stage 2 with what they do, and files, which may define others."""
-    known = METHODS | {"all": "every one of them"}
-    # fish takes what follows a comma for another word
-    found = [
-        CompletionItem(name, help=of.replace(",", ";")) for name, of in known.items() if name.startswith(incomplete)
+    """Return the methods of stage 2 with a line on each, and files, which may define others."""
+    matches = [
+        CompletionItem(name, help=text.replace(",", ";"))  # fish takes the text behind a comma for another word
+        for name, text in (METHODS | {"all": "every one of them"}).items()
+        if name.startswith(incomplete)
     ]
-    return [CompletionItem(incomplete, type="file"), *found]
+    return [CompletionItem(incomplete, type="file"), *matches]
 
 
 def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
@@ -59,17 +55,17 @@ def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 @click.command(
     "completion",
     short_help="Let the Tab key complete commands, in your shell.",
-    cls=Examples,
+    cls=Command,
     example='eval "$(pipeline completion bash)"',
     lists={"To keep it, once": INSTALL},
 )
 @click.argument("shell", type=click.Choice(list(INSTALL)))
 @click.pass_context
 def completion_command(context, shell):
-    """The script that lets the Tab key complete commands, options, configurations, methods and runs; bash from 4.4 on."""
-    of_shell = get_completion_class(shell)
-    assert of_shell is not None
-    click.echo(of_shell(context.find_root().command, {}, "pipeline", "_PIPELINE_COMPLETE").source())
+    """Print the script that lets the Tab key complete commands, options, configurations, methods and runs; bash from 4.4."""
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
+    click.echo(shell_class(context.find_root().command, {}, "pipeline", "_PIPELINE_COMPLETE").source())
 
 
 COMMANDS = (completion_command,)

@@ -1,4 +1,4 @@
-"""How a command ends: its result on stdout, or an error that says what to type next, with its exit code."""
+"""The end of a command: its result on stdout, or an error that names the next thing to type; and its exit code."""
 
 import contextlib
 import errno
@@ -14,11 +14,11 @@ from pipeline.cli.job import job_of, without_job
 from pipeline.errors import DATA, FAILED, INTERRUPTED, TERMINATED, USAGE, Elsewhere, Lost, PipelineError
 from pipeline.hosts import TOLD, in_worker
 
-RESUMING = {"run", "train-backbone", "dump-features", "reproduce"}  # commands that keep what they have done
+RESUMING = {"run", "train-backbone", "dump-features", "reproduce"}  # the same command continues them
 
 
 def show(result: Any, as_json: bool) -> None:
-    """The result on stdout, of rank 0 only: one JSON document, or what a person reads."""
+    """Print a result on stdout, on rank 0 only: one JSON document, or text and tables."""
     if int(os.environ.get("RANK", 0)):
         return
     if as_json:
@@ -33,7 +33,7 @@ def show(result: Any, as_json: bool) -> None:
 
 
 def relaunched(nproc: int) -> bool:
-    """True if the command ran in torchrun workers, here and on other hosts, instead; exits with their code if they failed."""
+    """Run the command in torchrun workers where its options ask for them and return True; exit with their code if they fail."""
     context = click.get_current_context()
     job = job_of(context, nproc=nproc)
     if in_worker() or not (job.nproc > 1 or job.several or job.restarts):
@@ -51,8 +51,8 @@ def relaunched(nproc: int) -> bool:
     return True
 
 
-def processes(nproc: int, device: str) -> int:
-    """How many processes the command would run in, on all hosts; ConfigError where its options ask for what is not there."""
+def process_count(nproc: int, device: str) -> int:
+    """Return the number of processes on all hosts; raise ConfigError where this host lacks devices for its own."""
     job = job_of(click.get_current_context(), nproc=nproc)
     from pipeline.distributed import refuse_too_many
 
@@ -61,7 +61,7 @@ def processes(nproc: int, device: str) -> int:
 
 
 def exit_code(command: click.Command, words: list[str]) -> int:
-    """Runs a command on words, which are its context's `obj`; no error but with --debug shows a traceback."""
+    """Run a command on words, which are its context's `obj`, and return its exit code; only --debug shows tracebacks."""
     try:
         code = command.main(words, prog_name="pipeline", standalone_mode=False, obj=words)
         return code if isinstance(code, int) else 0
@@ -69,14 +69,14 @@ def exit_code(command: click.Command, words: list[str]) -> int:
         return stop.exit_code
     except click.UsageError as error:
         error.show()
-        return _failed(words, error.format_message(), USAGE, told=True)
+        return _failed(words, error.format_message(), USAGE, printed=True)
     except click.ClickException as error:
         return _failed(words, error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        goes_on = "; the same command goes on where it stopped" if RESUMING & set(words[:1]) else ""
-        return _failed(words, f"interrupted{goes_on}", INTERRUPTED)
+        resumes = "; the same command goes on where it stopped" if RESUMING & set(words[:1]) else ""
+        return _failed(words, f"interrupted{resumes}", INTERRUPTED)
     except Elsewhere as error:
-        return _told(error.exit_code)
+        return _recorded(error.exit_code)
     except Lost as error:
         return (
             error.exit_code if TOLD in os.environ or not _first_here() else _failed(words, str(error), error.exit_code)
@@ -90,7 +90,7 @@ def exit_code(command: click.Command, words: list[str]) -> int:
 
 
 def _explained(error: Exception) -> tuple[str, int]:
-    """(what a person is told, exit code) of an exception."""
+    """Return the message and the exit code of an exception."""
     if isinstance(error, PipelineError):
         return str(error), error.exit_code
     if type(error).__module__.partition(".")[0] == "cache":
@@ -105,29 +105,29 @@ def _explained(error: Exception) -> tuple[str, int]:
             errno.EEXIST: "a file is in the way: choose another --out",
         }.get(error.errno, "see --debug for where it happened")
         name = Path(str(error.filename or "file system"))
-        shown = name.parent if name.suffix == ".tmp" else name  # of a durable write, whose own name says nothing
-        return f"{shown}: {error.strerror}; {advice}", FAILED
+        path = name.parent if name.suffix == ".tmp" else name  # the temporary file of a durable write
+        return f"{path}: {error.strerror}; {advice}", FAILED
     return (
         f"{type(error).__name__}: {' '.join(str(error).split())[:400]} (this should not happen: --debug shows where)",
         FAILED,
     )
 
 
-def _failed(words: list[str], message: str, code: int, *, told: bool = False) -> int:
-    if not told:
+def _failed(words: list[str], message: str, code: int, *, printed: bool = False) -> int:
+    if not printed:
         from pipeline.console import Talk
 
-        if code in (TERMINATED, INTERRUPTED):  # as it was told to
+        if code in (TERMINATED, INTERRUPTED):  # no failure
             Talk().say(message)
         else:
             Talk().error(message)
     if "--json" in words and not int(os.environ.get("RANK", 0)):
         click.echo(json.dumps({"error": message, "exit_code": code}))
-    return _told(code)
+    return _recorded(code)
 
 
-def _told(code: int) -> int:
-    """The exit code, noted for the launcher of this process: what has been told would be told again after a restart."""
+def _recorded(code: int) -> int:
+    """Return the exit code; a worker also writes it to the launcher's file, which then does not restart the workers."""
     if TOLD in os.environ and in_worker() and code not in (TERMINATED, INTERRUPTED):
         with contextlib.suppress(OSError):
             Path(os.environ[TOLD]).write_text(str(code))
@@ -135,7 +135,7 @@ def _told(code: int) -> int:
 
 
 def _first_here() -> bool:
-    """Whether this is the first process under the user's own torchrun, on this host, that misses a fellow."""
+    """Return True in the first process of this host, under the user's own torchrun, that lost another process."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # …/attempt_N/RANK/error.json
     try:
         if file:

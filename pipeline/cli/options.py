@@ -1,15 +1,21 @@
-"""What commands share: the options every one has, and how an option's text is read."""
+"""Options of the command line: those made from the settings, those that commands share, and how their texts are read."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from pipeline.cli.job import GROUP, HostOption, job_options
+from pipeline.cli.settings import REQUIRED, setting_sections
 from pipeline.errors import ConfigError
 
+COMMON, EXECUTION = "Common", "Execution"  # groups of a command's help, in the order in which they appear
+GROUPS = (COMMON, "Objective", "Tuning", EXECUTION)
+HOSTS = "Several hosts (the same command on each; docs/cluster.md)"
+Decorator = Callable[[Any], Any]
 
-class Folder(click.Path):
+
+class LocalPath(click.Path):
     """A file or folder of this machine; of all artefacts only a feature store may be elsewhere."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
@@ -18,7 +24,7 @@ class Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
-class Store(click.ParamType):
+class StorePath(click.ParamType):
     """A feature store: a folder, or a URL such as s3://bucket/path, which stays text."""
 
     name = "store"
@@ -34,12 +40,73 @@ class Store(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-PATH = Folder(path_type=Path)
-STORE = Store()
+PATH = LocalPath(path_type=Path)
+STORE = StorePath()
+METAVARS = {click.types.IntRange: "N", click.types.FloatRange: "X", LocalPath: "PATH", StorePath: "FOLDER|URL"}
 
 
-class Examples(click.Command):
-    """A command whose help ends with an example that works as it stands, after lists of names with what they mean."""
+class Option(click.Option):
+    """An option that help shows in a group, its limits in words; shown_default is the default of the program itself."""
+
+    def __init__(self, *args: Any, group: str = COMMON, limits: str = "", shown_default: str = "", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group, self.limits, self.shown_default = group, limits, shown_default
+        if self.metavar is None:
+            self.metavar = METAVARS.get(type(self.type))
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        return extra | {
+            key: text for key, text in {"default": self.shown_default, "range": self.limits}.items() if text
+        }
+
+
+def option(*names: str, **kwargs: Any) -> Decorator:
+    """Return a decorator that adds an option to a command, as click.option does."""
+    return click.option(*names, cls=kwargs.pop("cls", Option), **kwargs)
+
+
+def setting_option(key: str, *, group: str = COMMON, **kwargs: Any) -> Decorator:
+    """Return a decorator that adds the option of a setting: its name, type, limits, default and help are the field's.
+
+    Arguments:
+        key: of the setting, such as `rebalance.lr`; the option is --lr, and the command gets None where it is not typed.
+        group: the group of the command's help.
+        kwargs: further arguments of click.option, such as metavar and shell_complete.
+    """
+    section, _, name = key.rpartition(".")
+    setting = setting_sections()[section].fields[name]
+    kind, *others = setting.kinds
+    sentence, _, missing = setting.description.rstrip(".").partition("; null ")
+    default = missing.removeprefix("takes ") if missing.startswith("takes ") else _typed_default(setting.default)
+    names = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        names += "" if setting.default is False else f"/--no-{name.replace('_', '-')}"
+        kwargs["is_flag"] = True
+    elif get_origin(kind) is Literal:
+        kwargs["type"] = click.Choice(get_args(kind))
+    elif kind in (int, float) and not others:
+        at = setting.limits
+        bounds: Any = {"min": at.get("ge", at.get("gt")), "max": at.get("le", at.get("lt"))}
+        bounds |= {"min_open": "gt" in at, "max_open": "lt" in at}
+        kwargs["type"] = click.IntRange(**bounds) if kind is int else click.FloatRange(**bounds)
+    elif get_args(kind)[:1] == (str,):
+        kwargs["multiple"] = True
+    return option(
+        names, help=f"{sentence}.", default=None, group=group, limits=setting.range, shown_default=default, **kwargs
+    )
+
+
+def _typed_default(value: Any) -> str:
+    """Return a default as one types it after an option, or an empty text."""
+    if value is REQUIRED or value is None or isinstance(value, bool):
+        return "yes" if value is True else ""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class Command(click.Command):
+    """A command whose help shows its options in groups and ends with lists of names and an example that works."""
 
     def __init__(self, *args: Any, example: str = "", lists: dict[str, dict[str, str]] | None = None, **kwargs: Any):
         parts = [_listing(title, lines) for title, lines in (lists or {}).items()]
@@ -47,14 +114,14 @@ class Examples(click.Command):
         super().__init__(*args, **kwargs)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {"Options": [], GROUP: []}
+        groups: dict[str, list[tuple[str, str]]] = {group: [] for group in (*GROUPS, HOSTS)}
         for parameter in self.get_params(ctx):
             if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
-                groups[GROUP if isinstance(parameter, HostOption) else "Options"].append(record)
-        for title, records in groups.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
+                groups[getattr(parameter, "group", COMMON)].append(record)
+        titles = [title for title, records in groups.items() if records]
+        for title in titles:
+            with formatter.section(title if len(titles) > 1 else "Options"):
+                formatter.write_dl(groups[title])
 
 
 def _listing(title: str, lines: dict[str, str]) -> str:
@@ -63,98 +130,63 @@ def _listing(title: str, lines: dict[str, str]) -> str:
 
 
 def shared(command: Any) -> Any:
-    """The options every command has."""
-    command = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")(
+    """Add the options of every command: --json and --debug."""
+    command = option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
+    return option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")(
         command
     )
 
 
-def dry_run(command: Any) -> Any:
-    """--dry-run, of every command that writes."""
-    return click.option(
-        "--dry-run", is_flag=True, help="Check all, say what would be done and written, and write nothing."
-    )(command)
+dry_run = option("--dry-run", is_flag=True, help="Check everything, print what would be done, and write nothing.")
+settings = option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting, such as backbone.epochs=10; docs/settings.md lists all.",
+)
+device = option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda",
+    help="Device to compute on.",
+    group=EXECUTION,
+)
+key_map = option(
+    "--key-map",
+    type=PATH,
+    help="File of YAML or JSON lines `pattern: replacement` that turn the checkpoint's names of tensors into timm's.",
+)
+encoder = setting_option("backbone.encoder", metavar="NAME")
+probe = option("--probe", is_flag=True, help="Leave the checkpoint's head out and fit a linear probe on the features.")
+out_json = option("--out", type=PATH, help="JSON file to write the result to as well.")
 
 
-def settings(command: Any) -> Any:
-    """--set, of every command that takes a configuration."""
-    return click.option(
-        "--set",
-        "sets",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a configuration key, such as backbone.epochs=10.",
-    )(command)
-
-
-def on_error(command: Any) -> Any:
-    """--on-error, of the commands that read the images of a configuration."""
-    return click.option(
-        "--on-error",
-        type=click.Choice(["fail", "skip"]),
-        help="Whether an image that cannot be read ends the work or is left out [default: the configuration's; fail].",
-    )(command)
-
-
-def workers(command: Any) -> Any:
-    """--device, --nproc and the options of several hosts, of the commands that compute on them."""
-    command = job_options(command)
-    command = click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute."
-    )(command)
-    return click.option(
-        "--nproc",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Processes on this host (torchrun); one a GPU.",
-    )(command)
-
-
-def key_map(command: Any) -> Any:
-    """--key-map, of the commands that take anybody's checkpoint."""
-    return click.option(
-        "--key-map",
-        type=PATH,
-        help="YAML or JSON lines `pattern: replacement` that turn the checkpoint's names of tensors into timm's.",
-    )(command)
-
-
-def encoder(command: Any) -> Any:
-    """--encoder, of the commands that can take a pretrained network as it is."""
-    return click.option(
-        "--encoder",
-        metavar="NAME",
-        help="A pretrained network instead of training one: lite0, lite1, lite2 (weights by pip), a timm name, hf-hub:…, "
-        "local-dir:… or a file.",
-    )(command)
-
-
-def with_encoder(sets: Any, name: str | None, checkpoint: Any) -> tuple[str, ...]:
-    """The settings with those that --encoder means; ConfigError where --checkpoint names another network."""
+def with_encoder(sets: Sequence[str], name: str | None, checkpoint: Path | None) -> tuple[str, ...]:
+    """Return the settings with that of --encoder; raise ConfigError where --checkpoint names another network."""
     if name is None:
         return tuple(sets)
     if checkpoint is not None:
-        raise ConfigError(f"--encoder {name} and --checkpoint {checkpoint} both name a network; leave one of them away")
+        raise ConfigError(f"--encoder {name} and --checkpoint {checkpoint} both name a network; leave one of them out")
     return (*sets, f"backbone.encoder={name}")
 
 
-def probe(command: Any) -> Any:
-    """--probe, of the same."""
-    return click.option(
-        "--probe", is_flag=True, help="Leave the checkpoint's head out and fit a linear probe on the features."
-    )(command)
+def count(name: str, text: str, *, default: int | None = None, group: str = COMMON) -> Decorator:
+    """Return a decorator that adds an option for a whole number of 1 or more."""
+    return option(
+        name, type=click.IntRange(1), default=default, show_default=True, help=text, group=group, limits="1 or more"
+    )
 
 
-def typed(sets: Any, key: str) -> str | None:
-    """What the last --set of a key says, None where there is none."""
+def last_value(sets: Sequence[str], key: str) -> str | None:
+    """Return the value that the last `--set KEY=VALUE` gives a key, or None where there is none."""
     values = [value.strip() for name, _, value in (text.partition("=") for text in sets) if name.strip() == key]
     return values[-1] if values else None
 
 
-def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    """The different numbers, each 0 or more, of a text such as 0,1,2; ConfigError naming the option."""
+def whole_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Return the different numbers, each 0 or more, of a text such as 0,1,2; raise ConfigError that names the option."""
     if text is None:
         return None
     try:
@@ -162,12 +194,12 @@ def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 0 or len(set(numbers)) != len(numbers):
-        raise ConfigError(f"{option} {text}: expected different whole numbers such as 0,1,2")
+        raise ConfigError(f"{name} {text}: expected different whole numbers such as 0,1,2")
     return numbers
 
 
 def number(text: str) -> float | str:
-    """The number a text means, or the text."""
+    """Return the number that a text is, or the text."""
     try:
         return float(text)
     except ValueError:
