@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.resources import usable_cores
 from pipeline.shipped import shipped_configs
 
 DEFAULT = "digits-lt"
@@ -112,7 +112,7 @@ class DataConfig(Section):
         None, description="Standard deviation of each channel in 0…1; null as for data.mean."
     )
     workers: int = Field(
-        default_factory=lambda: min(8, os.cpu_count() or 1),
+        default_factory=lambda: min(8, usable_cores()),
         ge=0,
         description="Processes that decode image files; the default is one per core, at most 8, and 0 uses none.",
     )

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import INTERRUPTED, TERMINATED, ConfigError, Elsewhere, Lost, PipelineError
+from pipeline.resources import usable_cores
 
 GO_ON, SAVE, STOP = 0, 1, 2
 WAIT = datetime.timedelta(days=1)  # ranks wait for the slowest one; torchrun ends those whose fellow died
@@ -133,11 +134,6 @@ def refuse_too_many(nproc: int, device: str = "auto") -> None:
         raise ConfigError(
             f"--nproc {nproc}: this host lends {cores} core(s) and no GPU, and every process needs one; take --nproc {cores}"
         )
-
-
-def usable_cores() -> int:
-    """Cores that this process may use; a cluster's scheduler lends a part of the host."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.provenance import LIBRARIES
-from pipeline.resources import free_memory
+from pipeline.resources import measured_free_memory, usable_cores
 from pipeline.text import Shown, callable_as, columns, wrapped
 
 SHOWN = (
@@ -116,7 +116,7 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         checks.append(_check("store", _run_store))
         checks.append(_check("stage 2", lambda: _run_stage2(device)))
         checks.append(_check("processes", lambda: _run_processes(device)))
-    free, disk = free_memory(), shutil.disk_usage(folder).free / 2**30
+    free, disk = measured_free_memory(), shutil.disk_usage(folder).free / 2**30
     memory = None if free is None else free / 2**30
     shared = shutil.disk_usage(SHARED).free / 2**30 if SHARED.exists() else None
     return Diagnosis(
@@ -129,7 +129,7 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         precision=precision,
         why=why,
         threads=threads,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         kernel=_kernels(),
         extras=extras(),
         memory_free_gib=memory,

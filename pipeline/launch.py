@@ -35,9 +35,9 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pipeline.console import Talk
-from pipeline.distributed import usable_cores
 from pipeline.errors import INTERRUPTED, OK, TERMINATED, PipelineError
 from pipeline.hosts import TOLD, Job, Seat, meet
+from pipeline.resources import usable_cores
 
 SILENCE = 30  # seconds without an answer after which the host where all meet is taken for lost
 SAME_AGAIN = "what is finished is kept and the same command goes on"

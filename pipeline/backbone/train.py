@@ -27,7 +27,6 @@ from pipeline.backbone.image_classifier import ImageClassifier, Parallel
 from pipeline.backbone.losses import UNREADABLE, Objective
 from pipeline.backbone.prepare import PreparedTraining, prepare_training
 from pipeline.backbone.sampling import epoch_order, nth_draw, rank_batches, shares
-from pipeline.backbone.schedule import learning_rate, peak_memory_mb, seed_step
 from pipeline.backbone.training_dir import TrainingFolder, alone_in
 from pipeline.config import Config
 from pipeline.data import Dataset
@@ -38,7 +37,9 @@ from pipeline.errors import DataError, Diverged, Elsewhere, PipelineError, Termi
 from pipeline.killpoint import KillPoint
 from pipeline.metrics import group_means, sampling_error
 from pipeline.provenance import provenance
-from pipeline.seeds import derive
+from pipeline.resources import peak_memory_mb
+from pipeline.schedule import learning_rate
+from pipeline.seeds import derive, seed_torch
 
 AGREE_EVERY = 20  # steps between two looks at signals and clocks where looking costs a collective
 SAVING_SHARE = 0.05  # of the time that saving after short epochs may take
@@ -116,6 +117,13 @@ class Trainer:
         self.settings = settings = self.config.backbone
         self.prepared, self.ranks, self.signals, self.kill = prepared, ranks, signals, kill or KillPoint(None, rank=0)
         self.steps, self.dataset_facts = prepared.steps, self.dataset.summary()
+        self.learning_rate = partial(
+            learning_rate,
+            peak=settings.lr,
+            epochs=settings.epochs,
+            steps_per_epoch=self.steps,
+            warmup_epochs=settings.warmup_epochs,
+        )
         device, classes = ranks.device, len(self.dataset.class_names)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -167,7 +175,7 @@ class Trainer:
         for batch, parts in zip(batches, rank_parts, strict=True):
             step = self.epoch * self.steps + self.step_in_epoch
             with self.kill.around(f"step-{step + 1}"):
-                seed_step(derive(self.settings.seed, "step", step, self.ranks.rank), self.ranks.device)
+                seed_torch(derive(self.settings.seed, "step", step, self.ranks.rank), self.ranks.device)
                 self._backward(batch, parts, images, step)
                 with self.kill.around(f"update-{step + 1}"):
                     self._update(step)
@@ -213,7 +221,7 @@ class Trainer:
     def _update(self, step: int) -> None:
         """Take the optimiser step and move the averaged weights."""
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps=self.steps, settings=self.settings)
+            group["lr"] = self.learning_rate(step)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.average:
@@ -260,7 +268,7 @@ class Trainer:
         epoch = Epoch(
             epoch=number,
             epochs=settings.epochs,
-            lr=learning_rate(number * self.steps - 1, steps=self.steps, settings=settings),
+            lr=self.learning_rate(number * self.steps - 1),
             loss=loss / self.objective.denominator(np.repeat(np.arange(len(seen)), seen.astype(int)), epoch=self.epoch),
             **group_fields("train", group_means(class_accuracy(correct, seen), class_counts)),
             **group_fields("val", {} if val_accuracy is None else group_means(val_accuracy, class_counts)),

@@ -17,11 +17,12 @@ from cache import Split, Writer, chunk_rows, create_store
 from pipeline.backbone.build import build_model, classifier
 from pipeline.backbone.checkpoint import Checkpoint
 from pipeline.backbone.encoder import Encoder
-from pipeline.bench.measure import Measure, Seconds, busy, cpus, interleaved
+from pipeline.bench.measure import Measure, Seconds, busy, interleaved
 from pipeline.config import BackboneConfig, Config, make_config
 from pipeline.data import load_dataset
 from pipeline.data.transform import Loader, Transform
 from pipeline.dump import augmentation_key, dump_features
+from pipeline.resources import usable_cores
 
 NETWORK, CLASSES, FILES = "cifar_resnet32", 10, 64
 TARGET = 0.95
@@ -36,8 +37,8 @@ def dumping(
     config = arrays(place, rows=min(rows, 2048), size=32, views=3)
     yield _over_encoder("images in memory", config, backbone(model, 32), place, repeat, device)
     say(f"dump: {NETWORK}, image files")
-    workers = max(1, cpus() // 2)
-    with threads(max(1, cpus() - workers) if device.type == "cpu" else torch.get_num_threads()):
+    workers = max(1, usable_cores() // 2)
+    with threads(max(1, usable_cores() - workers) if device.type == "cpu" else torch.get_num_threads()):
         config = files(place, rows=min(rows, 2048), size=32, stored=128, views=3, workers=workers)
         yield _over_slower("image files", config, backbone(model, 32), place, repeat, device)
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.provenance import provenance
+from pipeline.resources import usable_cores
 from pipeline.text import Shown
 
 
@@ -101,12 +102,7 @@ def ratio(
 
 def busy() -> str:
     """How many want a CPU and how many CPUs there are, at this moment: what a missed target may come from."""
-    return f"load {os.getloadavg()[0]:.1f} on {cpus()} CPUs"
-
-
-def cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"load {os.getloadavg()[0]:.1f} on {usable_cores()} CPUs"
 
 
 def machine(**facts: Any) -> dict[str, Any]:
@@ -116,7 +112,7 @@ def machine(**facts: Any) -> dict[str, Any]:
     made = provenance()
     return {
         "processor": _processor(),
-        "cpus": cpus(),
+        "cpus": usable_cores(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "versions": made["versions"],

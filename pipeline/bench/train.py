@@ -20,12 +20,13 @@ from pipeline.backbone.prepare import prepare_training
 from pipeline.backbone.sampling import steps_of
 from pipeline.backbone.train import Trainer
 from pipeline.bench.dump import files, threads
-from pipeline.bench.measure import Benchmark, Measure, Seconds, busy, cpus, interleaved, machine, ratio
+from pipeline.bench.measure import Benchmark, Measure, Seconds, busy, interleaved, machine, ratio
 from pipeline.bench.ranks import ranks as two_ranks
 from pipeline.config import Config, make_config
 from pipeline.data import Dataset, Split, load_dataset
 from pipeline.data.transform import Loader
 from pipeline.distributed import Ranks, Signals, choose_device
+from pipeline.resources import usable_cores
 
 NETWORK, CLASSES, BATCH = "cifar_resnet32", 100, 64
 ROWS, VAL_ROWS = 10_847, 1_980  # CIFAR100-LT, imbalance factor 100
@@ -108,7 +109,7 @@ def over_bare(
 def image_files(place: Path, *, repeat: int, device: torch.device, say: Say) -> Measure:
     """Images a second that worker processes decode, crop and send, over those that a large network takes in training."""
     network, batch = LARGE[device.type]
-    workers, rows = cpus(), max(8, 2 * cpus()) * batch
+    workers, rows = usable_cores(), max(8, 2 * usable_cores()) * batch
     say(f"loader over {network}: {rows} JPEG files of 400 × 400 pixels, {workers} processes")
     (place / "files").mkdir()
     made = files(place / "files", rows=rows, size=224, stored=400, views=1, workers=workers)
@@ -120,7 +121,7 @@ def image_files(place: Path, *, repeat: int, device: torch.device, say: Say) -> 
         data.train, input_transform(config.data, config.backbone, data.train), device=device, workers=workers
     )
     some = data.train.take(np.arange(2 * batch))
-    with threads(cpus() if device.type == "cpu" else torch.get_num_threads()):
+    with threads(usable_cores() if device.type == "cpu" else torch.get_num_threads()):
         of = Dataset("files", data.class_names, some)
         network_alone = Bare(config, ready(config, of, device=device), classes=len(data.class_names), device=device)
         seconds = interleaved({"loader": loading(loader, batch), "network": network_alone.steps}, repeat=min(repeat, 3))
@@ -130,7 +131,7 @@ def image_files(place: Path, *, repeat: int, device: torch.device, say: Say) -> 
     }
     figures: dict[str, Any] = {f"{way}, images/s": round(rate, 1) for way, rate in rates.items()}
     figures |= {f"{way}, all s": [round(t, 4) for t in times] for way, times in seconds.items()}
-    why = f"{cpus()} CPUs decode for a network that takes more; more of them, or smaller files, help"
+    why = f"{usable_cores()} CPUs decode for a network that takes more; more of them, or smaller files, help"
     return Measure(
         f"loader over {network}, image files", round(rates["loader"] / rates["network"], 4), "×", 1.0, figures=figures,
         why=why,

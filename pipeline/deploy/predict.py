@@ -20,6 +20,7 @@ from pipeline.data.transform import ImageFiles, Transform, collate, from_workers
 from pipeline.deploy.inference_model import Model, load_model
 from pipeline.errors import ConfigError, DataError
 from pipeline.longtail import GROUPS
+from pipeline.resources import usable_cores
 from pipeline.text import Shown
 
 ADVICE = "a smaller --batch-size takes less, in a container more --shm-size helps"
@@ -234,7 +235,7 @@ def _read(
     rows = np.arange(len(paths))
     split = Split(labels=np.zeros_like(rows), ids=rows, stored=FileNames(map(str, paths)).below(Path()))
     starts = range(0, len(paths), batch_size)
-    workers = min(8, os.cpu_count() or 1) if len(paths) >= WORKERS_FROM else 0
+    workers = min(8, usable_cores()) if len(paths) >= WORKERS_FROM else 0
     files: DataLoader[Any] = DataLoader(
         ImageFiles(split, transform),
         batch_sampler=(wanted(split, batch, batch, key=None) for batch in np.split(rows, starts[1:])),

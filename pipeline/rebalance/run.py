@@ -224,7 +224,7 @@ def refuse_too_many(config: RebalanceConfig, loaded: Loaded) -> None:
     each = len(config.seeds) * (
         HEAD_BYTES + COPIES * 4 * (loaded.features.weight.size + len(loaded.features.bias)) + samples
     )
-    free, asked = free_memory() or 4 << 30, count_lam(config.lam)
+    free, asked = free_memory(), count_lam(config.lam)
     most = max(1, free // 2 // each)
     if asked > most:
         raise ConfigError(

@@ -13,11 +13,11 @@ import yaml
 
 from pipeline.backbone import checkpoint
 from pipeline.backbone.events import Begin, Epoch, Step
-from pipeline.backbone.schedule import learning_rate
 from pipeline.backbone.train import train_backbone
-from pipeline.config import BackboneConfig, make_config
+from pipeline.config import make_config
 from pipeline.data import load_dataset
 from pipeline.errors import ConfigError, DataError
+from pipeline.schedule import learning_rate
 from tests.conftest import digits_tree
 
 
@@ -66,8 +66,7 @@ def leaves(tree, name=""):
 
 
 def test_learning_rate_by_hand():
-    settings = BackboneConfig(lr=0.4, epochs=10, warmup_epochs=1)
-    rates = [learning_rate(s, steps=4, settings=settings) for s in range(40)]
+    rates = [learning_rate(s, peak=0.4, epochs=10, steps_per_epoch=4, warmup_epochs=1) for s in range(40)]
     assert rates[:4] == pytest.approx([0.08, 0.16, 0.24, 0.32])
     assert rates[4] == pytest.approx(0.4)
     assert rates[4 + 18] == pytest.approx(0.2)  # half way down the cosine

@@ -11,9 +11,9 @@ import torch
 from pipeline.backbone.events import Epoch
 from pipeline.bench import ranks as bench_ranks
 from pipeline.bench import train as bench
-from pipeline.bench.measure import cpus
 from pipeline.cli import invoke
 from pipeline.distributed import Ranks, Signals
+from pipeline.resources import usable_cores
 
 CPU = torch.device("cpu")
 TINY = {"width": 0.25, "batch_size": 100}
@@ -104,7 +104,7 @@ def test_image_files_are_loaded_and_trained_on(tmp_path, monkeypatch):
     measure = bench.image_files(tmp_path, repeat=1, device=CPU, say=lambda text: None)
     assert measure.target == 1.0
     (loader,), (network,) = (measure.figures[f"{way}, all s"] for way in ("loader", "network"))
-    assert measure.value == pytest.approx(max(8, 2 * cpus()) * 2 / loader / (4 / network), rel=0.01)
+    assert measure.value == pytest.approx(max(8, 2 * usable_cores()) * 2 / loader / (4 / network), rel=0.01)
 
 
 @pytest.mark.slow

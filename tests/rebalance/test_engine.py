@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.rebalance.engine import c_backend as native
 from pipeline.rebalance.engine.batches import batch_order
 from pipeline.rebalance.engine.features import Features
-from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads, free_bytes, plan
+from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads, plan
 from pipeline.rebalance.engine.formulation import penalty
 from pipeline.rebalance.engine.objective import iwb_objective
 from pipeline.rebalance.engine.tensor_backend import stacked
@@ -270,8 +270,3 @@ def test_stacks_hold_every_head_once_and_like_beside_like(losses, most, threads,
         assert len({heads[i].form.cb for i in stack}) == 1
         weightings = [heads[i].weighting for i in stack]
         assert len(list(itertools.groupby(weightings))) == len(set(weightings)), "one product for each weighting"
-
-
-def test_memory_is_that_of_the_container_not_of_the_machine(monkeypatch):
-    monkeypatch.setattr("pipeline.resources._of_group", lambda: 1 << 20)
-    assert free_bytes(torch.device("cpu")) == 1 << 20

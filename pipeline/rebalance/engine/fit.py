@@ -16,7 +16,7 @@ from pipeline.rebalance.engine.head import NO_PENALTY, Head, Schedule
 from pipeline.rebalance.engine.tensor_backend import fit_with_tensors
 from pipeline.resources import free_memory
 
-__all__ = ["NO_PENALTY", "Head", "Schedule", "fit_heads", "free_bytes", "plan"]
+__all__ = ["NO_PENALTY", "Head", "Schedule", "fit_heads", "plan"]
 
 
 def fit_heads(
@@ -57,7 +57,7 @@ def fit_heads(
     real = np.float64 if dtype == torch.float64 else np.float32
     row = np.dtype(real).itemsize * len(seeds) * classes
     per_head = row * (2 * (width + 1) + (0 if c_kernel else 5 * (epochs.size + 1)))
-    free = memory_bytes or free_bytes(device) // 2
+    free = memory_bytes or free_memory(device) // 2
     passes = plan(len(heads), per_head, free)
     weight, bias = _results(len(seeds), len(heads), classes, width, real)
     order = sorted(range(len(heads)), key=lambda i: (heads[i].form.cb, heads[i].penalised, str(heads[i].form)))
@@ -87,15 +87,10 @@ def plan(heads: int, cost: int, budget: int) -> list[tuple[int, int]]:
     return [(heads * i // runs, heads * (i + 1) // runs) for i in range(runs)]
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU, or of this machine within the limit of its container."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() or 4 << 30
-
-
 def _results(seeds: int, heads: int, classes: int, width: int, real: type) -> tuple[np.ndarray, np.ndarray]:
     """Return arrays (S, K, C, D) and (S, K, C) for the heads; raise PipelineError where they do not fit into memory."""
     needed = seeds * heads * classes * (width + 1) * np.dtype(real).itemsize
-    free = free_bytes(torch.device("cpu"))
+    free = free_memory()
     if needed > free:
         raise PipelineError(
             f"{heads:,} heads in {seeds} batch orders take {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free: "

@@ -1,6 +1,5 @@
 """One head to fit: its loss and penalty, and the schedule that all heads of a job share."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from pipeline.longtail import class_balanced_weights, log_prior
 from pipeline.rebalance.engine.formulation import CBLoss, Penalty
 from pipeline.rebalance.engine.target import number_coefficient
+from pipeline.schedule import learning_rate
 
 NO_PENALTY = Penalty(kl_weight=0.0)
 
@@ -99,4 +99,4 @@ class Schedule:
     augmented: bool = True
 
     def lr_of(self, epoch: int) -> float:
-        return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return learning_rate(epoch, peak=self.lr, epochs=self.epochs)

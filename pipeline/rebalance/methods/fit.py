@@ -15,10 +15,11 @@ from pipeline.errors import PipelineError
 from pipeline.longtail import class_balanced_weights
 from pipeline.rebalance.engine.batches import batch_order
 from pipeline.rebalance.engine.features import Features
-from pipeline.rebalance.engine.fit import Schedule, free_bytes
+from pipeline.rebalance.engine.fit import Schedule
 from pipeline.rebalance.engine.streamed import StreamedView
 from pipeline.rebalance.engine.tensor_backend import SHARED_PRODUCT
 from pipeline.rebalance.methods.api import Free, Given, Params, Sampling, Trained, unweighted
+from pipeline.resources import free_memory
 from pipeline.results.heads import Linear, Scorer, scorer_of
 from pipeline.seeds import derive
 
@@ -77,7 +78,7 @@ def fit(
     schedule = replace(schedule, batch_size=min(schedule.batch_size, len(taken)))
     if rule.weight_decay is not None:
         schedule = replace(schedule, weight_decay=rule.weight_decay)
-    budget = free_bytes(device) // 2 if memory_bytes is None else memory_bytes
+    budget = free_memory(device) // 2 if memory_bytes is None else memory_bytes
     heads: list[list[Scorer]] = [[] for _ in trials]
     for members, orders in passes(rule, trials, given, seeds, schedule.batch_size, budget):
         group = [trials[i] for i in members]
@@ -231,7 +232,7 @@ def _order(rule: Trained, labels: np.ndarray, taken: np.ndarray, seed: int, epoc
 def _resident(view: np.ndarray | StreamedView, like: Tensor) -> Tensor:
     """The features of an epoch, on the device where they fit it; a view that memory does not hold says so itself."""
     features = torch.as_tensor(view)
-    return features.to(like.device) if features.nbytes < free_bytes(like.device) // 4 else features
+    return features.to(like.device) if features.nbytes < free_memory(like.device) // 4 else features
 
 
 def _class_balanced(given: Given, own: Mapping[str, Any], progress: float) -> Tensor:
