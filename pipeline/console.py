@@ -5,13 +5,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from pipeline.backbone.events import pace, short
 
 LINE_EVERY = 3.0  # seconds between two plain progress lines
 
@@ -69,55 +66,6 @@ class Bar:
         elif time.monotonic() - self.said_at >= LINE_EVERY:
             self.said_at = time.monotonic()
             self.talk.say(f"{self.what}: {done:g}/{total:g} {note}".rstrip())
-
-
-class TrainingReporter:
-    """A callback for train_backbone's events; brief: data and network were told before."""
-
-    def __init__(self, talk: Talk, bar: Bar, *, brief: bool = False):
-        self.talk, self.bar, self.brief, self.epochs, self.said_at = talk, bar, brief, 0, 0.0
-        self.started: float | None = None
-        self.first, self.left, self.told = 0, 0.0, ""
-
-    def __call__(self, event: Any) -> None:
-        {"Begin": self._begin, "Step": self._step, "Epoch": self._epoch}[type(event).__name__](event)
-
-    def _begin(self, event: Any) -> None:
-        self.epochs, network = event.epochs, event.network
-        if not self.brief:
-            self.talk.say(describe_dataset(event.dataset))
-            self.talk.say(
-                f"network: {network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d "
-                f"features; {event.device}, {event.precision}, {event.ranks} rank(s)"
-            )
-        for note in event.notes:
-            self.talk.say(f"note: {note}")
-        if event.first_epoch < event.epochs:
-            self.talk.say("accuracies: mean over classes (many/medium/few)")
-        if event.first_epoch >= event.epochs:
-            self.talk.say("already trained to the end")
-        elif event.first_epoch:
-            self.talk.say(f"continuing after epoch {event.first_epoch}/{event.epochs}")
-
-    def _step(self, event: Any) -> None:
-        done, total = event.epoch * event.steps + event.step, self.epochs * event.steps
-        if self.started is None:
-            self.started, self.first = time.monotonic(), done
-        self.left = (time.monotonic() - self.started) / max(1, done - self.first) * (total - done)
-        self.bar.move(done, total, f"epoch {event.epoch + 1}{self.told}")
-
-    def _epoch(self, event: Any) -> None:
-        line = asdict(event)
-        val = f"  val {text}" if (text := short(line, "val")) else ""
-        self.told = f"  loss {event.loss:.3f}{val}  {pace(line)}"
-        if event.epoch < event.epochs and event.seconds < LINE_EVERY and time.monotonic() - self.said_at < LINE_EVERY:
-            return  # short epochs: not every one is worth a line, metrics.jsonl has them all
-        self.said_at = self.bar.said_at = time.monotonic()
-        self.talk.say(
-            f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.3f}  train {short(line, 'train') or '–'}{val}  "
-            f"{pace(line)}  {clock(self.left)} left"
-            + (f"  ({event.left_out} unreadable images left out)" if event.left_out else "")
-        )
 
 
 def describe_dataset(facts: dict[str, Any]) -> str:

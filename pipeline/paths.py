@@ -1,4 +1,4 @@
-"""Where what belongs to a store lies, how files record paths, and which settings a store was made for."""
+"""The places of a run's files, and how files record paths."""
 
 import os
 from collections.abc import Callable
@@ -6,9 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from cache import Cache, CacheError, open_cache
-from pipeline.config import RebalanceConfig, make_rebalance_config
-from pipeline.errors import DataError
+from cache import Cache
 
 PATHS = ("store", "out")  # of a results document
 _OF_A_RUN = ("backbone/last.pt", "features.zarr", "rebalance/results.json", "seed-*/backbone", "seed-*/features.zarr")
@@ -33,22 +31,6 @@ def holds_runs(folder: Path) -> str:
     others = f" ({len(runs)} in all: {', '.join(Path(run).name for run in runs[:8])}" if runs[1:] else ""
     others += (", …)" if runs[8:] else ")") if others else ""
     return f"{folder}: holds runs, is none; name one, such as {runs[0]}{others}"
-
-
-def what_else(path: Path) -> str:
-    """What lies at a path where a feature store is wanted, and what to type instead; nothing where nobody knows."""
-    from pipeline.info import describe
-
-    try:
-        kind = describe(path).kind
-    except (DataError, CacheError):
-        return ""
-    beside = next(
-        (f for f in (path.parent / "features.zarr", path.parent.parent / "features.zarr") if f.exists()), None
-    )
-    made = "checkpoint" in kind or "weights" in kind
-    advice = f"make a store of it: pipeline dump-features --checkpoint {path}" if made else f"did you mean {beside}?"
-    return f" (it is: {kind})" + (f"; {advice}" if made or beside else "")
 
 
 def results_folder(store: Cache | Path | str, kind: str = "rebalance") -> Path:
@@ -103,24 +85,3 @@ def _each(text: Any, change: Callable[[str, Path], str], folder: Path) -> Any:
     if isinstance(text, list):
         return [_each(one, change, folder) for one in text]
     return change(text, folder) if isinstance(text, str) else text
-
-
-def store_tree(store: Cache | Path | str) -> dict[str, Any]:
-    """The tree of the configuration a store was made with; empty where it does not say.
-
-    Raises CacheError where it cannot be read.
-    """
-    opened = store if isinstance(store, Cache) else open_cache(store)
-    own = dict(opened.provenance.get("config") or {})
-    rebalance = dict(own.get("rebalance", {}))
-    if opened.views("train") == 1:
-        rebalance.pop("views", None)  # what was configured cannot be had; what is typed is still refused
-    return own | {"rebalance": rebalance}
-
-
-def store_settings(store: Cache | Path | str) -> RebalanceConfig:
-    """The settings of stage 2 in the configuration a store was made with; DataError where it cannot be read."""
-    try:
-        return make_rebalance_config(store_tree(store), "the store's settings")
-    except CacheError as error:
-        raise DataError(str(error)) from error

@@ -13,9 +13,10 @@ from cache import CacheError, Otherwise, is_url, locate, write_durably
 from pipeline import distributed
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.backbone.external_checkpoint import bring, brought_text
+from pipeline.backbone.reporter import TrainingReporter
 from pipeline.backbone.train import train_backbone
 from pipeline.config import Config
-from pipeline.console import Talk, TrainingReporter, clock
+from pipeline.console import Talk, clock
 from pipeline.data import Dataset, load_dataset
 from pipeline.distributed import Ranks
 from pipeline.dump import dump_features

@@ -12,7 +12,7 @@ from pipeline.deploy.export import export_model
 from pipeline.doctor import SHARED, _check, _warnings, doctor
 from pipeline.errors import DataError
 from pipeline.info import describe, verify
-from pipeline.paths import what_else
+from pipeline.info.not_a_store import not_a_store
 from pipeline.rebalance import rebalance
 from pipeline.text import wrapped
 from tests.small_run import digits_run, made_run, made_store
@@ -199,7 +199,7 @@ def test_whatever_a_command_leaves_is_known(run, tmp_path, monkeypatch, capsys):
     assert describe(Path("ablation")).facts["  HC"].startswith("iwb, λ = 0.1: all ")
     assert describe(Path("ablation/ablation.json")).kind == "ablation"
     assert describe(Path("ablation/selection.json")).facts["  HC"] == "iwb, λ = 0.1 (given)"
-    assert what_else(Path("ablation")).startswith(" (it is: ablation)")
+    assert not_a_store(Path("ablation")).startswith(" (it is: ablation)")
     assert "ncm" in describe(Path("compared")).facts["tuned, best on the choosing split"][-1]
     assert describe(Path("tried/tries.json")).facts["  lr=0.1"].startswith("all ")
     assert describe(Path("progress")).facts["compares"] == ["diagnosed"]

@@ -1,4 +1,4 @@
-"""What a training tells while it runs, and what it returns."""
+"""The events of a running training, and its result."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,23 +11,23 @@ GROUPS = ("many", "medium", "few")
 
 
 def accuracies(line: dict[str, Any], split: str) -> str | None:
-    """`41.3% (many 70.1, medium 40.2, few 12.9)` of an epoch's train or val, groups that exist; None where nothing is."""
+    """Return `41.3% (many 70.1, medium 40.2, few 12.9)` of an epoch's train or val split; None where not measured."""
     if line.get(f"{split}_accuracy") is None:
         return None
-    found = ", ".join(f"{g} {line[f'{split}_{g}']:.1f}" for g in GROUPS if line.get(f"{split}_{g}") is not None)
-    return f"{line[f'{split}_accuracy']:.1f}%" + (f" ({found})" if found else "")
+    groups = ", ".join(f"{g} {line[f'{split}_{g}']:.1f}" for g in GROUPS if line.get(f"{split}_{g}") is not None)
+    return f"{line[f'{split}_accuracy']:.1f}%" + (f" ({groups})" if groups else "")
 
 
-def short(line: dict[str, Any], split: str) -> str | None:
-    """`41.3% (70.1/40.2/12.9)` of an epoch's train or val, a dash for a group that is empty; None where nothing is."""
+def short_accuracies(line: dict[str, Any], split: str) -> str | None:
+    """Return `41.3% (70.1/40.2/12.9)` of an epoch's train or val split, a dash for an empty group; None where not measured."""
     if line.get(f"{split}_accuracy") is None:
         return None
-    each = (line.get(f"{split}_{g}") for g in GROUPS)
-    return f"{line[f'{split}_accuracy']:.1f}% ({'/'.join('–' if v is None else f'{v:.1f}' for v in each)})"
+    groups = (line.get(f"{split}_{g}") for g in GROUPS)
+    return f"{line[f'{split}_accuracy']:.1f}% ({'/'.join('–' if v is None else f'{v:.1f}' for v in groups)})"
 
 
 def pace(line: dict[str, Any]) -> str:
-    """`1,234 img/s, 512 MiB` of an epoch: speed and peak memory, as far as known."""
+    """Return `1,234 img/s, 512 MiB` of an epoch: speed and peak memory, as far as known."""
     speed = f"{line['images_per_s']:,.0f} img/s, " if line.get("images_per_s") else ""
     return f"{speed}{line['peak_memory_mb']:,.0f} MiB" if line.get("peak_memory_mb") else speed.removesuffix(", ")
 
@@ -40,7 +40,7 @@ def group_fields(split: str, means: Mapping[str, float | None]) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Begin:
-    """Said once: what is trained, on what, and where it starts."""
+    """The first event: network, data, device, and the epoch at which training starts."""
 
     network: dict[str, Any]
     dataset: dict[str, Any]

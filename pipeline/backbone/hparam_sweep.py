@@ -19,15 +19,16 @@ import numpy as np
 from cache import write_durably
 from pipeline import distributed
 from pipeline.backbone.prepare import PreparedTraining, prepare_training
+from pipeline.backbone.reporter import TrainingReporter
 from pipeline.backbone.train import train
 from pipeline.config import Config, apply_setting, make_config
-from pipeline.console import Talk, TrainingReporter, percent
+from pipeline.console import Talk, percent
 from pipeline.data import Dataset, load_dataset
 from pipeline.distributed import Ranks, planned_ranks
 from pipeline.errors import ConfigError, Diverged
 from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.provenance import provenance
-from pipeline.rebalance.selection import Choice, select
+from pipeline.results.selection import Choice, select
 from pipeline.text import Shown
 
 if TYPE_CHECKING:

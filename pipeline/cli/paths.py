@@ -65,7 +65,9 @@ def store_and_tree(
     """
     from pipeline.config import find_config, is_rebalance_only, load_config, read_tree
     from pipeline.console import Talk
-    from pipeline.paths import near, store_tree, what_else
+    from pipeline.info.not_a_store import not_a_store
+    from pipeline.paths import near
+    from pipeline.store_settings import store_tree
 
     talk, replacements = Talk(), {}
     path: Path | str
@@ -90,7 +92,7 @@ def store_and_tree(
             raise DataError(f"{run}: a run of several backbones; name one of them, such as {several[0]}")
     if isinstance(path, Path) and not path.exists():
         raise DataError(f"{path}: no such feature store{near(path)}; make one with `pipeline dump-features`")
-    if isinstance(path, Path) and not (path / "zarr.json").exists() and (kind := what_else(path)):
+    if isinstance(path, Path) and not (path / "zarr.json").exists() and (kind := not_a_store(path)):
         raise DataError(f"{path}: not a feature store{kind}")
     if named is not None and not replacements:
         section = named.rebalance.model_dump(

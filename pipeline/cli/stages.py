@@ -168,8 +168,8 @@ def train_command(
 
         show(sweep_hparams(experiment, tries, seeds=numbers, talk=talk, **arguments), as_json)
         return
+    from pipeline.backbone.reporter import TrainingReporter
     from pipeline.backbone.train import train_backbone
-    from pipeline.console import TrainingReporter
 
     with talk.progress("training") as bar:
         result = train_backbone(experiment, report=TrainingReporter(talk, bar), **arguments)

@@ -10,7 +10,7 @@ import numpy as np
 from cache import Cache, refuse_unwritable
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks, planned_ranks
-from pipeline.paths import results_folder, store_settings
+from pipeline.paths import results_folder
 from pipeline.prepared import Prepared, Write, classes_text, device_numbers, device_text
 from pipeline.rebalance.methods.settings import asked_methods, candidates, is_trained, references
 from pipeline.rebalance.overwrite_check import refuse_foreign
@@ -18,6 +18,7 @@ from pipeline.rebalance.run import choosing_split, network_of, prepare
 from pipeline.rebalance.selection import AUTO, parse_lam
 from pipeline.rebalance.tuning import is_comparison
 from pipeline.results.head_id import HeadId
+from pipeline.store_settings import store_settings
 
 
 def plan_rebalance(

@@ -28,12 +28,13 @@ from pipeline.rebalance.run import (
     with_possible_views,
     write_choice,
 )
-from pipeline.rebalance.selection import Choice, count_lam
+from pipeline.rebalance.selection import count_lam
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import refuse_double_balancing
 from pipeline.results.differences import LEVEL, RESAMPLES, paired_difference
 from pipeline.results.head_id import HeadId
 from pipeline.results.rebalance_result import csv_text, mean_and_std
+from pipeline.results.selection import Choice
 from pipeline.text import Shown
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.rebalance.methods.settings import REFERENCES
-from pipeline.rebalance.selection import AUTO, SELECTED_LAM, Choice, at_the_border, select
+from pipeline.rebalance.selection import AUTO, SELECTED_LAM, at_the_border
 from pipeline.results.differences import Hits, differences
 from pipeline.results.head_id import HeadId
+from pipeline.results.selection import Choice, select
 
 MEASURES = ("all", "many", "medium", "few", "ece")
 

@@ -15,14 +15,14 @@ from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
 from pipeline.metrics import scarce, unmeasured
-from pipeline.paths import recorded_document, recorded_path, results_folder, store_settings
+from pipeline.paths import recorded_document, recorded_path, results_folder
 from pipeline.provenance import provenance
 from pipeline.rebalance.compare import Comparison, compare
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import Loaded, load
 from pipeline.rebalance.methods.settings import REFERENCES, candidates, is_trained, references, resolved
 from pipeline.rebalance.overwrite_check import refuse_foreign, replaced
-from pipeline.rebalance.selection import AUTO, Choice, at_the_border, count_lam, parse_lam, refine
+from pipeline.rebalance.selection import AUTO, at_the_border, count_lam, parse_lam, refine
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import is_comparison, refuse_double_balancing
 from pipeline.resources import free_memory
@@ -38,6 +38,8 @@ from pipeline.results.rebalance_result import (
     rows_csv,
     trials_csv,
 )
+from pipeline.results.selection import Choice
+from pipeline.store_settings import store_settings
 
 HEAD_BYTES, COPIES = 4096, 3  # of a head: its rows and scores; its numbers as fitted, stacked and written
 PAPER_STEPS, PAPER_LR = 1700, 0.005  # of stage 2 on CIFAR100-LT

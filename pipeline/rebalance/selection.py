@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,42 +11,6 @@ from pipeline.errors import ConfigError
 AUTO = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # the coarse grid; `refine` adds the fine one
 SELECTED_LAM = "the selected λ, "  # begins the note of at_the_border
 FORMS = "expected λ in [0, 1]: 0.05, 0.01,0.05,0.1, 0.01:0.5:log:32, 0.1:0.5:lin:5 or auto"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The chosen setting by number, its mean score, the standard error of that, and all settings within one of them.
-
-    runner_up: the best setting of another method, or of the same where there is no other; None where it is alone.
-    """
-
-    index: int
-    score: float
-    standard_error: float
-    within_one_se: tuple[int, ...]
-    runner_up: int | None = None
-
-
-def select(
-    val_scores: np.ndarray, *, sampling_error: Sequence[float] | None = None, methods: Sequence[str] | None = None
-) -> Choice:
-    """The setting with the highest mean validation score; the first among equals.
-
-    val_scores (M, S): balanced accuracy of M settings in S repetitions. sampling_error (M,): standard error of a
-    setting's score that comes from the validation samples being few; repetitions on the same samples do not lower it.
-    It adds in squares to the standard error over repetitions. methods (M,): the method of each setting, None for one.
-    """
-    val_scores = np.asarray(val_scores, np.float64)
-    mean = val_scores.mean(1)
-    best = int(mean.argmax())
-    repetitions = val_scores.shape[1]
-    spread = val_scores[best].std(ddof=1) / math.sqrt(repetitions) if repetitions > 1 else 0.0
-    error = math.hypot(spread, sampling_error[best] if sampling_error is not None else 0.0)
-    near = np.flatnonzero(mean >= mean[best] - error)
-    others = [i for i in range(len(mean)) if i != best]
-    rivals = [i for i in others if methods is not None and methods[i] != methods[best]]
-    runner_up = max(rivals or others, key=lambda i: mean[i], default=None)
-    return Choice(best, float(mean[best]), error, tuple(int(i) for i in near), runner_up)
 
 
 def parse_lam(text: str) -> tuple[float, ...] | None:

@@ -19,9 +19,9 @@ from pipeline.rebalance.methods.fit import Trial, fit, solve
 from pipeline.rebalance.methods.iwb_la import with_means
 from pipeline.rebalance.methods.settings import ENGINE, head_of, is_trained, schedule_of
 from pipeline.rebalance.methods.training_free import nearest_mean
-from pipeline.rebalance.selection import Choice, select
 from pipeline.results.head_id import BASELINE, HeadId
 from pipeline.results.heads import Linear, Scorer, is_finite, predict
+from pipeline.results.selection import Choice, select
 
 NEAREST_MEAN = Free("ncm", nearest_mean)
 Key = tuple[HeadId, int | None]  # what is not trained has no seed

@@ -11,10 +11,11 @@ from typing import Any
 from cache import open_cache
 from pipeline.backbone.build import input_transform
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
+from pipeline.backbone.reporter import TrainingReporter
 from pipeline.backbone.train import train_backbone
 from pipeline.backbone.training_dir import TrainingFolder, identity_of
 from pipeline.config import Config, RebalanceConfig, find_config, read_tree
-from pipeline.console import Talk, TrainingReporter, clock
+from pipeline.console import Talk, clock
 from pipeline.data import load_dataset
 from pipeline.doctor import device_name
 from pipeline.dump import dump_features

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.rebalance.folds import stratified_folds
-from pipeline.rebalance.selection import AUTO, at_the_border, count_lam, parse_lam, refine, select
+from pipeline.rebalance.selection import AUTO, at_the_border, count_lam, parse_lam, refine
+from pipeline.results.selection import select
 
 
 @pytest.mark.parametrize(
