@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cache import Cache, open_cache
     from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
     from pipeline.backbone.events import TrainResult
-    from pipeline.backbone.external_checkpoint import load_foreign
+    from pipeline.backbone.external_checkpoint import load_external
     from pipeline.backbone.hparam_sweep import PreparedSweep, SweepResult, prepare_sweep, sweep_hparams
     from pipeline.backbone.prepare import PreparedTraining, prepare_training
     from pipeline.backbone.train import train_backbone
@@ -49,7 +49,7 @@ _PUBLIC = {
     "cache": ("Cache", "open_cache"),
     "pipeline.backbone.checkpoint": ("Checkpoint", "load_checkpoint"),
     "pipeline.backbone.events": ("TrainResult",),
-    "pipeline.backbone.external_checkpoint": ("load_foreign",),
+    "pipeline.backbone.external_checkpoint": ("load_external",),
     "pipeline.backbone.train": ("train_backbone",),
     "pipeline.backbone.hparam_sweep": ("PreparedSweep", "SweepResult", "prepare_sweep", "sweep_hparams"),
     "pipeline.bench.cache": ("bench_cache",),

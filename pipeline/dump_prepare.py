@@ -256,7 +256,7 @@ def _store_arguments(source: Source, dataset: Dataset, *, ranks: Ranks, overwrit
                 "checkpoint": str(backbone.path),
                 "weights": backbone.weights_digest,
                 "epoch": backbone.epoch,
-                **(backbone.brought or {}),
+                **(backbone.external or {}),
             },
         ),
         "retry": readable_now(skipped, dataset, store=out, may_skip=config.dump.on_error == "skip"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
-from pipeline.backbone.external_checkpoint import bring, brought_text, is_own
+from pipeline.backbone.external_checkpoint import is_own, load_external_for_run, origin_text
 from pipeline.config import Config, apply_setting, find_config, load_config, make_config
 from pipeline.data import Dataset
 from pipeline.distributed import Ranks
@@ -53,11 +53,11 @@ def find_source(
     named = ranks.together(lambda: _chosen(config, config, own_images=False, settings=settings))
     out = out or named.run_dir / "features.zarr"
     folder = (named.run_dir if isinstance(out, str) else out.parent) / "backbone"
-    backbone, images = bring(
+    backbone, images = load_external_for_run(
         path, named, folder, model=model, key_map=key_map, probe=probe, overwrite=overwrite, ranks=ranks
     )
-    say(f"{brought_text(backbone)}, kept in {folder / 'last.pt'}; store: {out}")
-    for note in (backbone.brought or {}).get("notes", ()):
+    say(f"{origin_text(backbone)}, kept in {folder / 'last.pt'}; store: {out}")
+    for note in (backbone.external or {}).get("notes", ()):
         say(f"note: {note}")
     return Source(backbone, backbone.config, out, images, folder)
 

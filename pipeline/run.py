@@ -12,7 +12,7 @@ from typing import Any
 from cache import CacheError, Otherwise, is_url, locate, write_durably
 from pipeline import distributed
 from pipeline.backbone.checkpoint import load_checkpoint
-from pipeline.backbone.external_checkpoint import bring, brought_text
+from pipeline.backbone.external_checkpoint import load_external_for_run, origin_text
 from pipeline.backbone.reporter import TrainingReporter
 from pipeline.backbone.train import train_backbone
 from pipeline.config import Config
@@ -68,8 +68,8 @@ class RunResult(Shown):
 
 
 @dataclass(frozen=True)
-class Brought:
-    """A network from elsewhere that takes the place of stage 1; the fields are load_foreign's."""
+class ExternalBackbone:
+    """A network from elsewhere that takes the place of stage 1; the fields are load_external's."""
 
     path: Path | None = None
     model: str | None = None
@@ -122,7 +122,7 @@ def run_pipeline(
     out: Path,
     store: Path | str | None = None,
     seeds: Sequence[int] | None = None,
-    brought: Brought | None = None,
+    external: ExternalBackbone | None = None,
     device: str = "auto",
     overwrite: bool = False,
     talk: Talk | None = None,
@@ -135,12 +135,12 @@ def run_pipeline(
     Raises what the stages raise; everything finished stays.
     """
     talk = talk or Talk(quiet=True)
-    brought = brought or (Brought() if config.backbone.frozen else None)
-    places = places_of(config, out, seeds, brought)
+    external = external or (ExternalBackbone() if config.backbone.frozen else None)
+    places = places_of(config, out, seeds, external)
     with distributed.ranks(device) as ranks:
         ranks.together(lambda: refuse_other_kind(out, seeds))
         ranks.together(lambda: reach(store))
-        images = None if brought else ranks.together(lambda: load_dataset(config.data))
+        images = None if external else ranks.together(lambda: load_dataset(config.data))
         ranks.together(lambda: refuse_endless(config, images) if images else None)
         ledger = Ledger(out / "run.json")
         documents = [
@@ -154,7 +154,7 @@ def run_pipeline(
                 overwrite,
                 talk,
                 named=bool(seeds),
-                brought=brought,
+                external=external,
                 images=images,
             )
             for p, c in places.items()
@@ -174,9 +174,11 @@ def run_pipeline(
         return RunResult(out, results, report, pictures, seconds, tuple(ledger.redone))
 
 
-def places_of(config: Config, out: Path, seeds: Sequence[int] | None, brought: Brought | None) -> dict[Path, Config]:
+def places_of(
+    config: Config, out: Path, seeds: Sequence[int] | None, external: ExternalBackbone | None
+) -> dict[Path, Config]:
     """Folder of each backbone → its configuration; ConfigError where one is brought and several are to be trained."""
-    if brought and seeds:
+    if external and seeds:
         raise ConfigError(
             "--seeds trains one backbone a seed, --checkpoint and --encoder take one that is there: leave one of them away"
         )
@@ -237,7 +239,7 @@ def _one_backbone(
     talk: Talk,
     *,
     named: bool,
-    brought: Brought | None,
+    external: ExternalBackbone | None,
     images: Dataset | None,
 ) -> dict[str, Any]:
     """Stages 1, dump and 2 of one backbone; the results document."""
@@ -252,15 +254,15 @@ def _one_backbone(
             ledger.did(name + stage, time.perf_counter() - started, **record)
         return result
 
-    if brought:
-        backbone, images = bring(
-            brought.path, config, out / "backbone", model=brought.model, key_map=brought.key_map, probe=brought.probe,
+    if external:
+        backbone, images = load_external_for_run(
+            external.path, config, out / "backbone", model=external.model, key_map=external.key_map, probe=external.probe,
             overwrite=overwrite, ranks=ranks,
         )  # fmt: skip
         config = backbone.config
         ranks.together(lambda: refuse_endless(config, images))
-        talk.say(f"{brought_text(backbone)}, kept in {out / 'backbone' / 'last.pt'}")
-        talk.notes((backbone.brought or {}).get("notes", ()))
+        talk.say(f"{origin_text(backbone)}, kept in {out / 'backbone' / 'last.pt'}")
+        talk.notes((backbone.external or {}).get("notes", ()))
     else:
         with talk.progress("training") as bar:
             reporter = TrainingReporter(talk, bar)
@@ -283,7 +285,7 @@ def _one_backbone(
                 overwrite=overwrite,
                 report=bar.move,
                 images=images,
-                keep_in=out / "backbone" if brought else None,
+                keep_in=out / "backbone" if external else None,
             ),
             lambda r: r.written > 0,
         )

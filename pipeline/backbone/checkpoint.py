@@ -44,7 +44,7 @@ class Checkpoint:
     weights_digest: str
     provenance: dict[str, Any]
     probe: bool = False
-    brought: dict[str, Any] | None = None
+    external: dict[str, Any] | None = None
 
 
 class Damaged(DataError):
@@ -195,7 +195,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         weights_digest=weights_digest(state["model"]),
         provenance=state["provenance"],
         probe=state.get("probe", False),
-        brought=state.get("brought"),
+        external=state.get("brought"),
     )
 
 

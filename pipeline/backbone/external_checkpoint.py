@@ -44,7 +44,7 @@ class Beside:
     weights: str | None = None
 
 
-def load_foreign(
+def load_external(
     path: Path | None,
     config: Config,
     *,
@@ -86,15 +86,15 @@ def load_foreign(
     check_input(network, transform, torch.device("cpu"))
     notes += _about_input(said, known, transform.size, settings.model)
     epoch = content.get("epoch") if isinstance(content, Mapping) else None
-    brought = {
+    external = {
         "sha256": _sha256(file),
         "taken_from": ".".join([*found.where, *filter(None, [taken.prefix.rstrip(".")])]) or None,
         "key_map": None if key_map is None else str(key_map),
         "notes": notes,
     }
     chosen = config.model_copy(update={"backbone": settings})
-    return _brought_along(
-        network, chosen, dataset, transform=transform, path=path, brought=brought, probe=head is None,
+    return _external_checkpoint(
+        network, chosen, dataset, transform=transform, path=path, external=external, probe=head is None,
         epoch=epoch if isinstance(epoch, int) else 0,
     )  # fmt: skip
 
@@ -124,20 +124,20 @@ def _load_pretrained(config: Config, dataset: Dataset) -> Checkpoint:
         "--set data.image_size=…",
     ]
     digest = _sha256(pretrained.file) if pretrained.file else None
-    return _brought_along(
+    return _external_checkpoint(
         network, config.model_copy(update={"backbone": settings}), dataset, transform=transform, path=path,
-        brought={"encoder": pretrained.name, "sha256": digest, "notes": notes}, probe=True, epoch=0,
+        external={"encoder": pretrained.name, "sha256": digest, "notes": notes}, probe=True, epoch=0,
     )  # fmt: skip
 
 
-def _brought_along(
+def _external_checkpoint(
     network: nn.Module,
     config: Config,
     dataset: Dataset,
     *,
     transform: Transform,
     path: Path,
-    brought: dict[str, Any],
+    external: dict[str, Any],
     probe: bool,
     epoch: int,
 ) -> Checkpoint:
@@ -160,20 +160,20 @@ def _brought_along(
             config=config.model_dump(mode="json"),
             dataset=summary,
             network=facts,
-            made_from={"checkpoint": str(path), **brought},
+            made_from={"checkpoint": str(path), **external},
         ),
         probe=probe,
-        brought=brought,
+        external=external,
     )
 
 
-def brought_text(backbone: Checkpoint) -> str:
+def origin_text(backbone: Checkpoint) -> str:
     """Return `encoder: lite0` or `checkpoint: FILE`, as a backbone was asked for."""
-    name = (backbone.brought or {}).get("encoder")
+    name = (backbone.external or {}).get("encoder")
     return f"encoder: {name}" if name else f"checkpoint: {backbone.path}"
 
 
-def bring(
+def load_external_for_run(
     path: Path | None,
     config: Config,
     folder: Path,
@@ -187,7 +187,7 @@ def bring(
     """(load_foreign of the configuration's images; the images), unless the folder it is to be kept in has another one."""
     dataset = ranks.together(lambda: load_dataset(config.data, resize=not config.backbone.frozen))
     backbone = ranks.together(
-        lambda: load_foreign(path, config, dataset=dataset, model=model, key_map=key_map, probe=probe)
+        lambda: load_external(path, config, dataset=dataset, model=model, key_map=key_map, probe=probe)
     )
     ranks.together(lambda: refuse_other(backbone, folder, overwrite=overwrite))
     return backbone, dataset
@@ -249,7 +249,7 @@ def keep(backbone: Checkpoint, folder: Path) -> None:
         "complete": True,
         "provenance": backbone.provenance,
         "probe": backbone.probe,
-        "brought": backbone.brought,
+        "brought": backbone.external,
     }
     checkpoint.save(path, state)
     write_durably(folder / "run.json", json.dumps(backbone.provenance, indent=1))

@@ -87,17 +87,17 @@ def run_command(
     arguments |= {"device": device, "overwrite": overwrite}
     if not dry_run and relaunched(nproc):
         return
-    from pipeline.run import Brought, run_pipeline
+    from pipeline.run import ExternalBackbone, run_pipeline
 
-    brought = None
+    external = None
     if checkpoint or experiment.backbone.frozen:
-        brought = Brought(checkpoint, last_value(sets, "backbone.model"), key_map, probe)
+        external = ExternalBackbone(checkpoint, last_value(sets, "backbone.model"), key_map, probe)
     if dry_run:
         from pipeline.plan.whole import plan_run
 
-        show(plan_run(experiment, brought=brought, world=process_count(nproc, device), **arguments), as_json)
+        show(plan_run(experiment, external=external, world=process_count(nproc, device), **arguments), as_json)
         return
-    result = run_pipeline(experiment, brought=brought, talk=talk, **arguments)
+    result = run_pipeline(experiment, external=external, talk=talk, **arguments)
     show(result, as_json)
 
 

@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.info.artefact import EXPECTED, Artefact, Facts, read_json, size_on_disk, try_json
 from pipeline.info.results import ablation, bench, choice, heads, kept, progress, reproduction, results, tries
 from pipeline.info.stores import plain_files, samples_text, skipped_of, store
-from pipeline.info.trained import BROUGHT, checkpoint, exported, training
+from pipeline.info.trained import EXTERNAL_BACKBONE, checkpoint, exported, training
 from pipeline.method_names import PROBE
 from pipeline.paths import holds_runs, near
 from pipeline.text import Shown
@@ -133,7 +133,7 @@ def _run(path: Path) -> Artefact:
         name = "" if part == path else f"{part.name}/"
         for file, kind in _PARTS.items():
             if (part / file).exists():
-                told = BROUGHT if file == "backbone/last.pt" and _was_brought(part) else kind
+                told = EXTERNAL_BACKBONE if file == "backbone/last.pt" and _is_external(part) else kind
                 facts[f"{name}{file}"] = f"{told}, {size_on_disk(part / file)}"
     facts |= {
         f"ablations/{p.name}": "ablation" for p in sorted(path.glob("ablations/*")) if (p / "ablation.json").is_file()
@@ -159,7 +159,7 @@ def _reproduced(path: Path) -> Artefact:
     return replace(found, path=path, facts=found.facts | {"kept": sorted(p.name for p in path.glob("keep/*"))})
 
 
-def _was_brought(run: Path) -> bool:
+def _is_external(run: Path) -> bool:
     """Whether a run's backbone was not trained in it."""
     return try_json(run / "backbone" / "run.json").get("command") == "dump-features"
 

@@ -8,7 +8,7 @@ from pipeline.errors import DataError
 from pipeline.info.artefact import Artefact, Facts, classes_of, read_json
 from pipeline.method_names import PROBE
 
-BROUGHT = "backbone brought along"
+EXTERNAL_BACKBONE = "backbone brought along"
 NAMES = ("last.pt", "best.pt", "previous.pt")  # what a training calls its own
 NAMED = {"train": "training", "val": "validation"}
 
@@ -50,15 +50,15 @@ def own_checkpoint(path: Path) -> Artefact:
 
     state = read(path)
     network, data = state["network"], state["dataset"]
-    brought = state.get("brought")
+    external = state.get("brought")
     best = f"{state['best']:.2f} %" if state["best"] is not None else None
     facts = {
         "network": f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d features",
-        "trained": None if brought else _how_far(path, state),
-        "trained with": None if brought else _choices(state["config"]["backbone"]),
+        "trained": None if external else _how_far(path, state),
+        "trained with": None if external else _choices(state["config"]["backbone"]),
         "best validation accuracy (mean over classes)": best,
         "head": None
-        if brought is None
+        if external is None
         else f"{PROBE}, fitted when features are dumped"
         if state["probe"]
         else "its own",
@@ -67,7 +67,9 @@ def own_checkpoint(path: Path) -> Artefact:
         "input": state["transform"],
         "weights digest": weights_digest(state["model"]),
     }
-    return Artefact(path, BROUGHT if state.get("brought") else "stage-1 checkpoint", facts, state["provenance"])
+    return Artefact(
+        path, EXTERNAL_BACKBONE if state.get("brought") else "stage-1 checkpoint", facts, state["provenance"]
+    )
 
 
 def _how_far(path: Path, state: dict[str, Any]) -> str:

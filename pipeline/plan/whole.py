@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.backbone.external_checkpoint import bring
+from pipeline.backbone.external_checkpoint import load_external_for_run
 from pipeline.backbone.prepare import prepare_training
 from pipeline.config import Config
 from pipeline.distributed import Ranks, planned_ranks
@@ -15,7 +15,7 @@ from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.reproduce.backbone import METHODS, TABLES, settings_of
 from pipeline.reproduce.run import Part, plan, refuse_unknown
 from pipeline.run import (
-    Brought,
+    ExternalBackbone,
     places_of,
     reach,
     refuse_endless,
@@ -32,14 +32,14 @@ def plan_run(
     out: Path,
     store: Path | str | None = None,
     seeds: Sequence[int] | None = None,
-    brought: Brought | None = None,
+    external: ExternalBackbone | None = None,
     device: str = "auto",
     world: int = 1,
     overwrite: bool = False,
 ) -> Prepared:
     """What `run_pipeline` would do; raises what it would raise before its first step."""
-    brought = brought or (Brought() if config.backbone.frozen else None)
-    places = places_of(config, out, seeds, brought)
+    external = external or (ExternalBackbone() if config.backbone.frozen else None)
+    places = places_of(config, out, seeds, external)
     ranks = planned_ranks(device, world)
     refuse_other_kind(out, seeds)
     reach(store)
@@ -48,7 +48,7 @@ def plan_run(
         where_to = store_of_seed(place, store, named=bool(seeds))
         title = place.name if seeds else ""
         with told_what_stays(where_to):
-            stages = _stages(of_one, place, where_to, ranks, brought, overwrite=overwrite, name=title)
+            stages = _stages(of_one, place, where_to, ranks, external, overwrite=overwrite, name=title)
         parts += [_without_data(stage) for stage in stages] if parts else stages
     report = Write(out / "report.html", None, replaced_or_new(out / "report.html"))
     numbers = {"out": str(out), "seeds": list(seeds or [config.backbone.seed])} | device_numbers(
@@ -58,13 +58,20 @@ def plan_run(
 
 
 def _stages(
-    config: Config, place: Path, store: Path | str, ranks: Ranks, brought: Brought | None, *, overwrite: bool, name: str
+    config: Config,
+    place: Path,
+    store: Path | str,
+    ranks: Ranks,
+    external: ExternalBackbone | None,
+    *,
+    overwrite: bool,
+    name: str,
 ) -> list[Prepared]:
     """Stages 1, dump and 2 of one backbone; data are told once."""
     title = f"{name}: " if name else ""
-    if brought:
-        backbone, images = bring(
-            brought.path, config, place / "backbone", model=brought.model, key_map=brought.key_map, probe=brought.probe,
+    if external:
+        backbone, images = load_external_for_run(
+            external.path, config, place / "backbone", model=external.model, key_map=external.key_map, probe=external.probe,
             overwrite=overwrite, ranks=replace(ranks, world=1),
         )  # fmt: skip
         config, width = backbone.config, backbone.network["feature_width"]

@@ -18,7 +18,7 @@ from torch import nn
 from cache import open_cache, verify
 from pipeline.backbone.build import encode
 from pipeline.backbone.checkpoint import load_checkpoint
-from pipeline.backbone.external_checkpoint import load_foreign
+from pipeline.backbone.external_checkpoint import load_external
 from pipeline.backbone.weights import read_key_map, renamed
 from pipeline.cli import invoke
 from pipeline.config import find_config, load_config
@@ -211,17 +211,17 @@ def test_an_exported_folder_names_its_network_input_and_classes(tmp_path, digits
     tree = json.loads((tmp_path / "config.json").read_text())
     tree["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
     (tmp_path / "config.json").write_text(json.dumps(tree | {"label_names": names}))
-    found = load_foreign(tmp_path, config, dataset=images)
+    found = load_external(tmp_path, config, dataset=images)
     assert found.network["network"].startswith("test_vit, global_pool token, img_size ")
     assert (found.transform.mean, found.transform.interpolation) == ((0.1, 0.2, 0.3), "bilinear")
     np.testing.assert_array_equal(found.model.head.weight.detach().flip(0), model.head.weight.detach())
     np.testing.assert_array_equal(found.model.head.bias.detach().flip(0), model.head.bias.detach())
-    assert "matched by their names: they stand there in another order" in str(found.brought["notes"])
+    assert "matched by their names: they stand there in another order" in str(found.external["notes"])
     assert not found.probe
     (tmp_path / "config.json").write_text(json.dumps(tree | {"label_names": ["ten", *names[1:]]}))
     data = config.data.model_copy(update={"mean": (0.0, 0.0, 0.0)})
-    found = load_foreign(tmp_path / "model.safetensors", config.model_copy(update={"data": data}), dataset=images)
-    assert "of other classes ('ten' is one of the two only): a linear probe" in str(found.brought["notes"])
+    found = load_external(tmp_path / "model.safetensors", config.model_copy(update={"data": data}), dataset=images)
+    assert "of other classes ('ten' is one of the two only): a linear probe" in str(found.external["notes"])
     assert (found.probe, found.transform.mean) == (True, (0, 0, 0))
     assert not found.model.head.weight.detach().any()
 
@@ -319,7 +319,7 @@ def test_what_will_not_do_is_refused_and_nothing_is_run(tmp_path, digits, monkey
     monkeypatch.setattr("pipeline.backbone.match_weights.TRIED", 1)  # what else would fit is looked for elsewhere
     for name, message in bad_files(tmp_path):
         with pytest.raises(DataError) as refused:
-            load_foreign(tmp_path / name, digits[0], dataset=digits[1])
+            load_external(tmp_path / name, digits[0], dataset=digits[1])
         assert message in str(refused.value), name
     assert not (tmp_path / "mark").exists()
 
@@ -341,14 +341,14 @@ def test_the_command_refuses_without_a_traceback_or_a_trace(tmp_path, capsys):
 )
 def test_a_network_that_cannot_carry_a_head_is_refused(model, message, tmp_path, digits):
     with pytest.raises(ConfigError) as refused:
-        load_foreign(save_to(tmp_path / "w.pt", network()), digits[0], dataset=digits[1], model=model)
+        load_external(save_to(tmp_path / "w.pt", network()), digits[0], dataset=digits[1], model=model)
     assert message in str(refused.value)
 
 
 def test_the_weights_of_a_distilled_network_are_not_taken_for_the_plain_one_s(tmp_path, digits):
     file = save_to(tmp_path / "w.pt", timm.create_model("deit_tiny_distilled_patch16_224", depth=1))
     with pytest.raises(DataError, match=r"of a distilled network \(dist_token\)"):
-        load_foreign(file, digits[0], dataset=digits[1], model="deit_tiny_patch16_224")
+        load_external(file, digits[0], dataset=digits[1], model="deit_tiny_patch16_224")
 
 
 @pytest.mark.slow
@@ -356,7 +356,7 @@ def test_the_network_that_a_file_fits_is_named(tmp_path, digits):
     file = save_to(tmp_path / "w.pt", timm.create_model("resnet34", num_classes=3))
     for asked in ("resnet18", "test_vit"):
         with pytest.raises(DataError, match=r"It fits resnet34: --set backbone.model=resnet34"):
-            load_foreign(file, digits[0], dataset=digits[1], model=asked)
+            load_external(file, digits[0], dataset=digits[1], model=asked)
 
 
 @pytest.mark.slow
@@ -451,11 +451,11 @@ def test_a_transformer_of_torchvision_fits_through_a_key_map(tmp_path, digits, m
     )
     shaped = {"model": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "depth": 2}}
     config = digits[0].model_copy(update={"backbone": digits[0].backbone.model_copy(update=shaped)})
-    found = load_foreign(tmp_path / "vit.pth", config, dataset=digits[1], key_map=tmp_path / "keys.yaml")
+    found = load_external(tmp_path / "vit.pth", config, dataset=digits[1], key_map=tmp_path / "keys.yaml")
     images = torch.rand(5, 3, 32, 32)
     unshaped = config.model_copy(update={"backbone": config.backbone.model_copy(update={"model_args": {"depth": 2}})})
     with pytest.raises(DataError, match=r"pos_embed 1×5×192 instead of 1×197×192.*backbone.model_args.img_size=SIZE"):
-        load_foreign(tmp_path / "vit.pth", unshaped, dataset=digits[1], key_map=tmp_path / "keys.yaml")
+        load_external(tmp_path / "vit.pth", unshaped, dataset=digits[1], key_map=tmp_path / "keys.yaml")
     with torch.inference_mode():
         torch.testing.assert_close(found.model(images), theirs(images), rtol=1e-4, atol=1e-4)
 
@@ -492,7 +492,7 @@ def test_a_config_that_makes_no_sense_or_reaches_for_other_weights_is_refused(tm
     ):
         (tmp_path / "config.json").write_text(tree if isinstance(tree, str) else json.dumps(tree))
         if message is None:
-            load_foreign(tmp_path, digits[0], dataset=digits[1])
+            load_external(tmp_path, digits[0], dataset=digits[1])
         else:
             with pytest.raises(PipelineError, match=message):
-                load_foreign(tmp_path, digits[0], dataset=digits[1])
+                load_external(tmp_path, digits[0], dataset=digits[1])

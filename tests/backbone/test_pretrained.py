@@ -69,7 +69,7 @@ def test_a_run_with_an_encoder_trains_nothing_and_stores_what_the_network_comput
     assert not (out / "backbone" / "metrics.jsonl").exists()
     config = load_config(find_config("digits-lt"), [*SMALL, "backbone.encoder=lite0"])
     kept, store = load_checkpoint(out / "backbone" / "last.pt"), open_cache(out / "features.zarr")
-    assert (kept.brought["encoder"], kept.transform.size, kept.transform.crop_pct) == ("lite0", (64, 64), 1.0)
+    assert (kept.external["encoder"], kept.transform.size, kept.transform.crop_pct) == ("lite0", (64, 64), 1.0)
     split = load_dataset(config.data, resize=False).test
     network = build_model(kept.config.backbone, num_classes=10)
     network.load_state_dict(kept.model.state_dict())
