@@ -24,14 +24,17 @@ if TYPE_CHECKING:
     from pipeline.bench.train import bench_train
     from pipeline.config import Config, RebalanceConfig, find_config, load_config, make_config
     from pipeline.data import Dataset, load_dataset
-    from pipeline.deploy.export import Exported, export_model, rebalanced_head
-    from pipeline.deploy.predict import Prediction, predict
+    from pipeline.deploy.export import export_model, prepare_export
+    from pipeline.deploy.exported import ExportedModel
+    from pipeline.deploy.predict import predict, prepare_predict
+    from pipeline.deploy.prediction import Prediction
+    from pipeline.deploy.run_head import rebalanced_head
+    from pipeline.deploy.store_export import prepare_store_export
     from pipeline.doctor import Diagnosis, doctor
     from pipeline.dump import DumpResult, dump_features
     from pipeline.dump_prepare import PreparedDump, prepare_dump
     from pipeline.errors import PipelineError
     from pipeline.info import Artefact, Verified, describe, verify
-    from pipeline.plan.after import plan_export, plan_progress, plan_report
     from pipeline.plan.stage2 import plan_rebalance
     from pipeline.plan.whole import plan_reproduce, plan_run
     from pipeline.prepared import Prepared
@@ -39,8 +42,8 @@ if TYPE_CHECKING:
     from pipeline.rebalance.engine.objective import iwb_objective
     from pipeline.rebalance.evaluate import EvaluateResult, evaluate
     from pipeline.rebalance.run import rebalance
-    from pipeline.report import Report, write_report
-    from pipeline.report.progress import Compared, compare_progress
+    from pipeline.report import Report, prepare_report, write_report
+    from pipeline.report.progress import Compared, compare_progress, prepare_progress
     from pipeline.reproduce import Reproduction, reproduce
     from pipeline.results.rebalance_result import RebalanceResult
     from pipeline.run import RunResult, run_pipeline
@@ -60,19 +63,22 @@ _PUBLIC = {
     "pipeline.doctor": ("Diagnosis", "doctor"),
     "pipeline.dump": ("DumpResult", "dump_features"),
     "pipeline.errors": ("PipelineError",),
-    "pipeline.deploy.export": ("Exported", "export_model", "rebalanced_head"),
+    "pipeline.deploy.export": ("export_model", "prepare_export"),
+    "pipeline.deploy.exported": ("ExportedModel",),
+    "pipeline.deploy.run_head": ("rebalanced_head",),
+    "pipeline.deploy.store_export": ("prepare_store_export",),
     "pipeline.info": ("Artefact", "Verified", "describe", "verify"),
-    "pipeline.plan.after": ("plan_export", "plan_progress", "plan_report"),
     "pipeline.prepared": ("Prepared",),
     "pipeline.backbone.prepare": ("PreparedTraining", "prepare_training"),
     "pipeline.dump_prepare": ("PreparedDump", "prepare_dump"),
     "pipeline.plan.stage2": ("plan_rebalance",),
     "pipeline.plan.whole": ("plan_reproduce", "plan_run"),
-    "pipeline.deploy.predict": ("Prediction", "predict"),
+    "pipeline.deploy.predict": ("predict", "prepare_predict"),
+    "pipeline.deploy.prediction": ("Prediction",),
     "pipeline.rebalance": ("AblationResult", "EvaluateResult", "RebalanceResult", "ablate", "evaluate", "rebalance"),
     "pipeline.rebalance.engine.objective": ("iwb_objective",),
-    "pipeline.report": ("Report", "write_report"),
-    "pipeline.report.progress": ("Compared", "compare_progress"),
+    "pipeline.report": ("Report", "prepare_report", "write_report"),
+    "pipeline.report.progress": ("Compared", "compare_progress", "prepare_progress"),
     "pipeline.reproduce": ("Reproduction", "reproduce"),
     "pipeline.run": ("RunResult", "run_pipeline"),
 }

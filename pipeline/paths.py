@@ -9,6 +9,7 @@ from typing import Any
 from cache import Cache
 
 PATHS = ("store", "out")  # of a results document
+STAGE1_HEAD = "stage1_head.safetensors"  # of an exported model: the head before rebalancing
 _OF_A_RUN = ("backbone/last.pt", "features.zarr", "rebalance/results.json", "seed-*/backbone", "seed-*/features.zarr")
 
 

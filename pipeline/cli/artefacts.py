@@ -1,4 +1,4 @@
-"""Commands on finished runs: report, progress, export and predict; and info and doctor."""
+"""What is made of a run: report, export, predict; and what any artefact is: info, doctor."""
 
 import shutil
 import sys
@@ -9,198 +9,169 @@ import click
 
 from pipeline.cli.completion import methods, runs, stores
 from pipeline.cli.exit_codes import show
-from pipeline.cli.options import EXECUTION, PATH, STORE, Command, count, device, dry_run, option, shared
+from pipeline.cli.options import PATH, STORE, Examples, dry_run, shared
 from pipeline.cli.paths import is_store, run_folder
 from pipeline.errors import FAILED
 
 LAYOUTS = ("table", "csv", "jsonl")
 WIDE = 120  # columns of a table that goes to a file or another program
-LISTED = 20  # images left out whose names are printed
+MOST_REASONS = 20  # of images left out
 
 
 @click.command(
     "report",
-    short_help="Write an interactive HTML page of one or several runs.",
-    cls=Command,
+    short_help="One interactive HTML page of a run, or of several side by side.",
+    cls=Examples,
     example="pipeline report runs/digits-lt",
 )
 @click.argument("runs", nargs=-1, metavar="[RUN]…", shell_complete=runs)
-@option("--out", type=PATH, help="Folder of report.html and figures/.", shown_default="the run; of several, ./report")
+@click.option("--out", type=PATH, help="Where report.html and figures/ go [default: the run; of several, ./report].")
 @dry_run
 @shared
 def report_command(runs, out, dry_run, as_json, debug):
-    """Write one self-contained, interactive HTML page of a run, and its figures as PNG with their numbers as CSV.
+    """One self-contained, interactive HTML page of a run, and its figures as PNG with their numbers as CSV.
 
-    RUN is a folder of `pipeline run` or `rebalance`, or of ablations. Several are compared first; a section on each follows.
+    RUN is a folder of `pipeline run` or `rebalance`, or of ablations; several are put side by side, then each for itself.
     """
     folders = [run_folder(run) for run in runs] or [run_folder(None)]
-    if dry_run:
-        from pipeline.plan.after import plan_report
+    from pipeline.report import prepare_report
 
-        show(plan_report(folders, out=out), as_json)
-        return
-    from pipeline.report import write_report
-
-    show(write_report(folders, out=out), as_json)
+    prepared = prepare_report(folders, out=out)
+    show(prepared.description if dry_run else prepared.write(), as_json)
 
 
 @click.command(
     "progress",
-    short_help="Compare how evenly trainings learn their classes.",
-    cls=Command,
+    short_help="Compare how evenly the classes of trainings come along.",
+    cls=Examples,
     example="pipeline progress runs/cross-entropy runs/weakened",
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=PATH, shell_complete=runs)
-@option(
-    "--out", type=PATH, default=Path("progress"), show_default=True, help="Folder of progress.png and progress.csv."
-)
+@click.option("--out", type=PATH, default=Path("progress"), show_default=True, help="Where progress.png and .csv go.")
 @dry_run
 @shared
 def progress_command(runs, out, dry_run, as_json, debug):
-    """Draw how evenly trainings learn their classes: spread of training accuracy over classes, and gradient ratio.
+    """How evenly the classes of trainings come along: spread of training accuracy and gradient ratio, as a figure.
 
-    RUN is a folder of `pipeline run` or `train-backbone` with backbone.diagnose_every=1; the first of several is the
-    reference of the others.
+    RUN is a folder of `pipeline run` or `train-backbone` with backbone.diagnose_every=1; of several, the first is what
+    the others are held against.
     """
-    if dry_run:
-        from pipeline.plan.after import plan_progress
+    from pipeline.report.progress import prepare_progress
 
-        show(plan_progress(runs, out=out), as_json)
-        return
-    from pipeline.report.progress import compare_progress
-
-    show(compare_progress(runs, out=out), as_json)
+    prepared = prepare_progress(runs, out=out)
+    show(prepared.description if dry_run else prepared.write(), as_json)
 
 
 @click.command(
     "export",
-    short_help="Write the whole model, or a store, as plain files.",
-    cls=Command,
+    short_help="The model with the rebalanced head, or a store as files.",
+    cls=Examples,
     example="pipeline export runs/digits-lt --to onnx --out model",
 )
 @click.argument("run", required=False, shell_complete=runs)
-@option(
+@click.option(
     "--to",
     "kind",
     type=click.Choice(["timm", "safetensors", "onnx", "npy"]),
-    help="Format: timm, safetensors or onnx for a model, npy or safetensors for a feature store.",
-    shown_default="timm, of a store npy",
+    help="timm, safetensors or onnx of a model [default: timm], npy or safetensors of a feature store [default: npy].",
 )
-@option("--out", type=PATH, required=True, help="Folder to write.")
-@option("--lam", type=float, metavar="X", help="λ of the head to take instead of the selected one.")
-@option(
+@click.option("--out", type=PATH, required=True, help="The folder to make.")
+@click.option("--lam", type=float, help="Take the head of this λ instead of the selected one.")
+@click.option(
     "--method",
     metavar="NAME",
     shell_complete=methods,
-    help="Method of the head to take instead; of several λ the one selected on validation.",
+    help="Take the head of this method instead; with several λ, that which validation prefers.",
 )
 @dry_run
 @shared
 def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
-    """Write a folder with the whole model, its rebalanced head, its configuration and a model card.
+    """The whole model with the rebalanced head, its configuration and a model card, as a folder.
 
     ONNX is one graph from pixels to logits, and needs the extra: pip install 'iwb-pipeline[onnx]'.
 
-    Where RUN is a feature store (…/features.zarr), write its features, labels and classifier as plain files.
+    Or, where RUN is a feature store (…/features.zarr), its features, labels and classifier as plain files.
     """
     if run is not None and is_store(run):
-        import cache
+        from pipeline.deploy.store_export import prepare_store_export
 
         if kind in ("timm", "onnx") or lam is not None or method is not None:
             raise click.UsageError(
                 f"{run} is a feature store: it goes --to npy or safetensors, without --lam or --method"
             )
-        if dry_run:
-            from pipeline.plan.after import plan_export
-
-            show(plan_export(run, to=kind, out=out), as_json)
-            return
-        show(cache.export(run, out, format=kind or "npy"), as_json)
-        return
-    if kind == "npy":
+        prepared = prepare_store_export(run, to=kind or "npy", out=out)
+    elif kind == "npy":
         raise click.UsageError(f"npy is of a feature store, such as {run_folder(run) / 'features.zarr'}")
-    from pipeline.deploy.export import export_model
+    else:
+        from pipeline.deploy.export import prepare_export
 
-    if dry_run:
-        from pipeline.plan.after import plan_export
-
-        show(plan_export(run_folder(run), to=kind, out=out, lam=lam, method=method), as_json)
-        return
-    show(export_model(run_folder(run), to=kind or "timm", out=out, lam=lam, method=method), as_json)
+        prepared = prepare_export(run_folder(run), to=kind or "timm", out=out, lam=lam, method=method)
+    show(prepared.description if dry_run else prepared.write(), as_json)
 
 
 @click.command(
     "predict",
     short_help="Label images with an exported model or a run.",
-    cls=Command,
+    cls=Examples,
     example="pipeline predict model photos/ --top-k 3",
 )
 @click.argument("model", type=PATH, shell_complete=runs)
 @click.argument("images", nargs=-1, required=True)
-@count("--top-k", "Classes to print per image.", default=3)
-@option(
+@click.option("--top-k", type=click.IntRange(1), default=3, show_default=True, help="How many classes to name.")
+@click.option(
     "--format",
     "layout",
     type=click.Choice([*LAYOUTS]),
-    help="Format of the labels.",
-    shown_default="the ending of --out, else table",
+    help="How they are printed [default: what --out ends with; table].",
 )
-@option("--out", type=PATH, help="File to write, such as labels.csv or labels.jsonl, instead of printing.")
-@option("--compare", is_flag=True, help="Also print the label before rebalancing, and count the changes.")
-@count("--batch-size", "Images per batch.", default=64, group=EXECUTION)
-@device
+@click.option("--out", type=PATH, help="A file for them, such as labels.csv or labels.jsonl, instead of the terminal.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time.")
+@click.option("--compare", is_flag=True, help="Also say what the head before rebalancing says, and what has changed.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute.")
 @dry_run
 @shared
 def predict_command(model, images, top_k, layout, out, batch_size, compare, device, dry_run, as_json, debug):
     """Label images with an exported model or a run.
 
-    MODEL is a folder of `pipeline export` or a run; IMAGES are files, folders, globs, and - for names on standard input, one
-    per line. Unreadable files are listed and left out; the exit code is 3 if none could be read.
+    MODEL is a folder of `pipeline export` or a run; IMAGES are files, folders, globs, and - for a list of them on standard
+    input, one a line. Unreadable files are reported and left out; exit code 3 if none could be read.
     """
     if as_json and (layout or out) and not dry_run:
         raise click.UsageError("--json is one document on stdout: give it without --format and --out")
     if out and not layout and out.suffix not in (".csv", ".jsonl"):
         raise click.UsageError(f"{out}: ends neither with .csv nor with .jsonl; say --format")
     layout = layout or (out.suffix[1:] if out else "table")
-    words = [name for word in images for name in (sys.stdin.read().splitlines() if word == "-" else [word])]
-    names = [name for name in words if name]
-    if dry_run:
-        from pipeline.plan.after import plan_predict
-
-        options = {"batch_size": batch_size, "compare": compare, "device": device}
-        show(plan_predict(model, names, out=out, **options), as_json)
-        return
+    lines = [name for word in images for name in (sys.stdin.read().splitlines() if word == "-" else [word])]
     from cache import write_durably
     from pipeline.console import Talk
-    from pipeline.deploy import prediction_lines as predict_lines
-    from pipeline.deploy.predict import Comparison, Predictions, counted, find_images, label, load_model
+    from pipeline.deploy.predict import prepare_predict
+    from pipeline.deploy.prediction import CHANGED, Predictions, count_images, csv_lines, json_lines, table_lines
 
-    talk = Talk()
-    skipped: list[str] = []
-    paths = find_images(names, skipped.append)
-    unfound = len(skipped)
-    loaded = load_model(model, device=device)
-    comparison = Comparison(loaded.groups) if compare else None
-    on_terminal = not (as_json or out) and sys.stdout.isatty()  # there the rows themselves are the progress
+    prepared = prepare_predict(
+        model, [name for name in lines if name], top_k=top_k, batch_size=batch_size, device=device, compare=compare, out=out
+    )  # fmt: skip
+    if dry_run:
+        show(prepared.description, as_json)
+        return
+    talk, paths, changes = Talk(), prepared.paths, prepared.changes
+    unreadable: list[str] = []
+    on_terminal = not (as_json or out) and sys.stdout.isatty()  # rows that come are progress enough
     with nullcontext() if on_terminal else talk.progress("predict") as bar:
 
         def rows():
-            labelled = label(loaded, paths, top_k=top_k, batch_size=batch_size, compare=compare, skipped=skipped.append)
-            for done, row in enumerate(labelled, 1):
-                if comparison is not None:
-                    comparison.add(row)
+            for done, row in enumerate(prepared.rows(unreadable.append), 1):
                 if bar is not None:
-                    bar.move(done + len(skipped) - unfound, len(paths))
+                    bar.move(done + len(unreadable), len(paths))
                 yield row
 
         if as_json:
-            show(Predictions(tuple(rows()), tuple(skipped), comparison), True)
+            show(Predictions(tuple(rows()), (*prepared.skipped, *unreadable), changes), True)
             return
         if layout == "table":
             width = shutil.get_terminal_size().columns if on_terminal else WIDE
-            lines = predict_lines.table_lines(rows(), [str(path) for path in paths], width=width)
+            lines = table_lines(rows(), [str(path) for path in paths], width=width)
         else:
-            lines = predict_lines.csv_lines(rows()) if layout == "csv" else predict_lines.json_lines(rows())
+            lines = csv_lines(rows()) if layout == "csv" else json_lines(rows())
         encoded = (f"{line}\n".encode(errors="backslashreplace") for line in lines)  # names of files may be no text
         if out:
             write_durably(out, lambda file: file.writelines(encoded))
@@ -208,42 +179,43 @@ def predict_command(model, images, top_k, layout, out, batch_size, compare, devi
             for line in encoded:
                 click.echo(line, nl=False)
     if out:
-        click.echo(f"{out}: {counted(len(paths) - len(skipped) + unfound)} labelled")
-    if comparison is not None:
-        mark = f"\n{predict_lines.CHANGED} " if layout == "table" and comparison.changed else "\n" * (layout == "table")
-        click.echo(f"{mark}{comparison}", err=layout != "table" and not out)
-    for reason in skipped[:LISTED]:
+        click.echo(f"{out}: {count_images(len(paths) - len(unreadable))} labelled")
+    if changes is not None:
+        mark = f"\n{CHANGED} " if layout == "table" and changes.changed else "\n" * (layout == "table")
+        click.echo(f"{mark}{changes}", err=layout != "table" and not out)
+    skipped = [*prepared.skipped, *unreadable]
+    for reason in skipped[:MOST_REASONS]:
         talk.say(f"left out: {reason}")
-    if len(skipped) > LISTED:
-        talk.say(f"left out: {len(skipped) - LISTED:,} more; --json lists them all")
+    if len(skipped) > MOST_REASONS:
+        talk.say(f"left out: {len(skipped) - MOST_REASONS:,} more; --json lists them all")
 
 
 @click.command(
     "info",
-    short_help="Print what an artefact is and what made it.",
-    cls=Command,
+    short_help="What an artefact is and what made it.",
+    cls=Examples,
     example="pipeline info runs/digits-lt/features.zarr",
 )
 @click.argument("path", type=STORE, shell_complete=stores)
 @shared
 def info_command(path, as_json, debug):
-    """Print what an artefact is and what made it: a run, checkpoint, store, results, heads, export or configuration."""
+    """What an artefact is and what made it: a run, checkpoint, store, results, heads, export or configuration."""
     from pipeline.info import describe
 
     show(describe(path), as_json)
 
 
 @click.command(
-    "doctor", short_help="Print versions and devices; run a self-test.", cls=Command, example="pipeline doctor"
+    "doctor", short_help="Versions, devices, precision, and a short self-test.", cls=Examples, example="pipeline doctor"
 )
 @shared
 def doctor_command(as_json, debug):
-    """Print versions, devices, the precision chosen and the reason, and run a short self-test."""
+    """Versions, devices, the precision chosen and why, and a short self-test."""
     from pipeline.doctor import doctor
 
-    diagnosis = doctor()
-    show(diagnosis, as_json)
-    if not diagnosis.ok:
+    found = doctor()
+    show(found, as_json)
+    if not found.ok:
         raise click.exceptions.Exit(FAILED)
 
 

@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
-from pipeline.deploy.export import Exported, create_call, main_table
+from pipeline.deploy.exported import ExportedModel, create_call
 from pipeline.longtail import BOUNDS, class_groups
 from pipeline.metrics import unmeasured
+from pipeline.report.sections import Line, summary
 from pipeline.report.study import SPLITS, Study, spread
 from pipeline.results.head_id import HeadId
 
@@ -22,15 +23,19 @@ BY_DIRECTION = {  # heads whose probabilities are not what was trained, though t
 }
 
 
-def model_card(study: Study, exported: Exported, config: dict[str, Any]) -> str:
-    """The card: how to use the model, what it scores, how its head was chosen, what it was trained on, its limits."""
+def model_card(study: Study, exported: ExportedModel, config: dict[str, Any]) -> str:
+    """Return the card: use of the model, its accuracy, choice of its head, training data, limits.
+
+    Arguments:
+        config: the content of config.json.
+    """
     head, counts, names = exported.head, study.counts, config["class_names"]
     groups = ", ".join(f"{int((m & study.tested).sum())} {g} ({BOUNDS[g]})" for g, m in class_groups(counts).items())
     over = f"{study.averaged}: {groups} training images"
     untested = "".join(f"\nNot measured: {note}." for note in unmeasured(study.tested, names, "test"))
-    shown = ", ".join(names[:20]) + (f" … ({len(names)} in config.json)" if len(names) > 20 else "")
-    made = config["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
+    classes = ", ".join(names[:20]) + (f" … ({len(names)} in config.json)" if len(names) > 20 else "")
+    origin = config["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
     licences = "the training images and of the pretrained weights" if config["pretrained"] else "the training images"
     return f"""{_front_matter(exported)}
 # {study.folder.resolve().name}: {exported.network}, {exported.classes} classes, rebalanced
@@ -58,9 +63,9 @@ In %, on the test split, which selected nothing; a group's accuracy is the mean 
 
 ## Data
 
-{exported.classes} classes: {shown}.
+{exported.classes} classes: {classes}.
 Training images per class are in config.json (`counts`); the data set's fingerprint is
-`{made["dataset"]}`.
+`{origin["dataset"]}`.
 
 ## Limits
 
@@ -77,38 +82,33 @@ Write it here and, for the Hugging Face hub, as a line `license: …` at the top
 
 ## Made by
 
-{versions}, on {made["created"][:10]}; weights of the trained network `{made["made_from"]["checkpoint"][:16]}`.
+{versions}, on {origin["created"][:10]}; weights of the trained network `{origin["made_from"]["checkpoint"][:16]}`.
 """
 
 
-def _front_matter(exported: Exported) -> str:
-    """What the Hugging Face hub reads; only what its button for timm can load is said to be timm's."""
-    library = "onnx" if exported.onnx else "timm" if not _is_own(exported) else None
-    loaded = library if exported.weights.suffix != ".pth" else None
-    lines = [f"library_name: {loaded}"] * bool(loaded)
+def _front_matter(exported: ExportedModel) -> str:
+    """Return the YAML that the Hugging Face hub reads; library_name is timm only where the hub's button can load it."""
+    library = "onnx" if exported.onnx else None if exported.needs_package else "timm"
+    loadable = library if exported.weights.suffix != ".pth" else None
+    lines = [f"library_name: {loadable}"] * bool(loadable)
     lines += ["pipeline_tag: image-classification", "tags:", "- image-classification", "- long-tailed"]
     return "\n".join(["---", *lines, *[f"- {library}"] * bool(library), "---"])
 
 
-def _is_own(exported: Exported) -> bool:
-    """Whether the network is one of this package, which timm alone does not know."""
-    return exported.network.startswith("cifar_")
-
-
 def _pixels(config: dict[str, Any]) -> str:
     height, width = config["transform"]["size"]
-    how = f"an RGB image's shorter side to {_shorter(config)} pixels ({config['transform']['interpolation']})"
-    return f"Resize {how} and take the middle {height} × {width}"
+    resize = f"Resize an RGB image's shorter side to {_shorter(config)} pixels ({config['transform']['interpolation']})"
+    return f"{resize} and take the middle {height} × {width}"
 
 
 def _shorter(config: dict[str, Any]) -> int:
     return math.floor(min(config["transform"]["size"]) / config["transform"]["crop_pct"])
 
 
-def _use_onnx(exported: Exported, config: dict[str, Any]) -> str:
+def _use_onnx(exported: ExportedModel, config: dict[str, Any]) -> str:
     (height, width), mean, std = config["transform"]["size"], config["transform"]["mean"], config["transform"]["std"]
     assert exported.onnx is not None
-    found, runtime = exported.onnx["checked"], exported.onnx["versions"]["onnxruntime"]
+    check, runtime = exported.onnx["checked"], exported.onnx["versions"]["onnxruntime"]
     return f"""```python
 {_onnx_code(exported.out.resolve().name, config)}```
 
@@ -116,24 +116,26 @@ def _use_onnx(exported: Exported, config: dict[str, Any]) -> str:
   Do not normalise: mean {mean} and standard deviation {std} (of 0 … 1) are taken out inside the graph.
 - Outputs, float32: `logits`, batch × {exported.classes}; `features`, batch × {config["num_features"]}, what the head sees.
 - Opset {exported.onnx["opset"]}. Class names, resizing and head are in the file's own metadata too, as JSON.
-- When it was made, onnxruntime {runtime} gave PyTorch's results on {found["images"]} random images,
-  at most {found["largest_difference"]:.0e} apart (the largest logit is {found["largest_logit"]:.1f}).
+- When it was made, onnxruntime {runtime} gave PyTorch's results on {check["images"]} random images,
+  at most {check["largest_difference"]:.0e} apart (the largest logit is {check["largest_logit"]:.1f}).
 """
 
 
-def _use_timm(exported: Exported, config: dict[str, Any]) -> str:
+def _use_timm(exported: ExportedModel, config: dict[str, Any]) -> str:
     folder, mean, std = exported.out.resolve().name, config["transform"]["mean"], config["transform"]["std"]
     hub = ", from the hub `hf-hub:NAME/OF-IT`" if exported.weights.suffix == ".safetensors" else ""
     call = f"`timm.create_model('local-dir:{folder}', pretrained=True)`{hub}"
-    whole = "" if _is_own(exported) else f"\nOr the folder as it stands, with timm 1.0.16 or newer: {call}.\n"
+    from_folder = (
+        "" if exported.needs_package else f"\nOr the folder as it stands, with timm 1.0.16 or newer: {call}.\n"
+    )
     return f"""```python
 {_timm_code(exported, folder)}```
 
 {_pixels(config)}, scale to 0…1, take out mean {mean} and standard deviation {std}: `transform` does.
-{whole}"""
+{from_folder}"""
 
 
-def _timm_code(exported: Exported, folder: str) -> str:
+def _timm_code(exported: ExportedModel, folder: str) -> str:
     imports, _, call = create_call(
         exported.network, exported.model_args, exported.classes, f"{folder}/{exported.weights.name}"
     ).rpartition("; ")
@@ -178,17 +180,25 @@ print(names[best], float(probabilities[best]))
 
 
 def _table(study: Study, head: dict[str, Any]) -> list[str]:
-    """The report's rows, and the exported head's own where they are means of several."""
+    """Return the report's rows, and that of the exported head where they are means of several."""
     rows = [f"| {line.name} | {' | '.join(str(line.cells[c]) for c in COLUMNS)} |" for line in main_table(study, head)]
-    kind = HeadId.of_row(head)
-    own = [r for r in study.first.rows if r["split"] == "test" and kind.matches(r) and r["seed"] == head["seed"]]
-    if own and (head["of_seeds"] > 1 or head["backbone"]):
-        rows.append(f"| **the head in this folder** | {' | '.join(str(spread([own[0][c]])) for c in COLUMNS)} |")
+    head_id = HeadId.of_row(head)
+    row = next(
+        (r for r in study.first.rows if r["split"] == "test" and head_id.matches(r) and r["seed"] == head["seed"]), None
+    )
+    if row and (head["of_seeds"] > 1 or head["backbone"]):
+        rows.append(f"| **the head in this folder** | {' | '.join(str(spread([row[c]])) for c in COLUMNS)} |")
     return rows
 
 
+def main_table(study: Study, head: dict[str, Any]) -> list[Line]:
+    """Return the report's main table, with the exported head where it is not the selected one."""
+    head_id = HeadId.of_row(head)
+    return summary(study, also=None if head_id == study.first.selected else head_id)
+
+
 def _choice(study: Study, head: dict[str, Any]) -> str:
-    """How the head was chosen, in a sentence."""
+    """Return a sentence on how the head was chosen."""
     if head["lam"] is None:
         selected = HeadId.of_row(head) == study.first.selected and head["chosen_on"]
         return (
@@ -198,19 +208,19 @@ def _choice(study: Study, head: dict[str, Any]) -> str:
 
 
 def _weakest(study: Study, head: dict[str, Any], names: list[str]) -> str:
-    """A line on the five classes that are recognised worst."""
-    own = study.first.class_accuracy(HeadId.of_row(head), "test")
-    if own is None:
+    """Return a line on the five classes that are recognised worst."""
+    accuracies = study.first.class_accuracy(HeadId.of_row(head), "test")
+    if accuracies is None:
         return ""
-    known = sorted((float(accuracy), c) for c, accuracy in enumerate(own) if accuracy == accuracy)[:5]
-    listed = ", ".join(f"{names[c]} {accuracy:.0f} % ({study.counts[c]} training images)" for accuracy, c in known)
-    return f"- Weakest classes on test: {listed}.\n"
+    weakest = sorted((float(accuracy), c) for c, accuracy in enumerate(accuracies) if accuracy == accuracy)[:5]
+    texts = [f"{names[c]} {accuracy:.0f} % ({study.counts[c]} training images)" for accuracy, c in weakest]
+    return f"- Weakest classes on test: {', '.join(texts)}.\n"
 
 
 def _one_head(head: dict[str, Any]) -> str:
-    """Which of the heads behind a row of means the folder holds, in a sentence."""
+    """Return a sentence on which of the heads behind a row of means the folder holds."""
     if head["of_seeds"] == 1 and not head["backbone"]:
         return "This folder holds the only head of its row."
-    which = [f"batch order {head['seed']} of {head['of_seeds']}"] * (head["of_seeds"] > 1)
-    which += [f"backbone {head['backbone']}"] if head["backbone"] else []
-    return f"The last row is the one head that this folder holds: {', '.join(which)}; rows with ± are means."
+    parts = [f"batch order {head['seed']} of {head['of_seeds']}"] * (head["of_seeds"] > 1)
+    parts += [f"backbone {head['backbone']}"] if head["backbone"] else []
+    return f"The last row is the one head that this folder holds: {', '.join(parts)}; rows with ± are means."

@@ -1,4 +1,4 @@
-"""The whole model that labels images: encoder and head, from an exported folder or straight from a run."""
+"""The model that labels images: encoder and head, from an exported folder or straight from a run."""
 
 import json
 from collections.abc import Callable
@@ -8,30 +8,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file as load_tensors
 from torch import Tensor, nn
 
 from pipeline.backbone.build import build_model, classifier, encode
+from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
 from pipeline.config import BackboneConfig
 from pipeline.data.transform import Transform
-from pipeline.deploy.export import STAGE1, input_facts, matching_checkpoint
+from pipeline.deploy.onnx import runner
 from pipeline.distributed import choose_device
 from pipeline.errors import DataError, PipelineError
 from pipeline.longtail import class_groups
-from pipeline.report.study import read_study
+from pipeline.paths import STAGE1_HEAD
+from pipeline.report.study import Backbone, read_study
 from pipeline.results.heads import Linear, Scorer, scorer_of
 
-PLACES = ("results.json", "rebalance/results.json", "seed-*/rebalance/results.json")  # of a run's results
+RESULTS = ("results.json", "rebalance/results.json", "seed-*/rebalance/results.json")  # of a run
+UNCROPPED = ("digits", "cifar10", "cifar100", "npz")  # sources whose images have the network's input size
 
 
-class Whole(nn.Module):
-    """uint8 images (B, 3, H, W), RGB → logits (B, C) and features (B, D): normalisation, encoder, head."""
+class EncoderAndHead(nn.Module):
+    """uint8 RGB images (B, 3, H, W) → logits (B, C) and features (B, D): normalisation, encoder, head."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, network: nn.Module, head: Scorer, transform: Transform):
         super().__init__()
-        self.network, self.head = network.eval(), len(head.arrays)
+        self.network, self.head_arrays = network.eval(), len(head.arrays)
         for name, values in (("mean", transform.mean), ("std", transform.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1) * 255)
         for i, array in enumerate(head.arrays):
@@ -39,14 +44,18 @@ class Whole(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = encode(self.network, (images.float() - self.mean) / self.std)
-        return scorer_of([getattr(self, f"head_{i}") for i in range(self.head)]).logits(features), features
+        head = scorer_of([getattr(self, f"head_{i}") for i in range(self.head_arrays)])
+        return head.logits(features), features
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """What labels images. run: uint8 images (B, 3, H, W) → logits (B, C), features (B, D), all on the CPU.
+class InferenceModel:
+    """A model that labels images.
 
-    stage1: the head before rebalancing, on the same features; counts (C,): usable training images a class.
+    Arguments:
+        run: uint8 images (B, 3, H, W) → logits (B, C), features (B, D), all on the CPU.
+        stage1: the head before rebalancing, on the same features.
+        counts: (C,) usable training images of each class.
     """
 
     run: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -57,28 +66,28 @@ class Model:
 
     @property
     def groups(self) -> dict[str, str]:
-        """many, medium or few of each class name."""
+        """Group (many, medium or few) of each class name."""
         members = class_groups(self.counts).items()
         return {self.class_names[c]: group for group, mask in members for c in np.flatnonzero(mask)}
 
 
-def load_model(path: Path | str, *, device: str = "auto") -> Model:
-    """The model in a folder of `pipeline export`, or of a run with its selected head; DataError for anything else.
+def load_model(path: Path | str, *, device: str = "auto") -> InferenceModel:
+    """Return the model in a folder of `pipeline export`, or the first backbone of a run with its selected head.
 
-    A run of several backbones gives the first.
+    Raises: DataError: anything else.
     """
     path = Path(path)
     if (path / "config.json").is_file():
         return _exported(path, device)
-    if not any(any(path.glob(place)) for place in PLACES):
+    if not any(any(path.glob(pattern)) for pattern in RESULTS):
         kind = "neither a folder of `pipeline export` nor a rebalanced run" if path.is_dir() else "no such folder"
         raise DataError(f"{path}: {kind}; give one of `pipeline export --out DIR` or `pipeline run`")
     study = read_study(path)
     checkpoint = matching_checkpoint(study.first)
     transform = Transform.from_dict(input_facts(checkpoint))
     _, head = study.first.head(study.first.selected)
-    return Model(
-        _by_torch(Whole(checkpoint.model, head, transform), device),
+    return InferenceModel(
+        _torch_runner(EncoderAndHead(checkpoint.model, head, transform), device),
         Linear(*study.first.store.classifier),
         transform,
         checkpoint.class_names,
@@ -86,25 +95,21 @@ def load_model(path: Path | str, *, device: str = "auto") -> Model:
     )
 
 
-def _exported(path: Path, device: str) -> Model:
-    from safetensors.numpy import load_file as load_arrays
-
+def _exported(path: Path, device: str) -> InferenceModel:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         transform, weights = Transform.from_dict(config["transform"]), path / config["weights"]
-        stage1 = load_arrays(path / STAGE1)
+        stage1 = load_arrays(path / STAGE1_HEAD)
         if weights.suffix == ".onnx":
-            from pipeline.deploy.onnx import runner
-
             run = runner(weights, device)
         else:
             network = _network(config, weights)
             layer = classifier(network)
             bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
             head = Linear(layer.weight.detach().numpy(), bias.detach().numpy())
-            run = _by_torch(Whole(network, head, transform), device)
+            run = _torch_runner(EncoderAndHead(network, head, transform), device)
         names, counts = tuple(config["class_names"]), np.array(config["counts"])
-        return Model(run, Linear(stage1["weight"], stage1["bias"]), transform, names, counts)
+        return InferenceModel(run, Linear(stage1["weight"], stage1["bias"]), transform, names, counts)
     except PipelineError:
         raise
     except Exception as error:  # torch and onnxruntime raise a dozen types for a damaged file
@@ -113,24 +118,56 @@ def _exported(path: Path, device: str) -> Model:
 
 
 def _network(config: dict[str, Any], weights: Path) -> nn.Module:
-    from safetensors.torch import load_file
-
     args = dict(config["model_args"])
     width = args.pop("width", 1.0)
     settings = BackboneConfig.model_validate({"model": config["architecture"], "width": width, "model_args": args})
     network = build_model(settings, num_classes=config["num_classes"])
     safe = weights.suffix == ".safetensors"
-    network.load_state_dict(load_file(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True))
+    network.load_state_dict(
+        load_tensors(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True)
+    )
     return network
 
 
-def _by_torch(model: Whole, device: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    where = choose_device(device)
-    model = model.to(where)
+def _torch_runner(model: EncoderAndHead, device: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    target = choose_device(device)
+    model = model.to(target)
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
-            logits, features = model(images.to(where))
+            logits, features = model(images.to(target))
         return logits.cpu(), features.cpu()
 
     return run
+
+
+def matching_checkpoint(backbone: Backbone) -> Checkpoint:
+    """Return the checkpoint whose features the store holds; DataError where it is another or there is none."""
+    store = backbone.store.path  # one in an object store has its run where its results are
+    folder = (store.parent if isinstance(store, Path) else backbone.results_path.parent.parent) / "backbone"
+    digest = backbone.store.fingerprint.get("checkpoint")
+    digests = {}
+    for name in ("last.pt", "best.pt"):
+        if (folder / name).is_file():
+            checkpoint = load_checkpoint(folder / name)
+            if checkpoint.weights_digest == digest:
+                return checkpoint
+            digests[name] = checkpoint.weights_digest[:12]
+    if digest is None:
+        raise DataError(
+            f"{store}: features that no network of this program made, so there is only the head: "
+            f"pipeline.rebalanced_head({str(backbone.results_path.parent)!r}).array_logits(features) in Python"
+        )
+    if not digests:
+        raise DataError(f"{folder}: no checkpoint beside the store; copy the run's backbone/last.pt there")
+    present = ", ".join(f"{name} has weights {digest}" for name, digest in digests.items())
+    raise DataError(
+        f"{folder}: the store's features come from weights {str(digest)[:12]}, {present}; "
+        f"run `pipeline dump-features --checkpoint {folder / 'last.pt'} --overwrite` and `pipeline rebalance` again"
+    )
+
+
+def input_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the evaluation transform for image files; images that were trained on uncropped are not cropped either."""
+    facts = checkpoint.transform.to_dict()
+    return facts | {"crop_pct": 1.0} if checkpoint.config.data.source in UNCROPPED else facts

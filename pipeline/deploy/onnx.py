@@ -6,16 +6,13 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache import write_durably
 from pipeline.errors import ConfigError, PipelineError
-
-if TYPE_CHECKING:
-    from pipeline.deploy.inference_model import Whole
 
 OPSET = 18  # what the exporter writes by itself, so that nothing is converted after it; onnxruntime runs it since 1.14
 ONE_FILE = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB, larger ones go to a second file
@@ -25,12 +22,15 @@ Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def write_onnx(
-    path: Path, model: "Whole", *, network: str, size: tuple[int, int], metadata: Mapping[str, str]
+    path: Path, model: nn.Module, *, network: str, size: tuple[int, int], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Writes the graph images (batch, 3, H, W) uint8 → logits (batch, C), features (batch, D); returns what is known of it.
+    """Write the graph of a model, check it with onnxruntime on random images, and return its facts.
 
-    metadata: what onnxruntime gives back as custom_metadata_map. The file is run by onnxruntime on random images, one and
-    three at a time. PipelineError where the network cannot be translated, or computes something else there.
+    Arguments:
+        model: uint8 images (B, 3, H, W) → logits (B, C), features (B, D), in evaluation mode.
+        network: its name, for errors.
+        metadata: the entries that onnxruntime returns as `custom_metadata_map`.
+    Raises: PipelineError: torch cannot translate the network, or onnxruntime computes something else than PyTorch.
     """
     import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -38,7 +38,7 @@ def write_onnx(
     images = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter's own insides
+            warnings.simplefilter("ignore")  # about the exporter's own code
             program = torch.onnx.export(
                 model,
                 (images,),
@@ -56,7 +56,7 @@ def write_onnx(
             f"{network}: torch cannot translate it to ONNX ({reason}); --to safetensors carries it"
         ) from error
     graph = program.model
-    ClearMetadataAndDocStringPass()(graph)  # each node would tell where in this machine's files it comes from
+    ClearMetadataAndDocStringPass()(graph)  # each node would name the file and line of this machine that it comes from
     graph.metadata_props.update(metadata)
     if sum(tensor.nbytes for tensor in model.state_dict().values()) < ONE_FILE:
         write_durably(path, onnx_ir.to_proto(graph).SerializeToString())
@@ -80,18 +80,22 @@ def write_onnx(
         "checked": {
             "images": len(images),
             "largest_logit": float(logits.abs().max()),
-            "largest_difference": max(_apart(path, a, b) for a, b in zip(again, (logits, features), strict=True)),
+            "largest_difference": max(
+                _largest_difference(path, a, b) for a, b in zip(again, (logits, features), strict=True)
+            ),
         },
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 
 def runner(path: Path, device: str) -> Run:
-    """What runs such a file: uint8 images (B, 3, H, W) → logits (B, C), features (B, D).
+    """Return the function that runs a graph: uint8 images (B, 3, H, W) → logits (B, C), features (B, D).
 
-    device auto takes a GPU where onnxruntime can; ConfigError for cuda where it cannot.
+    Arguments:
+        device: auto takes a GPU where onnxruntime can.
+    Raises: ConfigError: onnxruntime is missing, or has no CUDA for device cuda.
     """
-    check_packages("onnxruntime", what=f"{path}: an ONNX model")
+    check_packages("onnxruntime", purpose=f"{path}: an ONNX model")
     import onnxruntime
 
     providers = ["CPUExecutionProvider"]
@@ -113,16 +117,16 @@ def runner(path: Path, device: str) -> Run:
     return run
 
 
-def check_packages(*packages: str, what: str = "--to onnx") -> None:
-    """ConfigError that says what to install where one of the packages (all of them) is missing."""
+def check_packages(*packages: str, purpose: str = "--to onnx") -> None:
+    """Raise ConfigError where one of the packages (by default all) is missing, with the command that installs them."""
     missing = [name for name in packages or PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{what} needs {', '.join(missing)}: pip install 'iwb-pipeline[onnx]'")
+        raise ConfigError(f"{purpose} needs {', '.join(missing)}: pip install 'iwb-pipeline[onnx]'")
 
 
-def _apart(path: Path, found: Tensor, expected: Tensor) -> float:
-    """The largest difference; PipelineError where it is more than rounding."""
-    apart, largest = float((found - expected).abs().max()), float(expected.abs().max())
+def _largest_difference(path: Path, actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference; PipelineError where it is more than rounding."""
+    apart, largest = float((actual - expected).abs().max()), float(expected.abs().max())
     if not apart <= ALIKE * max(largest, 1):
         raise PipelineError(
             f"{path}: onnxruntime computes something else than PyTorch, {apart:.2g} apart where the largest value is "

@@ -2,9 +2,8 @@
 
 import glob
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,117 +11,101 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cache import refuse_unwritable
 from pipeline.data.dataset import Split
 from pipeline.data.files import FileNames
 from pipeline.data.images import EXTENSIONS
 from pipeline.data.processes import decoding_processes, end_with_parent
 from pipeline.data.transform import ImageFiles, Transform, collate, from_workers, wanted
-from pipeline.deploy.inference_model import Model, load_model
+from pipeline.deploy.inference_model import InferenceModel, load_model
+from pipeline.deploy.prediction import ChangedAnswers, Guess, Prediction, Predictions, count_images
+from pipeline.distributed import choose_device
 from pipeline.errors import ConfigError, DataError
-from pipeline.longtail import GROUPS
-from pipeline.resources import usable_cores
-from pipeline.text import Shown
+from pipeline.prepared import Prepared, Write, replaced_or_new
 
 ADVICE = "a smaller --batch-size takes less, in a container more --shm-size helps"
 WORKERS_FROM = 512  # images; fewer are decoded sooner than worker processes start
 
 
-@dataclass(frozen=True)
-class Guess:
-    """A class and its probability (0…1)."""
+@dataclass(frozen=True, eq=False)
+class PreparedPrediction:
+    """A model and the images to label; `rows` labels them.
+
+    Arguments:
+        skipped: a reason for each name that leads to no image.
+        changes: counts of changed answers, where the head before rebalancing is compared.
+    """
 
     name: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The most probable classes of one image, most probable first; stage1: what the head before rebalancing says."""
-
-    path: str
-    guesses: tuple[Guess, ...]
-    stage1: tuple[Guess, ...] | None = None
+    model: InferenceModel
+    paths: list[Path]
+    skipped: list[str]
+    top_k: int
+    batch_size: int
+    changes: ChangedAnswers | None
+    device: str
+    out: Path | None
 
     @property
-    def changed(self) -> bool:
-        """Whether rebalancing changed the first answer."""
-        return self.stage1 is not None and self.stage1[0].name != self.guesses[0].name
+    def description(self) -> Prepared:
+        heads = "the rebalanced head" + (" and that of stage 1" if self.changes else "")
+        batches = -(-len(self.paths) // self.batch_size)
+        numbers = {"images": len(self.paths), "batches": batches, "classes": len(self.model.class_names)}
+        number = f"{count_images(len(self.paths))} in {batches:,} batch{'' if batches == 1 else 'es'}"
+        return Prepared(
+            "predict",
+            {},
+            {
+                "model": f"{self.name}: {len(self.model.class_names):,} classes; {heads}",
+                "images": f"{number}, by {self.device}",
+            },
+            numbers | {"device": self.device, "compare": self.changes is not None},
+            () if self.out is None else (Write(self.out, None, replaced_or_new(self.out)),),
+            tuple(self.skipped),
+        )
 
-    def to_dict(self) -> dict[str, Any]:
-        row: dict[str, Any] = {"path": self.path, "top": [vars(g) for g in self.guesses]}
-        if self.stage1 is None:
-            return row
-        return row | {"stage1": [vars(g) for g in self.stage1], "changed": self.changed}
-
-
-@dataclass
-class Comparison:
-    """How many first answers rebalancing changed, and from and to which groups of classes; grows by `add`."""
-
-    groups: Mapping[str, str]
-    images: int = 0
-    moves: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def add(self, row: Prediction) -> None:
-        self.images += 1
-        if row.changed and row.stage1:
-            self.moves[self.groups[row.stage1[0].name], self.groups[row.guesses[0].name]] += 1
-
-    @property
-    def changed(self) -> int:
-        return self.moves.total()
-
-    @property
-    def sides(self) -> dict[str, dict[str, int]]:
-        """`from` and `to`: how many of the changed answers were and are classes with many, medium, few images."""
-        return {
-            side: {group: sum(n for move, n in self.moves.items() if move[i] == group) for group in GROUPS}
-            for i, side in enumerate(("from", "to"))
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "changed": self.changed, **self.sides}
-
-    def __str__(self) -> str:
-        first = f"rebalancing changed the first answer of {self.changed:,} of {counted(self.images)}"
-        told = [
-            f"{side} classes with {', '.join(f'{group} ({n:,})' for group, n in of.items() if n)}"
-            for side, of in self.sides.items()
-        ]
-        return f"{first}, {' '.join(told)} training images" if self.changed else first
+    def rows(self, skipped: Callable[[str], object]) -> Iterator[Prediction]:
+        """Yield the predictions as `label` does, counting changed answers."""
+        compare = self.changes is not None
+        for row in label(
+            self.model, self.paths, top_k=self.top_k, batch_size=self.batch_size, compare=compare, skipped=skipped
+        ):
+            if self.changes is not None:
+                self.changes.add(row)
+            yield row
 
 
-@dataclass(frozen=True)
-class Predictions(Shown):
-    """What was said of all images, in order; skipped: why files and names gave none; compared: only where asked for."""
+def prepare_predict(
+    model: Path | str | InferenceModel,
+    images: Sequence[Path | str],
+    *,
+    top_k: int = 5,
+    batch_size: int = 64,
+    device: str = "auto",
+    compare: bool = False,
+    out: Path | None = None,
+) -> PreparedPrediction:
+    """Return the labelling that `predict` would execute, checked; no image is read.
 
-    rows: tuple[Prediction, ...]
-    skipped: tuple[str, ...]
-    compared: Comparison | None = None
-
-    def __iter__(self) -> Iterator[Prediction]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Prediction:
-        return self.rows[i]
-
-    def to_dict(self) -> dict[str, Any]:
-        found = {"predictions": [row.to_dict() for row in self.rows], "skipped": list(self.skipped)}
-        return found if self.compared is None else found | {"compared": self.compared.to_dict()}
-
-    def __str__(self) -> str:
-        from pipeline.deploy.prediction_lines import table_lines
-
-        lines = [*table_lines(self.rows, [row.path for row in self.rows], width=120)]
-        lines += [] if self.compared is None else [str(self.compared)]
-        return "\n".join([*lines, *(f"left out: {reason}" for reason in self.skipped)])
+    Arguments: those of `predict`; out: the file that the command writes to.
+    Raises: what `predict` raises.
+    """
+    if top_k < 1 or batch_size < 1:
+        raise ConfigError("top-k and batch size must be 1 or more")
+    skipped: list[str] = []
+    paths = find_images([images] if isinstance(images, str | Path) else images, skipped.append)
+    loaded = model if isinstance(model, InferenceModel) else load_model(model, device=device)
+    if out:
+        refuse_unwritable(out.parent)
+    changes = ChangedAnswers(loaded.groups) if compare else None
+    name = "the model" if isinstance(model, InferenceModel) else str(model)
+    return PreparedPrediction(
+        name, loaded, paths, skipped, top_k, batch_size, changes, str(choose_device(device)), out
+    )  # fmt: skip
 
 
 def predict(
-    model: Path | str | Model,
+    model: Path | str | InferenceModel,
     images: Sequence[Path | str],
     *,
     top_k: int = 5,
@@ -130,31 +113,26 @@ def predict(
     device: str = "auto",
     compare: bool = False,
 ) -> Predictions:
-    """What a model says of every readable image, in the order given (folders and globs sorted by name).
+    """Return the most probable classes of every readable image, in the order given (folders and globs sorted by name).
 
-    model: a folder of `pipeline export`, a run, or what load_model made of one. images: files, folders (with all below)
-    and globs. compare: also what the head before rebalancing says. For very many images, `label` gives rows as they come.
-    Raises DataError where the model or all images cannot be read, ConfigError for top_k or batch_size below 1.
+    For very many images, `label` gives rows as they come.
+
+    Arguments:
+        model: a folder of `pipeline export`, a run, or the result of `load_model`.
+        images: files, folders (with all below) and globs.
+        compare: add the classes by the head before rebalancing.
+    Raises:
+        DataError: the model or all images cannot be read.
+        ConfigError: top_k or batch_size below 1.
     """
-    skipped: list[str] = []
-    paths = find_images([images] if isinstance(images, str | Path) else images, skipped.append)
-    loaded = model if isinstance(model, Model) else load_model(model, device=device)
-    found = label(loaded, paths, top_k=top_k, batch_size=batch_size, compare=compare, skipped=skipped.append)
-    comparison = Comparison(loaded.groups) if compare else None
-    rows = []
-    for row in found:
-        rows.append(row)
-        if comparison is not None:
-            comparison.add(row)
-    return Predictions(tuple(rows), tuple(skipped), comparison)
-
-
-def counted(images: int) -> str:
-    return f"{images:,} image{'' if images == 1 else 's'}"
+    prepared = prepare_predict(model, images, top_k=top_k, batch_size=batch_size, device=device, compare=compare)
+    skipped = list(prepared.skipped)
+    rows = tuple(prepared.rows(skipped.append))
+    return Predictions(rows, tuple(skipped), prepared.changes)
 
 
 def label(
-    model: Model,
+    model: InferenceModel,
     paths: Sequence[Path],
     *,
     top_k: int = 5,
@@ -162,9 +140,11 @@ def label(
     compare: bool = False,
     skipped: Callable[[str], object] = lambda reason: None,
 ) -> Iterator[Prediction]:
-    """Yields a Prediction for every readable file as soon as its batch is done; never more than a few batches are held.
+    """Yield a Prediction for every readable file as soon as its batch is done; never more than a few batches are held.
 
-    skipped is called with the reason for each file that cannot be read; DataError at the end where none could.
+    Arguments:
+        skipped: is called with the reason for each file that cannot be read.
+    Raises: DataError: no file could be read.
     """
     if top_k < 1 or batch_size < 1:
         raise ConfigError("top-k and batch size must be 1 or more")
@@ -179,63 +159,65 @@ def label(
         read += len(good)
         logits, features = model.run(pixels if len(good) == len(reasons) else pixels[good])
         heads = [logits, model.stage1.logits(features)] if compare else [logits]
-        each = [_top(of, top_k, model.class_names) for of in heads]
+        answers = [_top(of_head, top_k, model.class_names) for of_head in heads]
         for position, i in enumerate(good):
-            yield Prediction(str(paths[start + i]), *(guesses[position] for guesses in each))
+            yield Prediction(str(paths[start + i]), *(guesses[position] for guesses in answers))
     if not read:
-        raise DataError(f"none of {counted(len(paths))} could be read; the first: {first_reason}")
+        raise DataError(f"none of {count_images(len(paths))} could be read; the first: {first_reason}")
 
 
 def find_images(images: Sequence[Path | str], skipped: Callable[[str], object] = lambda reason: None) -> list[Path]:
-    """Files as they are, folders with every image below them, globs; each file once, under the first name it has here.
+    """Return files as they are, every image below folders, and those of globs; each once, under the first of its names.
 
-    skipped is called with the reason for each name that leads to no image; DataError where none does.
+    Arguments:
+        skipped: is called with the reason for each name that leads to no image.
+    Raises: DataError: no name leads to an image.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     reasons = []
-    for given in images:
-        path = Path(given)
+    for name in images:
+        path = Path(name)
         if path.is_dir():
             inside = _below(path)
         elif path.is_file():
             inside = [path]
         else:
-            inside = sorted(Path(p) for p in glob.glob(str(given), recursive=True) if Path(p).is_file())
+            inside = sorted(Path(p) for p in glob.glob(str(name), recursive=True) if Path(p).is_file())
         if not inside:
             kind = "no image in this folder" if path.is_dir() else "no such file, folder or pattern"
-            reasons.append(f"{given}: {kind}")
+            reasons.append(f"{name}: {kind}")
         for file in inside:
-            found.setdefault(os.path.abspath(file), file)
-    if not found:
+            files.setdefault(os.path.abspath(file), file)
+    if not files:
         first = reasons[0] if reasons else "no image was given"
         raise DataError(f"{first}; give image files ({', '.join(sorted(EXTENSIONS))}), folders or patterns")
     for reason in reasons:
         skipped(reason)
-    return list(found.values())
+    return list(files.values())
 
 
 def _below(root: Path) -> list[Path]:
-    """Every file below a folder that calls itself an image, by name; links are followed, in a circle only once."""
-    found, seen = [], set()
-    for folder, below, files in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder)
-        if here in seen:
-            below.clear()
+    """Return every file below a folder that is named as an image, sorted; links are followed, in a circle only once."""
+    images, visited = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
             continue
-        seen.add(here)
+        visited.add(real)
         names = (name for name in files if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS)
-        found += [path for path in (Path(folder, name) for name in names) if path.is_file()]
-    return sorted(found)
+        images += [path for path in (Path(folder, name) for name in names) if path.is_file()]
+    return sorted(images)
 
 
 def _read(
     paths: Sequence[Path], transform: Transform, batch_size: int
 ) -> Iterator[tuple[int, Tensor, list[str | None]]]:
-    """(position of the first, pixels (B, 3, H, W) uint8, why each could not be read or None) of each batch of files."""
+    """Yield (position of the first, pixels (B, 3, H, W) uint8, why each could not be read or None) of each batch of files."""
     rows = np.arange(len(paths))
     split = Split(labels=np.zeros_like(rows), ids=rows, stored=FileNames(map(str, paths)).below(Path()))
     starts = range(0, len(paths), batch_size)
-    workers = min(8, usable_cores()) if len(paths) >= WORKERS_FROM else 0
+    workers = min(8, os.cpu_count() or 1) if len(paths) >= WORKERS_FROM else 0
     files: DataLoader[Any] = DataLoader(
         ImageFiles(split, transform),
         batch_sampler=(wanted(split, batch, batch, key=None) for batch in np.split(rows, starts[1:])),
@@ -250,5 +232,5 @@ def _read(
 
 def _top(logits: Tensor, top_k: int, names: Sequence[str]) -> list[tuple[Guess, ...]]:
     values, classes = logits.softmax(1).topk(min(top_k, len(names)), dim=1)
-    both = zip(values.tolist(), classes.tolist(), strict=True)
-    return [tuple(Guess(names[c], p) for p, c in zip(ps, cs, strict=True)) for ps, cs in both]
+    rows = zip(values.tolist(), classes.tolist(), strict=True)
+    return [tuple(Guess(names[c], p) for p, c in zip(ps, cs, strict=True)) for ps, cs in rows]

@@ -4,12 +4,11 @@ import csv
 import json
 from pathlib import Path
 
-from pipeline.deploy.export import STAGE1
 from pipeline.errors import DataError
 from pipeline.info.artefact import Artefact, Facts, accuracies_of, beside, prefixed, read_json, try_json
 from pipeline.info.trained import checkpoint
 from pipeline.method_names import start_name
-from pipeline.paths import read_document
+from pipeline.paths import STAGE1_HEAD, read_document
 from pipeline.report.study import read_results
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import read_scorers
@@ -57,7 +56,7 @@ def _scored(chosen: Facts, said: Facts) -> str:
 
 
 def heads(path: Path) -> Artefact:
-    if path.name == STAGE1:
+    if path.name == STAGE1_HEAD:
         return _stage_1_head(path)
     try:
         scorers = read_scorers(path)

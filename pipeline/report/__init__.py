@@ -1,5 +1,5 @@
 """Tables, figures and the page that shows a run."""
 
-from pipeline.report.html import Report, write_report
+from pipeline.report.html import Report, prepare_report, write_report
 
-__all__ = ["Report", "write_report"]
+__all__ = ["Report", "prepare_report", "write_report"]

@@ -1,16 +1,17 @@
 """report.html: one file with everything a run has to say, its figures inside, nothing fetched from a network."""
 
 import base64
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache import write_durably
+from cache import refuse_unwritable, write_durably
 from pipeline.errors import ConfigError
+from pipeline.prepared import Prepared, Write, replaced_or_new
 from pipeline.report import assets, sections
+from pipeline.report.ablation import read_ablations
 from pipeline.report.classes import class_data, class_table
 from pipeline.report.explorer import explorer
 from pipeline.report.study import Row, Study, labels, read_study, results_files
@@ -52,60 +53,105 @@ class Part:
     data: str = ""
 
 
-def write_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Report:
-    """Writes report.html, and figures/*.png with their numbers as .csv, into the run's folder or `out`.
+@dataclass(frozen=True, eq=False)
+class PreparedReport:
+    """A page whose runs were read and whose folder can be written; `write` draws it.
 
-    run: a folder with rebalance/results.json, or with seed-N folders of several backbones; or that of an ablation, or of
-    several. Of more than one run, the page has them side by side and then each for itself; they go to `out`, or ./report.
-    Raises DataError where results, heads or store are missing or damaged, ConfigError where `out` cannot be written to.
+    Arguments:
+        studies: each run with its study; None for a folder that has ablations alone.
     """
-    runs, folder = asked(run, out)
-    studies = {path: study_of(path) for path in runs}
-    writable(folder)
-    if len(runs) == 1:
-        (study,) = studies.values()
-        parts = [_one(runs[0], study, folder, "", "0")]
-        title, header, main = parts[0].title, parts[0].header, _body(parts[0], "0")
-    else:
-        names = dict(zip(runs, labels(runs), strict=True))
-        known = {names[path]: study for path, study in studies.items() if study}
-        together = [_together(known, folder)] if len(known) > 1 else []
-        each = [
-            _one(path, study, folder, f"{i}-{path.resolve().name}/", str(i))
-            for i, (path, study) in enumerate(studies.items(), 1)
-        ]
-        title, parts = " · ".join(names.values()), [*together, *each]
-        titles = [*("Side by side" for _ in together), *names.values()]
-        links = "".join(f"<a href='#part-{i}'>{escape(t)}</a>" for i, t in enumerate(titles))
-        header = f"<p class=lead>{len(runs)} runs</p><nav aria-label=runs>{links}</nav>"
-        main = "".join(
-            f"<div class=run id=part-{i}><h2 class=name>{escape(t)}</h2>{part.header}{_body(part, str(i))}</div>"
-            for i, (part, t) in enumerate(zip(parts, titles, strict=True))
+
+    studies: dict[Path, Study | None]
+    folder: Path
+
+    @property
+    def description(self) -> Prepared:
+        texts: list[str] = []
+        numbers: list[dict[str, Any]] = []
+        for run, study in self.studies.items():
+            if study is None:
+                names = [document["name"] for document in read_ablations(run)]
+                texts.append(f"{run}: ablations {', '.join(names)}")
+                numbers.append({"run": str(run), "ablations": names})
+                continue
+            rows, backbones = sum(len(backbone.rows) for backbone in study.backbones), len(study.backbones)
+            texts.append(f"{run}: {backbones} backbone(s), {rows:,} rows; selected: {study.first.selected}")
+            numbers.append({"run": str(run), "backbones": backbones, "rows": rows})
+        writes = tuple(
+            Write(path, None, replaced_or_new(path)) for path in (self.folder / "report.html", self.folder / "figures")
         )
-    path = write_durably(folder / "report.html", page(title, header, main))
-    figures = tuple(f for part in parts for f in part.figures)
-    rows = (parts[0] if len(parts[0].rows) else parts[-1]).rows
-    return Report(path, figures, tuple(rows), "; ".join(dict.fromkeys(p.repeated for p in parts if p.repeated)))
+        if len(texts) == 1:
+            return Prepared("report", {}, {"run": texts[0]}, numbers[0], writes)
+        return Prepared("report", {}, {"runs": "; ".join(texts)}, {"runs": numbers}, writes)
+
+    def write(self) -> Report:
+        studies, folder, runs = self.studies, self.folder, [*self.studies]
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(runs) == 1:
+            (study,) = studies.values()
+            parts = [_one(runs[0], study, folder, "", "0")]
+            title, header, main = parts[0].title, parts[0].header, _body(parts[0], "0")
+        else:
+            names = dict(zip(runs, labels(runs), strict=True))
+            with_results = {names[run]: study for run, study in studies.items() if study}
+            together = [_together(with_results, folder)] if len(with_results) > 1 else []
+            each_run = [
+                _one(run, study, folder, f"{i}-{run.resolve().name}/", str(i))
+                for i, (run, study) in enumerate(studies.items(), 1)
+            ]
+            title, parts = " · ".join(names.values()), [*together, *each_run]
+            titles = [*("Side by side" for _ in together), *names.values()]
+            links = "".join(f"<a href='#part-{i}'>{escape(t)}</a>" for i, t in enumerate(titles))
+            header = f"<p class=lead>{len(runs)} runs</p><nav aria-label=runs>{links}</nav>"
+            main = "".join(
+                f"<div class=run id=part-{i}><h2 class=name>{escape(t)}</h2>{part.header}{_body(part, str(i))}</div>"
+                for i, (part, t) in enumerate(zip(parts, titles, strict=True))
+            )
+        path = write_durably(folder / "report.html", page(title, header, main))
+        figures = tuple(f for part in parts for f in part.figures)
+        rows = (parts[0] if len(parts[0].rows) else parts[-1]).rows
+        return Report(path, figures, tuple(rows), "; ".join(dict.fromkeys(p.repeated for p in parts if p.repeated)))
 
 
-def asked(run: Path | Sequence[Path], out: Path | None) -> tuple[list[Path], Path]:
-    """(the runs, each once; where their page goes)."""
+def prepare_report(run: Path | Sequence[Path], *, out: Path | None = None) -> PreparedReport:
+    """Return the page that `write_report` would draw, checked; nothing is written.
+
+    Arguments and raises: those of `write_report`.
+    """
     runs = list(dict.fromkeys([Path(run)] if isinstance(run, str | Path) else map(Path, run)))
     if not runs:
         raise ConfigError("no run given; name one, such as runs/digits-lt")
-    return runs, out or (runs[0] if len(runs) == 1 else Path("report"))
+    folder = out or (runs[0] if len(runs) == 1 else Path("report"))
+    studies = {path: None if not results_files(path) and read_ablations(path) else read_study(path) for path in runs}
+    for study in filter(None, studies.values()):
+        for backbone in study.backbones:
+            _ = backbone.heads  # DataError where they are missing
+    try:
+        refuse_unwritable(folder)
+    except PermissionError as error:
+        raise ConfigError(f"{folder}: no permission to write there; name another folder with --out") from error
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}; name a folder you may write to with --out") from error
+    return PreparedReport(studies, folder)
 
 
-def study_of(run: Path) -> Study | None:
-    """The study of a run; None of a folder that has ablations alone."""
-    from pipeline.report.ablation import read_ablations
+def write_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Report:
+    """Write report.html, and figures/*.png with their numbers as .csv, into the run's folder or `out`.
 
-    return None if not results_files(run) and read_ablations(run) else read_study(run)
+    Arguments:
+        run: a folder with rebalance/results.json, or with seed-N folders of several backbones; or that of an ablation, or
+            of several. Of more than one run, the page has them side by side and then each for itself.
+        out: the folder of the page; by default the run's, of several runs ./report.
+    Raises:
+        DataError: results, heads or store are missing or damaged.
+        ConfigError: `out` cannot be written to.
+    """
+    return prepare_report(run, out=out).write()
 
 
 def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> Part:
     """A run with its ablations, its figures written. below: the folder under figures/ that they go to."""
-    from pipeline.report.ablation import ablation_section, accuracy_figure, plain_row, read_ablations
+    from pipeline.report.ablation import ablation_section, accuracy_figure, plain_row
     from pipeline.report.figures import draw_all
     from pipeline.report.progress import of_run
 
@@ -170,16 +216,6 @@ def _together(studies: dict[str, Study], folder: Path) -> Part:
 def _body(part: Part, key: str) -> str:
     inside = "".join(section(*s, key) for s in part.sections)
     return f"<div data-run={key}>{part.data}{contents(part.sections, key)}{inside}</div>"
-
-
-def writable(folder: Path) -> None:
-    """Makes the folder; ConfigError where it cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}; name a folder you may write to with --out") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"{folder}: no permission to write there; name another folder with --out")
 
 
 def page(title: str, header: str, main: str) -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cache import write_durably
+from cache import refuse_unwritable, write_durably
 from pipeline.errors import DataError
+from pipeline.prepared import Prepared, Write, replaced_or_new
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED
 from pipeline.report.drawing import Drawing
@@ -158,22 +159,54 @@ def of_run(run: Path) -> Drawing | None:
     return draw({run.resolve().name: found}) if found else None
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedProgress:
+    """Trainings of runs that were read, and the folder of their figure; `write` draws it.
+
+    Arguments:
+        trainings: those of each run.
+    """
+
+    trainings: dict[Path, list[Progress]]
+    out: Path
+
+    @property
+    def description(self) -> Prepared:
+        text = ", ".join(f"{run} ({len(progress)} training(s))" for run, progress in self.trainings.items())
+        files = (self.out / "progress.png", self.out / "progress.csv")
+        writes = tuple(Write(path, None, replaced_or_new(path)) for path in files)
+        return Prepared("progress", {}, {"compares": text}, {"runs": [str(run) for run in self.trainings]}, writes)
+
+    def write(self) -> Compared:
+        named = dict(zip(labels([*self.trainings]), self.trainings.values(), strict=True))
+        drawing = draw(named)
+        figure = write_durably(self.out / f"{drawing.name}.png", look.png(drawing.figure))
+        write_durably(self.out / f"{drawing.name}.csv", drawing.csv)
+        weakened = any(p.weakened for progress in named.values() for p in progress)
+        return Compared(tuple(_compared(named)), figure, RECONSTRUCTED if weakened else "")
+
+
+def prepare_progress(runs: Sequence[Path], *, out: Path) -> PreparedProgress:
+    """Return the comparison that `compare_progress` would draw, checked; nothing is written.
+
+    Raises: DataError: a run has no diagnosed training.
+    """
+    by_run = {run: trainings(run) for run in runs}
+    for run, progress in by_run.items():
+        if not progress and not run.is_dir():
+            raise DataError(f"{run}: no such folder; give runs, or the folders of trainings")
+        if not progress:
+            raise DataError(f"{run}: no {FILE} in it; train with --set backbone.diagnose_every=1")
+    refuse_unwritable(out)
+    return PreparedProgress(by_run, out)
+
+
 def compare_progress(runs: Sequence[Path], *, out: Path) -> Compared:
-    """Compares the trainings of runs, the first being what the others are held against; writes progress.png and .csv.
+    """Compare the trainings of runs with those of the first; write progress.png and progress.csv.
 
     Differences are paired by training where a run has those of the first. Raises DataError where a run has none.
     """
-    named = dict(zip(labels(runs), map(trainings, runs), strict=True))
-    for run, found in zip(runs, named.values(), strict=True):
-        if not found:
-            if not run.is_dir():
-                raise DataError(f"{run}: no such folder; give runs, or the folders of trainings")
-            raise DataError(f"{run}: no {FILE} in it; train with --set backbone.diagnose_every=1")
-    drawing = draw(named)
-    figure = write_durably(out / f"{drawing.name}.png", look.png(drawing.figure))
-    write_durably(out / f"{drawing.name}.csv", drawing.csv)
-    weakened = any(p.weakened for of in named.values() for p in of)
-    return Compared(tuple(_compared(named)), figure, RECONSTRUCTED if weakened else "")
+    return prepare_progress(runs, out=out).write()
 
 
 def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:

@@ -14,7 +14,8 @@ from pipeline.backbone.build import encode
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.cli import invoke
 from pipeline.config import RebalanceConfig
-from pipeline.deploy.export import export_model, rebalanced_head, wanted_kind
+from pipeline.deploy.export import export_model
+from pipeline.deploy.run_head import rebalanced_head, requested_head
 from pipeline.errors import ConfigError, DataError
 from pipeline.rebalance import rebalance
 from pipeline.report import write_report
@@ -77,15 +78,15 @@ def test_of_a_method_that_was_not_tuned_validation_prefers_a_lambda(run):
     study = read_study(run)
     other = replace(study, backbones=[replace(study.first, selected=HeadId("cb", "cb"))])
     val = {lam: study.spread(HeadId("iwb", "cb", lam), "val", "all").mean for lam in (0.05, 0.2)}
-    assert wanted_kind(other, lam=None, method="iwb") == HeadId("iwb", "cb", max(val, key=val.get))
-    assert wanted_kind(other, lam=0.05000001, method=None) == HeadId("iwb", "cb", 0.05)  # as tables show it
-    assert wanted_kind(other, lam=None, method=None) == HeadId("cb", "cb")
+    assert requested_head(other, lam=None, method="iwb") == HeadId("iwb", "cb", max(val, key=val.get))
+    assert requested_head(other, lam=0.05000001, method=None) == HeadId("iwb", "cb", 0.05)  # as tables show it
+    assert requested_head(other, lam=None, method=None) == HeadId("cb", "cb")
     low = min(val, key=val.get)
     for backbone in other.backbones:  # whatever the two really scored, the higher one is taken
         for row in backbone.rows:
             if row["method"] == "iwb" and row["lam"] == low:
                 row["all"] = 100.0
-    assert wanted_kind(other, lam=None, method="iwb").lam == low
+    assert requested_head(other, lam=None, method="iwb").lam == low
 
 
 def test_another_programs_folder_with_a_config_is_left_alone(run, tmp_path):

@@ -17,7 +17,8 @@ from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.cli import invoke
 from pipeline.data import load_dataset
 from pipeline.data.transform import Loader, Transform
-from pipeline.deploy.export import export_model, input_facts
+from pipeline.deploy.export import export_model
+from pipeline.deploy.inference_model import input_facts
 from pipeline.report.study import read_study
 
 pytestmark = pytest.mark.slow

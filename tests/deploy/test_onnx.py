@@ -18,7 +18,7 @@ from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.cli import invoke
 from pipeline.data import load_dataset
 from pipeline.deploy import onnx as export_onnx
-from pipeline.deploy.export import carried, export_model
+from pipeline.deploy.export import as_linear, export_model
 from pipeline.deploy.inference_model import load_model
 from pipeline.deploy.predict import predict
 from pipeline.errors import ConfigError, DataError, PipelineError
@@ -132,11 +132,11 @@ def test_a_network_without_a_bias_carries_only_heads_without_one(run):
     checkpoint.model.fc = nn.Linear(16, 10, bias=False)
     head = Linear(np.ones((10, 16), np.float32), np.zeros(10, np.float32))
     kind = HeadId("tau-norm")
-    assert carried(head, checkpoint, kind) is head
+    assert as_linear(head, checkpoint, kind) is head
     with pytest.raises(
         DataError, match="has no bias, so it cannot carry the rebalanced one; --to onnx carries it whole"
     ):
-        carried(replace(head, bias=np.ones(10, np.float32)), checkpoint, kind)
+        as_linear(replace(head, bias=np.ones(10, np.float32)), checkpoint, kind)
 
 
 def test_a_method_with_several_lambdas_gives_the_one_validation_prefers(run, tmp_path):
@@ -147,7 +147,7 @@ def test_a_method_with_several_lambdas_gives_the_one_validation_prefers(run, tmp
         assert (found.head["method"], found.head["lam"]) == (method, tuned)
         assert tuned is not None
         assert "λ was chosen on validation." in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(DataError, match=r"no head best, λ = 0.123; it has λ = [0-9.]+; run"):
+    with pytest.raises(DataError, match=r"no head iwb-la, λ = 0.123; it has λ = [0-9.]+; run"):
         export_model(run, out=tmp_path / "model", method="iwb-la", lam=0.123)
     with pytest.raises(ConfigError, match=r"--lam 0.1: tau-norm has no λ; leave it out"):
         export_model(run, out=tmp_path / "model", method="tau-norm", lam=0.1)

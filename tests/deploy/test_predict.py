@@ -17,8 +17,8 @@ from pipeline.cli import invoke
 from pipeline.data import load_dataset
 from pipeline.deploy.export import export_model
 from pipeline.deploy.inference_model import load_model
-from pipeline.deploy.predict import Comparison, Guess, Prediction, find_images, label, predict
-from pipeline.deploy.prediction_lines import csv_lines, json_lines, table_lines
+from pipeline.deploy.predict import find_images, label, predict
+from pipeline.deploy.prediction import ChangedAnswers, Guess, Prediction, csv_lines, json_lines, table_lines
 from pipeline.errors import ConfigError, DataError
 from pipeline.report.study import read_heads, read_results
 from tests.conftest import digits_tree
@@ -182,7 +182,7 @@ def test_the_common_folder_is_one(paths, folder):
 
 def test_a_comparison_counts_changes_from_group_to_group():
     groups = {"cat": "many", "dog": "many", "horse": "medium", "newt": "few"}
-    compared = Comparison(groups)
+    compared = ChangedAnswers(groups)
     for first, before in (("newt", "cat"), ("newt", "dog"), ("horse", "newt"), ("cat", "cat")):
         compared.add(said("x.png", first, before=(before,)))
     assert compared.to_dict() == {
@@ -195,7 +195,7 @@ def test_a_comparison_counts_changes_from_group_to_group():
         "rebalancing changed the first answer of 3 of 4 images, from classes with many (2), few (1) to classes with "
         "medium (1), few (2) training images"
     )
-    assert str(Comparison(groups, images=1)) == "rebalancing changed the first answer of 0 of 1 image"
+    assert str(ChangedAnswers(groups, images=1)) == "rebalancing changed the first answer of 0 of 1 image"
 
 
 def test_results_print_as_a_table_with_what_changed_and_what_was_left_out(model, folder):

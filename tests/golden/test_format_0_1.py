@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.deploy.export import export_model, rebalanced_head
+from pipeline.deploy.export import export_model
 from pipeline.deploy.predict import predict
+from pipeline.deploy.run_head import rebalanced_head
 from pipeline.info import describe
 from pipeline.rebalance.evaluate import evaluate
 from pipeline.report.html import write_report

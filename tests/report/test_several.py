@@ -194,6 +194,7 @@ def test_what_cannot_be_reported_is_told_in_a_line(run, tmp_path, monkeypatch, c
 
 
 def test_a_folder_that_may_not_be_written_to_is_refused_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed")  # root may write anywhere
     with pytest.raises(ConfigError, match="closed: no permission to write there; name another folder with --out"):
         write_report(run, out=tmp_path / "closed")
