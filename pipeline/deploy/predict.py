@@ -22,6 +22,7 @@ from pipeline.deploy.prediction import ChangedAnswers, Guess, Prediction, Predic
 from pipeline.distributed import choose_device
 from pipeline.errors import ConfigError, DataError
 from pipeline.prepared import Prepared, Write, replaced_or_new
+from pipeline.resources import usable_cores
 
 ADVICE = "a smaller --batch-size takes less, in a container more --shm-size helps"
 WORKERS_FROM = 512  # images; fewer are decoded sooner than worker processes start
@@ -217,7 +218,7 @@ def _read(
     rows = np.arange(len(paths))
     split = Split(labels=np.zeros_like(rows), ids=rows, stored=FileNames(map(str, paths)).below(Path()))
     starts = range(0, len(paths), batch_size)
-    workers = min(8, os.cpu_count() or 1) if len(paths) >= WORKERS_FROM else 0
+    workers = min(8, usable_cores()) if len(paths) >= WORKERS_FROM else 0
     files: DataLoader[Any] = DataLoader(
         ImageFiles(split, transform),
         batch_sampler=(wanted(split, batch, batch, key=None) for batch in np.split(rows, starts[1:])),

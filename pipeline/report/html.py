@@ -1,6 +1,7 @@
 """report.html: one file with everything a run has to say, its figures inside, nothing fetched from a network."""
 
 import base64
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -131,6 +132,8 @@ def prepare_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Pr
     except PermissionError as error:
         raise ConfigError(f"{folder}: no permission to write there; name another folder with --out") from error
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
         raise ConfigError(f"{folder}: {error.strerror}; name a folder you may write to with --out") from error
     return PreparedReport(studies, folder)
 
