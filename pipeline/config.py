@@ -32,7 +32,7 @@ RESERVED_MODEL_ARGS = {  # arguments of timm.create_model that load weights, or 
 class Section(BaseModel):
     """A part of a configuration: frozen, and an unknown key in it is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class DataConfig(Section):
@@ -183,7 +183,7 @@ class BackboneConfig(Section):
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
         "none", description="Mode of torch.compile; none does not compile."
     )
-    weaken: WeakenConfig = Field(WeakenConfig(), description="Major feature weakening.")
+    weaken: WeakenConfig = Field(default_factory=WeakenConfig, description="Major feature weakening.")
     loss: Literal["ce", "focal", "cb", "grw", "ldam-drw", "balanced-softmax"] = Field(
         "ce", description="Loss of stage 1."
     )
@@ -435,9 +435,9 @@ class Config(Section):
         description="Name of the experiment, whose files go to runs/NAME; the default is the file's own.",
     )
     data: DataConfig = Field(description="Images and their splits.")
-    backbone: BackboneConfig = Field(BackboneConfig(), description="Stage 1: network and training.")
-    dump: DumpConfig = Field(DumpConfig(), description="The feature store.")
-    rebalance: RebalanceConfig = Field(RebalanceConfig(), description="Stage 2: heads on the cached features.")
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig, description="Stage 1: network and training.")
+    dump: DumpConfig = Field(default_factory=DumpConfig, description="The feature store.")
+    rebalance: RebalanceConfig = Field(default_factory=RebalanceConfig, description="Stage 2: heads on the cached features.")
 
     @model_validator(mode="before")
     @classmethod
@@ -456,7 +456,7 @@ class RebalanceOnly(Section):
     """A configuration of stage 2 alone, which knows no images."""
 
     name: str = Field("rebalance", description="Name of the settings.")
-    rebalance: RebalanceConfig = Field(RebalanceConfig(), description="Stage 2: heads on the cached features.")
+    rebalance: RebalanceConfig = Field(default_factory=RebalanceConfig, description="Stage 2: heads on the cached features.")
 
 
 def find_config(name: str | None) -> Path:
