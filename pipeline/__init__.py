@@ -2,7 +2,7 @@
 
 What a command does is one function with a typed result, and all of them are here: `run_pipeline`, `train_backbone`,
 `dump_features`, `rebalance`, … A result prints as the command shows it, and `to_dict()` is the document of its --json.
-What --dry-run says is `plan_run`, `prepare_training`, …; `iwb_objective` is the loss itself. Nothing heavy is
+`--dry-run` prints the description of `prepare_run`, `prepare_training`, …; `iwb_objective` is the loss itself. Nothing heavy is
 imported before it is used.
 
 `pipeline.rebalance`, `predict`, `doctor` and `reproduce` are modules as well, which can be called as their function.
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from pipeline.errors import PipelineError
     from pipeline.info import Artefact, Verified, describe, verify
     from pipeline.plan.stage2 import plan_rebalance
-    from pipeline.plan.whole import plan_reproduce, plan_run
     from pipeline.prepared import Prepared
     from pipeline.rebalance.ablation import AblationResult, ablate
     from pipeline.rebalance.engine.objective import iwb_objective
@@ -44,9 +43,10 @@ if TYPE_CHECKING:
     from pipeline.rebalance.run import rebalance
     from pipeline.report import Report, prepare_report, write_report
     from pipeline.report.progress import Compared, compare_progress, prepare_progress
-    from pipeline.reproduce import Reproduction, reproduce
+    from pipeline.reproduce import Reproduction, prepare_reproduce, reproduce
     from pipeline.results.rebalance_result import RebalanceResult
     from pipeline.run import RunResult, run_pipeline
+    from pipeline.run_prepare import ExternalBackbone, PreparedRun, prepare_run
 
 _PUBLIC = {
     "cache": ("Cache", "open_cache"),
@@ -72,15 +72,15 @@ _PUBLIC = {
     "pipeline.backbone.prepare": ("PreparedTraining", "prepare_training"),
     "pipeline.dump_prepare": ("PreparedDump", "prepare_dump"),
     "pipeline.plan.stage2": ("plan_rebalance",),
-    "pipeline.plan.whole": ("plan_reproduce", "plan_run"),
     "pipeline.deploy.predict": ("predict", "prepare_predict"),
     "pipeline.deploy.prediction": ("Prediction",),
     "pipeline.rebalance": ("AblationResult", "EvaluateResult", "RebalanceResult", "ablate", "evaluate", "rebalance"),
     "pipeline.rebalance.engine.objective": ("iwb_objective",),
     "pipeline.report": ("Report", "prepare_report", "write_report"),
     "pipeline.report.progress": ("Compared", "compare_progress", "prepare_progress"),
-    "pipeline.reproduce": ("Reproduction", "reproduce"),
+    "pipeline.reproduce": ("Reproduction", "prepare_reproduce", "reproduce"),
     "pipeline.run": ("RunResult", "run_pipeline"),
+    "pipeline.run_prepare": ("ExternalBackbone", "PreparedRun", "prepare_run"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

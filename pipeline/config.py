@@ -437,7 +437,9 @@ class Config(Section):
     data: DataConfig = Field(description="Images and their splits.")
     backbone: BackboneConfig = Field(default_factory=BackboneConfig, description="Stage 1: network and training.")
     dump: DumpConfig = Field(default_factory=DumpConfig, description="The feature store.")
-    rebalance: RebalanceConfig = Field(default_factory=RebalanceConfig, description="Stage 2: heads on the cached features.")
+    rebalance: RebalanceConfig = Field(
+        default_factory=RebalanceConfig, description="Stage 2: heads on the cached features."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -456,7 +458,9 @@ class RebalanceOnly(Section):
     """A configuration of stage 2 alone, which knows no images."""
 
     name: str = Field("rebalance", description="Name of the settings.")
-    rebalance: RebalanceConfig = Field(default_factory=RebalanceConfig, description="Stage 2: heads on the cached features.")
+    rebalance: RebalanceConfig = Field(
+        default_factory=RebalanceConfig, description="Stage 2: heads on the cached features."
+    )
 
 
 def find_config(name: str | None) -> Path:

@@ -10,11 +10,16 @@ from sklearn.datasets import load_digits
 
 from pipeline.config import load_config, make_config, shipped_configs
 from pipeline.errors import ConfigError, DataError
-from pipeline.plan.whole import plan_run
 from pipeline.run import run_pipeline
+from pipeline.run_prepare import prepare_run
 from tests.conftest import digits_tree
 
 STAGES = ("train-backbone", "dump-features", "rebalance", "report")
+
+
+def planned(config, **options):
+    """What --dry-run prints."""
+    return prepare_run(config, **options).description
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def test_other_test_images_cost_the_dump_and_not_the_training(tmp_path):
         run_pipeline(config, out=tmp_path / "run")
     bad.unlink()
     refusal = r"features\.zarr: holds features made otherwise: .* The training is good: remove .*features\.zarr, then"
-    for attempt in (run_pipeline, plan_run):
+    for attempt in (run_pipeline, planned):
         with pytest.raises(DataError, match=refusal) as found:
             attempt(config, out=tmp_path / "run")
         assert "--overwrite" not in str(found.value)
@@ -115,14 +120,14 @@ def test_what_cannot_end_is_refused_before_the_first_step(missing, error, says, 
     (tmp_path / "all/train").rename(tmp_path / "images")
     data = {"source": "folder", "path": str(tmp_path / "images"), "image_size": 8, "test_per_class": 2, **missing}
     tree = digits_tree(epochs=1) | {"name": "t", "data": data, "dump": {"views": 1}}
-    for attempt in (plan_run, run_pipeline):
+    for attempt in (planned, run_pipeline):
         with pytest.raises(error, match=says):
             attempt(make_config(tree, "t"), out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
     if "val_per_class" in missing:
         for remedy in ({"select_on": "kfold"}, {"lam": "0.1"}):
             config = make_config(tree | {"rebalance": tree["rebalance"] | remedy}, "t")
-            assert "rebalance" in {part.command for part in plan_run(config, out=tmp_path / "run").parts}
+            assert "rebalance" in {part.command for part in planned(config, out=tmp_path / "run").parts}
             run_pipeline(config, out=tmp_path / "run")
 
 
@@ -131,7 +136,7 @@ def test_nothing_is_written_among_the_images_or_where_a_network_is_refused(tmp_p
     tree = digits_tree(epochs=1) | {"name": "t"}
     for path, out in (("all", "all/train/run"), ("all/train", "all/train"), ("all/train", "all/train/run")):
         data = {"source": "folder", "path": str(tmp_path / path), "image_size": 8}
-        for attempt in (plan_run, run_pipeline):
+        for attempt in (planned, run_pipeline):
             with pytest.raises(ConfigError, match=r"lies among the class folders of .*train; take another --out"):
                 attempt(make_config(tree | {"data": data}, "t"), out=tmp_path / out)
         assert {place.name for place in (tmp_path / "all/train").iterdir()} == {"0", "1", "2"}

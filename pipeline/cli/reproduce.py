@@ -39,14 +39,12 @@ def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, d
     of the same configuration and images under OUT/NAME/seed-N is used as it is. OUT/keep holds the few small files to keep.
     """
     from pipeline.console import Talk
-    from pipeline.reproduce import TABLES, plan, reproduce
+    from pipeline.reproduce import TABLES, plan, prepare_reproduce, reproduce
 
     parts = plan(configs, seeds=whole_numbers("--seeds", seeds), sets=sets)
     table_names = tuple(tables.split(",")) if tables else TABLES
     if dry_run:
-        from pipeline.plan.whole import plan_reproduce
-
-        show(plan_reproduce(parts, out=out, folder=page, tables=table_names, device=device), as_json)
+        show(prepare_reproduce(parts, out=out, folder=page, tables=table_names, device=device), as_json)
         return
     result = reproduce(
         parts,

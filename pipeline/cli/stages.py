@@ -87,16 +87,17 @@ def run_command(
     arguments |= {"device": device, "overwrite": overwrite}
     if not dry_run and relaunched(nproc):
         return
-    from pipeline.run import ExternalBackbone, run_pipeline
+    from pipeline.run_prepare import ExternalBackbone, prepare_run
 
     external = None
     if checkpoint or experiment.backbone.frozen:
         external = ExternalBackbone(checkpoint, last_value(sets, "backbone.model"), key_map, probe)
     if dry_run:
-        from pipeline.plan.whole import plan_run
-
-        show(plan_run(experiment, external=external, world=process_count(nproc, device), **arguments), as_json)
+        world = process_count(nproc, device)
+        show(prepare_run(experiment, external=external, world=world, **arguments).description, as_json)
         return
+    from pipeline.run import run_pipeline
+
     result = run_pipeline(experiment, external=external, talk=talk, **arguments)
     show(result, as_json)
 

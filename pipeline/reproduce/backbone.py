@@ -1,28 +1,21 @@
-"""One backbone of a reproduction: its training, its features, and every table on them, each done once."""
+"""One backbone of a reproduction: its training, its features, and every table on them."""
 
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cache import open_cache
-from pipeline.backbone.build import input_transform
-from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
-from pipeline.backbone.reporter import TrainingReporter
-from pipeline.backbone.train import train_backbone
-from pipeline.backbone.training_dir import TrainingFolder, identity_of
-from pipeline.config import Config, RebalanceConfig, find_config, read_tree
+from pipeline.config import RebalanceConfig, find_config, read_tree
 from pipeline.console import Talk, clock
-from pipeline.data import load_dataset
 from pipeline.doctor import device_name
-from pipeline.dump import dump_features
-from pipeline.rebalance import ablate, rebalance
+from pipeline.prepared import Prepared
 from pipeline.reproduce.paper import deviations, published_of
 from pipeline.reproduce.rows import METHODS, Row, ablation_rows, method_rows
-from pipeline.run import Ledger
+from pipeline.run import BackboneStages
+from pipeline.run_prepare import PreparedBackbone
 
 ABLATIONS = ("table3", "table4", "figure5", "formulations")
 TABLES = (METHODS, *ABLATIONS)
@@ -30,7 +23,7 @@ TABLES = (METHODS, *ABLATIONS)
 
 @dataclass
 class Progress:
-    """Which step of how many, and how long the rest takes if each step takes what its kind took before."""
+    """The number of the current step, and the time left if each step takes as long as the earlier ones of its kind."""
 
     kinds: list[str]
     talk: Talk
@@ -46,96 +39,69 @@ class Progress:
         self.took.setdefault(kind, []).append(seconds)
 
     def remaining(self) -> float | None:
-        """Seconds, this step included; None while a step of a kind that was never done lies ahead."""
+        """Return the seconds left, this step included; None where a kind of step ahead was never done."""
         ahead = self.kinds[self.number - 1 :]
         if any(kind not in self.took for kind in ahead):
             return None
         return sum(sum(self.took[kind]) / len(self.took[kind]) for kind in ahead)
 
 
-class Backbone:
-    """What is under `place`: backbone/, features.zarr, methods/ and the ablations; deviations: filled by `rows`."""
+class ReproducedBackbone:
+    """One backbone under its folder: backbone/, features.zarr, methods/ and a folder per ablation.
 
-    def __init__(
-        self, config: Config, place: Path, name: str, words: str, ledger: Ledger, device: str, talk: Talk
-    ):  # name, words: how the configuration was asked for
-        self.config, self.place, self.name, self.words = config, place, name, words
-        self.ledger, self.device, self.talk = ledger, device, talk
+    Arguments:
+        name, words: the configuration as it was typed, without and with its settings.
+    Attributes:
+        deviations: the differences from the paper, filled by `rows`.
+    """
+
+    def __init__(self, stages: BackboneStages, *, name: str, words: str):
+        self.stages, self.name, self.words = stages, name, words
+        self.config, self.folder = stages.prepared.config, stages.prepared.out
         self.deviations: list[str] = []
+        stages.facts = {"device": device_name(stages.device)}
+        facts = {"config": self.config.model_dump(mode="json")}
+        stages.finished = lambda: stages.ledger.write(command="reproduce", **facts)
 
     def rows(self, tables: Sequence[str], progress: Progress) -> list[Row]:
-        """The rows of the tables, after all that they need was done or found; the test split is read after each choice."""
+        """Return the rows of the tables, after every stage that they need; the test split is read after each selection."""
         with self._step("train-backbone", progress):
-            checkpoint = self._train()
+            checkpoint = self.stages.backbone()
         with self._step("dump-features", progress):
-            self._dump(checkpoint)
-        store = open_cache(self.place / "features.zarr")
-        published = published_of(store.counts.tolist())
+            digest = self.stages.features(checkpoint).digest
+        counts = open_cache(self.folder / "features.zarr").counts
+        published = published_of(counts.tolist())
         self.deviations = deviations(self.config, published, checkpoint.network)
         facts = {
             "config": self.config.name,
-            "data": published.name if published else f"{self.config.data.source}, {len(store.counts)} classes",
+            "data": published.name if published else f"{self.config.data.source}, {len(counts)} classes",
             **{key: checkpoint.network[key] for key in ("network", "parameters")},
             "width": checkpoint.network["feature_width"],
         }
         rows: list[Row] = []
         for table in tables:
             with self._step(table, progress):
-                document = self._table(table, store.digest)
-            on = facts | {"device": self._ledger_of(table)["device"]}
+                path = self.stages.fit(table, settings_of(table, self.config.rebalance), digest=digest)
+            document = json.loads(path.read_text(encoding="utf-8"))
+            on = facts | {"device": self._entry(table)["device"]}
             if table == METHODS:
-                command = f"pipeline rebalance {self.place} --config {self.name} --method all"
+                command = f"pipeline rebalance {self.folder} --config {self.name} --method all"
                 rows += method_rows(document, on, published, command=command, stage_1=self._stage_1())
             else:
-                command = f"pipeline rebalance {self.place} --config ablations/{table}"
+                command = f"pipeline rebalance {self.folder} --config ablations/{table}"
                 rows += ablation_rows(table, document, on, published, command=command, curves=table == "figure5")
         return rows
 
-    def _train(self) -> Checkpoint:
-        out = self.place / "backbone"
-        if (found := finished(self.config, out)) is not None:
-            self.talk.say(f"{found}: trained to the end, by this configuration on these images")
-            return load_checkpoint(found)
-        with self.talk.progress("training") as bar:
-            reporter = TrainingReporter(self.talk, bar)
-            started = time.perf_counter()
-            trained = train_backbone(self.config, out=out, device=self.device, report=reporter)
-        if trained.trained_epochs:
-            self._did("train-backbone", started)
-        return load_checkpoint(trained.checkpoint)
-
-    def _dump(self, checkpoint: Checkpoint) -> None:
-        started = time.perf_counter()
-        with self.talk.progress("dumping") as bar:
-            store = self.place / "features.zarr"
-            dumped = dump_features(checkpoint, self.config, out=store, device=self.device, report=bar.move)
-        if dumped.written:
-            self._did("dump-features", started)
-
-    def _table(self, table: str, digest: str) -> dict[str, Any]:
-        """The document of a table, made or found."""
-        settings, folder = settings_of(table, self.config.rebalance), self.place / table
-        inputs = {"store": digest, "settings": settings.model_dump(mode="json")}
-        document = folder / ("results.json" if table == METHODS else "ablation.json")
-        if self.ledger.up_to_date(self._name(table), inputs):
-            self.talk.say(f"{folder}: up to date")
-        else:
-            started, work = time.perf_counter(), rebalance if table == METHODS else ablate
-            work(self.place / "features.zarr", settings, out=folder, device=self.device, report=self.talk.say)
-            outputs = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".csv", ".safetensors"))
-            self._did(table, started, inputs=inputs, outputs=outputs)
-        return json.loads(document.read_text(encoding="utf-8"))
-
     def _stage_1(self) -> dict[str, Any]:
-        """The command that trains this backbone, the seconds it took in all, and where."""
-        lines = (self.place / "backbone" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        """Return the command that trains this backbone, its seconds in all, and its device."""
+        lines = (self.folder / "backbone" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         seed = self.config.backbone.seed
         options = "" if seed == 0 else f" --set backbone.seed={seed}"
-        where = json.loads((self.place / "backbone" / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((self.folder / "backbone" / "run.json").read_text(encoding="utf-8"))
         return {
             "command": f"pipeline train-backbone {self.words}{options}",
             "time_s": sum(json.loads(line)["seconds"] for line in lines),
-            "device": self._ledger_of("train-backbone").get("device") or where["device"],
+            "device": self._entry("train-backbone").get("device") or record["device"],
         }
 
     @contextmanager
@@ -145,33 +111,21 @@ class Backbone:
         yield
         progress.end(kind, time.perf_counter() - started)
 
-    def _did(self, step: str, started: float, **record: Any) -> None:
-        seconds = time.perf_counter() - started
-        self.ledger.did(self._name(step), seconds, device=device_name(self.device), **record)
-        self.ledger.write(command="reproduce", config=self.config.model_dump(mode="json"))
-
-    def _name(self, step: str) -> str:
-        return f"seed-{self.config.backbone.seed}/{step}"
-
-    def _ledger_of(self, step: str) -> dict[str, Any]:
-        return self.ledger.stages.get(self._name(step), {})
+    def _entry(self, stage: str) -> dict[str, Any]:
+        return self.stages.ledger.stages.get(f"{self.stages.prepared.prefix}{stage}", {})
 
 
-def finished(config: Config, out: Path) -> Path | None:
-    """The checkpoint of a finished training of this configuration on the same images, wherever these lie, by whatever version.
-
-    None where there is none, or it is not at its end; ConfigError where it is another training's.
-    """
-    if not (out / "last.pt").is_file():
-        return None
-    images = load_dataset(config.data)
-    transform = input_transform(config.data, config.backbone, images.train).to_dict()
-    folder = TrainingFolder(out, identity_of(config.backbone, dataset=images.training_fingerprint, transform=transform))
-    state = folder.state()
-    return folder.last if state is not None and state["complete"] else None
+def describe_stages(prepared: PreparedBackbone, tables: Sequence[str]) -> list[Prepared]:
+    """Return what training, dump and every table of one backbone would do."""
+    name = f"{prepared.config.name}, seed {prepared.config.backbone.seed}"
+    stages = [replace(stage, title=f"{name}: {stage.command}") for stage in prepared.stages]
+    for table in tables:
+        fit = prepared.describe_fit(table, settings_of(table, prepared.config.rebalance))
+        stages.append(replace(fit, title=f"{name}: {table}"))
+    return stages
 
 
-def settings_of(table: str, own: RebalanceConfig) -> RebalanceConfig:
-    """What a table is made with: the configuration's settings, with `--method all` or an ablation's laid over them."""
-    over = {"method": ["all"]} if table == METHODS else read_tree(find_config(f"ablations/{table}"))["rebalance"]
-    return RebalanceConfig.model_validate(own.model_dump(exclude_unset=True) | over)
+def settings_of(table: str, settings: RebalanceConfig) -> RebalanceConfig:
+    """Return the settings of a table: a configuration's, with `--method all` or those of an ablation in their place."""
+    changes = {"method": ["all"]} if table == METHODS else read_tree(find_config(f"ablations/{table}"))["rebalance"]
+    return RebalanceConfig.model_validate(settings.model_dump(exclude_unset=True) | changes)

@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.console import LINE_EVERY, Talk
 from pipeline.distributed import Signals
 from pipeline.errors import PipelineError, Terminated
-from pipeline.run import with_seed
+from pipeline.run_prepare import with_seed
 
 TOLD_EVERY = 20 * LINE_EVERY  # seconds
 

@@ -10,14 +10,17 @@ from cache import write_durably
 from pipeline.bench.rebalance import bench_rebalance
 from pipeline.config import Config, load_config
 from pipeline.console import Talk
-from pipeline.distributed import choose_device
+from pipeline.distributed import Ranks, choose_device, planned_ranks, ranks
 from pipeline.errors import ConfigError
+from pipeline.ledger import Ledger
+from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.reproduce import page
-from pipeline.reproduce.backbone import TABLES, Backbone, Progress
+from pipeline.reproduce.backbone import TABLES, Progress, ReproducedBackbone, describe_stages
 from pipeline.reproduce.bundle import keep
 from pipeline.reproduce.parallel_training import train_side_by_side
 from pipeline.reproduce.rows import Row, over_backbones
-from pipeline.run import Ledger, with_seed
+from pipeline.run import BackboneStages
+from pipeline.run_prepare import PreparedBackbone, prepare_backbone, with_seed
 from pipeline.text import Shown
 
 PLAN = (  # what is most valuable first
@@ -55,6 +58,38 @@ def plan(names: Sequence[str] = (), *, seeds: tuple[int, ...] | None = None, set
 def refuse_unknown(tables: Sequence[str]) -> None:
     if unknown := [t for t in tables if t not in TABLES]:
         raise ConfigError(f"--tables {','.join(unknown)}: unknown; known: {', '.join(TABLES)}")
+
+
+def prepare_reproduce(
+    parts: Sequence[Part] | None = None,
+    *,
+    out: Path,
+    folder: Path | None = None,
+    tables: Sequence[str] = TABLES,
+    device: str = "auto",
+) -> Prepared:
+    """Return what `reproduce` would do; raises what it would raise before its first step."""
+    refuse_unknown(tables)
+    processes = planned_ranks(device, 1)
+    stages: list[Prepared] = []
+    for part in plan() if parts is None else parts:
+        for seed in part.seeds:
+            stages += describe_stages(_prepare(part, seed, out=out, processes=processes), tables)
+    if not stages:
+        raise ConfigError("nothing to reproduce: give a configuration")
+    page_file = (folder or out) / "reproduction.md"
+    numbers = {"out": str(out), "tables": list(tables)} | device_numbers(processes, stages[0].numbers["precision"])
+    writes = (Write(page_file, None, replaced_or_new(page_file)), Write(out / "keep", None, "kept files"))
+    return Prepared("reproduce", {}, {}, numbers, writes, (), tuple(stages))
+
+
+def _prepare(part: Part, seed: int, *, out: Path, processes: Ranks) -> PreparedBackbone:
+    """Return the stages of one backbone of a part, checked."""
+    folder = out / part.config.name / f"seed-{seed}"
+    return prepare_backbone(
+        with_seed(part.config, seed), out=folder, store=folder / "features.zarr", planned=processes, running=processes,
+        prefix=f"seed-{seed}/",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,17 +153,18 @@ def reproduce(
             train_side_by_side(config, part.seeds, place=place, at_once=side_by_side, device=device, talk=talk)
         ledger, each = Ledger(place / "reproduce.json"), list[list[Row]]()
         for seed in part.seeds:
-            backbone = Backbone(
-                with_seed(config, seed), place / f"seed-{seed}", part.name, part.words, ledger, device, talk
-            )
-            each.append(backbone.rows(tables, progress))
+            with ranks(device) as processes:
+                prepared = _prepare(part, seed, out=out, processes=processes)
+                stages = BackboneStages(prepared, ledger, processes, device, talk)
+                backbone = ReproducedBackbone(stages, name=part.name, words=part.words)
+                each.append(backbone.rows(tables, progress))
             if name not in found.deviations:
                 found.deviations[name] = backbone.deviations
                 talk.say("\n".join(f"deviation: {sentence}" for sentence in backbone.deviations))
             done = ",".join(map(str, part.seeds[: len(each)]))
             found.rows[name] = over_backbones(each, command=f"pipeline reproduce {part.words} --seeds {done}")
             page.write(folder, found.rows[name], {name: found.deviations[name]})
-            keep(backbone.place, found.kept / f"{name}-seed-{seed}", documents=tables)
+            keep(backbone.folder, found.kept / f"{name}-seed-{seed}", documents=tables)
         found.seconds.update((f"{name}/{step}", entry["seconds"]) for step, entry in ledger.stages.items())
         found.redone.extend(f"{name}/{step}" for step in ledger.redone)
     file = found.kept / "bench-rebalance.json"
