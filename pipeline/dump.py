@@ -23,7 +23,7 @@ from cache import Chunk, Writer, owned_chunks
 from pipeline import distributed
 from pipeline.backbone.checkpoint import Checkpoint
 from pipeline.backbone.encoder import Encoder
-from pipeline.backbone.external_checkpoint import keep
+from pipeline.backbone.external_checkpoint import save_external
 from pipeline.config import Config
 from pipeline.data import Dataset
 from pipeline.data.transform import Loader
@@ -36,7 +36,7 @@ from pipeline.probe import SETTINGS as PROBE_SETTINGS
 from pipeline.probe import fit_probe
 from pipeline.seeds import derive
 from pipeline.text import Shown
-from pipeline.unreadable import told
+from pipeline.unreadable import skipped_text
 
 OWN_HEAD = "of the backbone"
 WAITING = 2  # encoded chunks that may wait for the disk; with the one being encoded they bound the memory
@@ -78,7 +78,7 @@ class DumpResult(Shown):
             f"{self.store}: {sizes}; {self.views} training view(s), {self.width} features each, {self.dtype}\n"
             f"{done}, all checksums hold; {self.seconds:.1f} s; digest {self.digest[:16]}"
             + (f"\nhead: {PROBE_SETTINGS}" if self.head == PROBE else "")
-            + (f"\n{told(self.skipped)}" if self.skipped else "")
+            + (f"\n{skipped_text(self.skipped)}" if self.skipped else "")
         )
 
 
@@ -138,7 +138,7 @@ def _dump(prepared: PreparedDump, signals: Signals, *, report: Report, started: 
     backbone, config = source.backbone, source.config
     kill = KillPoint.from_environment(rank=ranks.rank)
     with _writer(prepared) as writer:
-        ranks.together(lambda: keep(backbone, source.keep_in) if source.keep_in and ranks.first else None)
+        ranks.together(lambda: save_external(backbone, source.keep_in) if source.keep_in and ranks.first else None)
         missing = missing_chunks(writer, ranks, skipping=config.dump.on_error == "skip")
         share = [missing[i] for i in owned_chunks(chunks=len(missing), rank=ranks.rank, world=ranks.world)]
         encoded = encoded_chunks(Encoder(backbone, ranks.device), share, dataset, backbone, config, signals)
@@ -265,9 +265,9 @@ def write_chunks(
         with kill.around(str(number), size=writer.layout.features(chunk.split).chunk_bytes):
             writer.write(chunk, features, absent=unreadable, name=name)
 
-    with as_data_error(), _in_background(write) as put:
+    with as_data_error(), _in_background(write) as enqueue:
         for number, (chunk, features, unreadable) in enumerate(encoded, start=1):
-            put(number, chunk, features, unreadable)
+            enqueue(number, chunk, features, unreadable)
             done += chunk.rows
             if ranks.first:
                 report(done, total, f"images{ranks_text}, {done / (time.perf_counter() - started):,.0f}/s")
@@ -278,13 +278,13 @@ def _in_background(write: Callable[..., None]) -> Iterator[Callable[..., None]]:
     """Yield a `put` that calls write in another thread, in order, waits while WAITING are pending and raises what failed."""
     pending: deque[Future[None]] = deque()
 
-    def put(*arguments: Any) -> None:
+    def enqueue(*arguments: Any) -> None:
         while len(pending) >= WAITING:
             pending.popleft().result()
         pending.append(pool.submit(write, *arguments))
 
     with ThreadPoolExecutor(1, "write") as pool:
-        yield put
+        yield enqueue
         for future in pending:
             future.result()
 

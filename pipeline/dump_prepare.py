@@ -62,11 +62,17 @@ class PreparedDump:
             store = cache.foresee_store(
                 source.out, overwrite=self.overwrite, skipping=config.dump.on_error == "skip", **self.store
             )
-        kept: tuple[Write, ...] = ()
+        saved_backbone: tuple[Write, ...] = ()
         if source.keep_in and not (source.keep_in / "last.pt").is_file():
-            kept = (Write(source.keep_in / "last.pt", checkpoint_bytes(source.backbone.model), "new"),)
+            saved_backbone = (Write(source.keep_in / "last.pt", checkpoint_bytes(source.backbone.model), "new"),)
         return _description(
-            config, self.dataset, store, out=source.out, ranks=self.ranks, network=source.backbone.network, others=kept
+            config,
+            self.dataset,
+            store,
+            out=source.out,
+            ranks=self.ranks,
+            network=source.backbone.network,
+            extra_writes=saved_backbone,
         )
 
 
@@ -146,7 +152,7 @@ def _description(
     ranks: Ranks,
     network: dict[str, Any],
     state: str = "",
-    others: tuple[Write, ...] = (),
+    extra_writes: tuple[Write, ...] = (),
 ) -> Prepared:
     """Return the description of a dump.
 
@@ -181,7 +187,7 @@ def _description(
             "store_bytes": layout.bytes,
             **device_numbers(ranks, precision),
         },
-        writes=(Write(out, missing_bytes, state or STATES[store.state] + present), *others),
+        writes=(Write(out, missing_bytes, state or STATES[store.state] + present), *extra_writes),
         notes=dataset.notes,
     )
 
@@ -209,8 +215,8 @@ def fingerprint(backbone: Checkpoint, config: Config, dataset: Dataset, *, skipp
 def refuse_misfit(dataset: Dataset, backbone: Checkpoint) -> None:
     """Raise DataError unless classes and input size of the backbone are those of the data set."""
     if dataset.class_names != backbone.class_names:
-        differing = [(a, b) for a, b in zip(backbone.class_names, dataset.class_names, strict=False) if a != b]
-        detail = ", the first that differs: {!r} against {!r}".format(*differing[0]) if differing else ""
+        mismatches = [(a, b) for a, b in zip(backbone.class_names, dataset.class_names, strict=False) if a != b]
+        detail = ", the first that differs: {!r} against {!r}".format(*mismatches[0]) if mismatches else ""
         raise DataError(
             f"{backbone.path}: trained on {len(backbone.class_names)} classes, the data has "
             f"{len(dataset.class_names)}{detail}; give the configuration it was trained with, train again, or take its encoder "

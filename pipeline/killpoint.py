@@ -24,11 +24,16 @@ _MOMENT = r"(?:data|update|step|validation|line|best|last)-\d+"
 
 
 class KillPoint:
-    """One moment of one rank, or none."""
+    """One moment of one rank, or none.
+
+    It is made in the main thread, which alone may change what a signal does.
+
+    Arguments:
+        armed: the text of PIPELINE_KILL_AT.
+    """
 
     def __init__(self, armed: str | None, *, rank: int):
-        """armed: PIPELINE_KILL_AT; made in the main thread, which alone may change what a signal does."""
-        self._when, self._what = "", ""
+        self._when, self._moment = "", ""
         if not armed or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # nobody dies twice in one job
             return
         parts = re.fullmatch(rf"(before|within|after|term):(\d+|seal|{_MOMENT})(?:@(\d+|any))?", armed)
@@ -38,7 +43,7 @@ class KillPoint:
             )
         if parts[3] != "any" and int(parts[3] or 0) != rank:
             return
-        self._when, self._what = parts[1], parts[2]
+        self._when, self._moment = parts[1], parts[2]
         if self._when == "within":
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and would see a write fail instead
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -49,22 +54,22 @@ class KillPoint:
         return cls(os.environ.get("PIPELINE_KILL_AT"), rank=rank)
 
     @contextmanager
-    def around(self, what: str, *, size: int = 0) -> Iterator[None]:
-        """Encloses something; size: bytes of the file it writes, in the middle of which `within` falls."""
-        self.before(what)
-        if (self._when, self._what) == ("within", what):  # the kernel ends the process that writes beyond this
+    def around(self, moment: str, *, size: int = 0) -> Iterator[None]:
+        """Die before, within or after the enclosed work; `within` falls in the middle of the `size` bytes that it writes."""
+        self.before(moment)
+        if (self._when, self._moment) == ("within", moment):  # the kernel ends the process that writes beyond this
             resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         yield
-        self.after(what)
+        self.after(moment)
 
-    def before(self, what: str) -> None:
-        if what != self._what:
+    def before(self, moment: str) -> None:
+        if moment != self._moment:
             return
         if self._when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         if self._when == "term":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def after(self, what: str) -> None:
-        if (self._when, self._what) == ("after", what):
+    def after(self, moment: str) -> None:
+        if (self._when, self._moment) == ("after", moment):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -18,12 +18,14 @@ Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 def fit_probe(
     blocks: Blocks, *, classes: int, width: int, stop: Callable[[], object] = lambda: None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weight (C, D) and bias (C,), float32, of a linear probe: deterministic, no seed, no learning rate.
+    """Return weight (C, D) and bias (C,), float32, of a linear probe: deterministic, no seed, no learning rate.
 
-    blocks: gives the training rows anew each time, as (features (n, D) float32, labels (n,)) on the device to compute on.
     The loss is mean cross-entropy + L2/2 · ‖W‖² of features that are centred and divided by one number, their root mean
     square, which is folded back into weight and bias: without it a step's length would depend on the encoder's scale.
-    stop is called before every evaluation and may raise.
+
+    Arguments:
+        blocks: yields all training rows at each call, as (features (n, D) float32, labels (n,)) on the device that computes.
+        stop: is called before every evaluation and may raise.
     """
     rows, mean, scale = _moments(blocks, width)
     device = mean.device
@@ -31,7 +33,7 @@ def fit_probe(
     bias = torch.zeros(classes, device=device, requires_grad=True)
 
     def evaluate() -> Tensor:
-        """The loss, its gradient left in the parameters; written out, since autograd would keep every block's logits."""
+        """Return the loss and leave its gradient in the parameters; autograd would keep every block's logits."""
         stop()
         with torch.no_grad():
             loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -51,13 +53,13 @@ def fit_probe(
         [weight, bias], max_iter=EVALUATIONS, max_eval=EVALUATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
     optimiser.step(evaluate)
-    found = (weight.detach() / scale).double()
-    shift = bias.detach().double() - found @ mean.double()
-    return found.float().cpu().numpy(), shift.float().cpu().numpy()
+    scaled = (weight.detach() / scale).double()
+    shift = bias.detach().double() - scaled @ mean.double()
+    return scaled.float().cpu().numpy(), shift.float().cpu().numpy()
 
 
 def _moments(blocks: Blocks, width: int) -> tuple[int, Tensor, Tensor]:
-    """(rows N, mean (D,), root mean square of what is left without it: one number), as float32 on the blocks' device."""
+    """Return (rows N, mean (D,), root mean square of the centred features: one number), float32 on the blocks' device."""
     rows, sums, squares = 0, torch.zeros(width, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     device = torch.device("cpu")
     for features, _ in blocks():

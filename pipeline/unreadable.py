@@ -1,4 +1,4 @@
-"""Images that could not be read when a store was made: which, whether they can be read by now, and how it is told."""
+"""Images that could not be read when a store was made: their rows, those that can be read by now, and a text on them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ Rows = Mapping[str, Sequence[int]]  # split → rows
 
 
 def skipped_before(store: Path | str, dataset: Dataset) -> Rows:
-    """Rows without features in the store that is there, none where there is no store of such a data set."""
+    """Return the rows without features in a store; none where there is no store of such a data set."""
     try:
         skipped = open_writer(store).skipped
     except CacheError:  # who makes or continues the store says why
         return {}
     rows = {name: len(split) for name, split in dataset.splits.items()}
-    return {} if any(max(of) >= rows.get(name, 0) for name, of in skipped.items()) else skipped
+    return {} if any(max(missing) >= rows.get(name, 0) for name, missing in skipped.items()) else skipped
 
 
 def readable_now(skipped: Rows, dataset: Dataset, *, store: Path | str, may_skip: bool) -> Rows:
-    """The skipped rows whose images can be read by now; DataError where the others may not be skipped again."""
+    """Return the skipped rows whose images can be read by now; raise DataError where the rest may not be skipped again."""
     readable: dict[str, list[int]] = {}
     refused = []
     for name, rows in skipped.items():
@@ -39,14 +39,14 @@ def readable_now(skipped: Rows, dataset: Dataset, *, store: Path | str, may_skip
     return readable
 
 
-def told(skipped: Mapping[str, Sequence[str]], most: int = 5) -> str:
-    """What a person is told of images (split → their names) that were left out; nothing where there are none."""
-    names = [name for of in skipped.values() for name in of]
+def skipped_text(skipped: Mapping[str, Sequence[str]], most: int = 5) -> str:
+    """Return a sentence on the images (split → their names) that were left out; empty where there are none."""
+    names = [name for split_names in skipped.values() for name in split_names]
     if not names:
         return ""
-    where = ", ".join(f"{len(of)} {split}" for split, of in skipped.items())
-    listed = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    sizes = ", ".join(f"{len(split_names)} {split}" for split, split_names in skipped.items())
+    examples = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return (
-        f"{len(names)} image(s) could not be read ({where}) and are left out of all that follows: {listed}; "
+        f"{len(names)} image(s) could not be read ({sizes}) and are left out of all that follows: {examples}; "
         "the same command tries them again"
     )

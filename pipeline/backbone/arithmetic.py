@@ -66,7 +66,7 @@ def encoding_arithmetic(device: torch.device) -> Arithmetic:
 
 
 def training_arithmetic(
-    model: nn.Module, size: tuple[int, int], ranks: Ranks, *, wanted: str, state: dict[str, Any] | None = None
+    model: nn.Module, size: tuple[int, int], ranks: Ranks, *, setting: str, state: dict[str, Any] | None = None
 ) -> Arithmetic:
     """Return the formats of a training: those of the checkpoint that it resumes, else what suits the device.
 
@@ -75,11 +75,11 @@ def training_arithmetic(
     Arguments:
         model: on the device.
         size: (height, width) of the images.
-        wanted: `backbone.precision`.
+        setting: `backbone.precision`.
         state: of the checkpoint that training resumes from.
     """
     device = ranks.device
-    precision = training_precision(model, size, device, wanted=wanted, state=state)
+    precision = training_precision(model, size, device, setting=setting, state=state)
     if state is not None:
         recorded = state.get("memory_format")
         return Arithmetic(precision, recorded or ("channels_last" if device.type == "cuda" else "contiguous"))
@@ -90,7 +90,7 @@ def training_arithmetic(
 
 
 def training_precision(
-    model: nn.Module, size: tuple[int, int], device: torch.device, *, wanted: str, state: dict[str, Any] | None = None
+    model: nn.Module, size: tuple[int, int], device: torch.device, *, setting: str, state: dict[str, Any] | None = None
 ) -> torch.dtype:
     """Return the precision of a training: with `auto` that of the checkpoint's `state` it resumes, else the device's.
 
@@ -98,12 +98,12 @@ def training_precision(
         ConfigError: for a precision that this device only emulates.
     """
     recorded = recorded_precision(state) if state is not None else None
-    if recorded is not None and wanted == "auto":
+    if recorded is not None and setting == "auto":
         return choose_precision(recorded, device)
     if device.type == "cuda":
-        return choose_precision(wanted, device)
-    where = next(model.parameters()).device
-    return choose_precision(wanted, device, operations=forward_operations(model, size, where))
+        return choose_precision(setting, device)
+    weights_device = next(model.parameters()).device
+    return choose_precision(setting, device, operations=forward_operations(model, size, weights_device))
 
 
 def recorded_precision(state: dict[str, Any]) -> str | None:
@@ -125,11 +125,11 @@ def computes_bfloat16(device: torch.device) -> bool:
     return any(ask() for ask in supported if ask is not None)
 
 
-def choose_precision(wanted: str, device: torch.device, *, operations: int | None = None) -> torch.dtype:
+def choose_precision(setting: str, device: torch.device, *, operations: int | None = None) -> torch.dtype:
     """Return the data type of the matrix products in training.
 
     Arguments:
-        wanted: `auto`, `float32`, `bfloat16` or `float16`, as `backbone.precision` takes them.
+        setting: `auto`, `float32`, `bfloat16` or `float16`, as `backbone.precision` takes them.
         operations: floating-point operations of one image's forward pass (`forward_operations`), or None if unknown.
             On a CPU `auto` takes float32 for a network below `SMALL_NETWORK`.
 
@@ -137,20 +137,20 @@ def choose_precision(wanted: str, device: torch.device, *, operations: int | Non
         ConfigError: for a precision that this device only emulates.
     """
     if device.type == "cuda":
-        if wanted == "auto":
+        if setting == "auto":
             return torch.bfloat16 if computes_bfloat16(device) else torch.float16
-        return getattr(torch, wanted)
-    if wanted == "auto":
+        return getattr(torch, setting)
+    if setting == "auto":
         small = operations is None or operations < SMALL_NETWORK
         return torch.float32 if small or not computes_bfloat16(device) else torch.bfloat16
-    if wanted == "float16":
+    if setting == "float16":
         raise ConfigError("backbone.precision=float16: only GPUs compute in it; on a CPU take auto")
-    if wanted == "bfloat16" and not computes_bfloat16(device):
+    if setting == "bfloat16" and not computes_bfloat16(device):
         raise ConfigError(
             "backbone.precision=bfloat16: this CPU has no bfloat16 units (AVX-512 BF16 or AMX) and would emulate them "
             "very slowly; take float32 or auto"
         )
-    return getattr(torch, wanted)
+    return getattr(torch, setting)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Any timm model with one linear classifier, or a CIFAR network, as encoder + classifier."""
+"""A timm model with one linear classifier, or a CIFAR network, as encoder and classifier."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +17,10 @@ from pipeline.seeds import derive
 
 
 def build_model(config: BackboneConfig, *, num_classes: int, size: tuple[int, int] | None = None) -> nn.Module:
-    """A model with `num_classes` logits, its fresh parameters a function of config.seed alone.
+    """Return a model with `num_classes` logits, its fresh parameters a function of config.seed alone.
 
-    Raises ConfigError for an unknown name, a width the model does not take, or a classifier that is not one nn.Linear.
+    Raises: ConfigError: an unknown name, a width that the model does not take, a classifier that is not one nn.Linear, or
+        pretrained weights that cannot be fetched.
     """
     import timm
 
@@ -51,7 +52,7 @@ def build_model(config: BackboneConfig, *, num_classes: int, size: tuple[int, in
 
 
 def classifier(model: nn.Module) -> nn.Linear:
-    """The model's one linear classifier; ConfigError for distilled, cosine, convolutional or missing heads."""
+    """Return the model's one linear classifier; raise ConfigError for distilled, cosine, convolutional or missing heads."""
     head = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     if not isinstance(head, nn.Linear):
         kind = type(head).__name__ if head is not None else "none"
@@ -65,18 +66,18 @@ def classifier(model: nn.Module) -> nn.Linear:
 
 
 def classifier_name(model: nn.Module) -> str:
-    """What the model's classifier is called in its state dict, such as `fc` or `head.fc`."""
+    """Return the name of the model's classifier in its state dict, such as `fc` or `head.fc`."""
     head = classifier(model)
     return next(name for name, module in model.named_modules() if module is head)
 
 
 def encode(model: nn.Module, images: Tensor) -> Tensor:
-    """Features (B, D) of images (B, 3, H, W): exactly what the classifier is applied to."""
+    """Return features (B, D) of images (B, 3, H, W): exactly the input of the classifier."""
     return model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
 
 
 def network_facts(config: BackboneConfig, model: nn.Module) -> dict[str, Any]:
-    """What every number must stand beside: network, parameters, feature width."""
+    """Return the facts that stand beside every number: network, parameters, feature width."""
     width = "" if config.width == 1 else f" ×{config.width:g}"
     width += "".join(f", {key} {value}" for key, value in sorted((config.model_args or {}).items()))
     parameters = sum(p.numel() for p in model.parameters())
@@ -94,29 +95,31 @@ def network_facts(config: BackboneConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def usual_input(name: str) -> dict[str, Any]:
-    """What timm says of the input of a network of this name (its pretrained_cfg); empty where it says nothing."""
+    """Return timm's pretrained_cfg of a network, which holds the facts of its input; empty where there is none."""
     import timm
 
-    found = None if cifar.is_cifar(name) else timm.get_pretrained_cfg(name)
-    return found.to_dict() if found else {}
+    pretrained_cfg = None if cifar.is_cifar(name) else timm.get_pretrained_cfg(name)
+    return pretrained_cfg.to_dict() if pretrained_cfg else {}
 
 
 def augmentation_facts(config: BackboneConfig, transform: Transform) -> dict[str, str]:
-    """What training added to crops and flips, which must stand beside every number too; empty where it added nothing."""
-    drawn = f"randaugment {transform.rand_n} × {transform.rand_m}"
-    added = [drawn if transform.policy == "randaugment" else transform.policy] if transform.policy != "none" else []
-    added += [f"cutout {transform.cutout}"] if transform.cutout else []
-    added += [f"mixup {config.mixup:g}"] if config.mixup else []
-    return {"augmentation": ", ".join([transform.augment, *added])} if added else {}
+    """Return the augmentation beyond crops and flips, which stands beside every number too; empty where there is none."""
+    randaugment = f" {transform.rand_n} × {transform.rand_m}" if transform.policy == "randaugment" else ""
+    parts = [f"{transform.policy}{randaugment}"] if transform.policy != "none" else []
+    parts += [f"cutout {transform.cutout}"] if transform.cutout else []
+    parts += [f"mixup {config.mixup:g}"] if config.mixup else []
+    return {"augmentation": ", ".join([transform.augment, *parts])} if parts else {}
 
 
 def input_transform(
-    data: DataConfig, backbone: BackboneConfig, train: Split, *, known: Mapping[str, Any] | None = None
+    data: DataConfig, backbone: BackboneConfig, train: Split, *, input_facts: Mapping[str, Any] | None = None
 ) -> Transform:
-    """How pixels become input: the pretrained model's own statistics, else the training images', else ImageNet's.
+    """Return the transform of images: with the pretrained model's statistics, else the training images', else ImageNet's.
 
-    known: what is known of weights that come from elsewhere, as timm's pretrained_cfg says it; data.mean, data.std and
-    data.image_size go before it. Images in memory keep their size, and those of a frozen encoder get its own.
+    Images in memory keep their size, and those of a frozen encoder get its own.
+
+    Arguments:
+        input_facts: of external weights, as in timm's pretrained_cfg; data.mean, data.std and data.image_size come first.
     """
     if train.images is not None:
         height, width = train.images.shape[1:3]
@@ -130,22 +133,22 @@ def input_transform(
     facts: dict[str, Any] = {"crop_pct": 0.875, "interpolation": "bilinear"}
     mean: Any = IMAGENET_MEAN
     std: Any = IMAGENET_STD
-    usual = usual_input(backbone.model) if known is None else known
-    if usual:
+    input_values = usual_input(backbone.model) if input_facts is None else input_facts
+    if input_values:
         from timm.data import resolve_data_config
 
-        wanted = resolve_data_config({}, pretrained_cfg=dict(usual))
-        facts = {"crop_pct": wanted["crop_pct"], "interpolation": wanted["interpolation"]}
-        mean, std = wanted["mean"], wanted["std"]
+        resolved = resolve_data_config({}, pretrained_cfg=dict(input_values))
+        facts = {"crop_pct": resolved["crop_pct"], "interpolation": resolved["interpolation"]}
+        mean, std = resolved["mean"], resolved["std"]
         if data.image_size is None and (train.images is None or backbone.frozen):
-            size = tuple(wanted["input_size"][1:])
+            size = tuple(resolved["input_size"][1:])
     if facts["interpolation"] not in ("nearest", "bilinear", "bicubic"):
         facts["interpolation"] = "bicubic"
     if backbone.frozen:
         size = (data.image_size or size[0],) * 2
-    if backbone.frozen or (train.images is None and known is None and augmentation in ("crop", "crop-flip")):
+    if backbone.frozen or (train.images is None and input_facts is None and augmentation in ("crop", "crop-flip")):
         facts["crop_pct"] = 1.0  # what is trained on whole images, or on whatever fills its image, is not cut at test
-    if train.images is not None and not backbone.pretrained and not known:
+    if train.images is not None and not backbone.pretrained and not input_facts:
         mean, std = channel_statistics(train.images)
     if data.cutout >= min(size):
         raise ConfigError(
@@ -161,7 +164,7 @@ def input_transform(
 
 @torch.inference_mode()
 def check_input(model: nn.Module, transform: Transform, device: torch.device) -> None:
-    """Raises DataError if the model cannot take images of this size."""
+    """Raise DataError where the model cannot take images of this size."""
     was_training = model.training
     try:
         model.eval()(torch.zeros(1, 3, *transform.size, device=device))
@@ -175,6 +178,6 @@ def check_input(model: nn.Module, transform: Transform, device: torch.device) ->
         model.train(was_training)
 
 
-def class_accuracy(correct: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """(C,) accuracy in 0…1 per class, nan where nothing was seen."""
-    return np.where(seen > 0, correct / np.maximum(seen, 1), np.nan)
+def class_accuracy(correct: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Return (C,) accuracy in 0…1 per class, nan where nothing was seen."""
+    return np.where(total > 0, correct / np.maximum(total, 1), np.nan)

@@ -20,15 +20,17 @@ from pipeline.errors import DataError
 
 FORMAT = 1
 RECORD_BYTES, REST_BYTES = 250, 8_500  # of a file beside the numbers of its tensors: of each tensor, of all else
-NAMES = ("last.pt", "best.pt", "previous.pt")  # what a training calls its own
+TRAINING_FILES = ("last.pt", "best.pt", "previous.pt")  # of `pipeline train-backbone`
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A trained backbone: model in evaluation mode on the CPU, and what it was made from.
+    """A trained backbone.
 
-    probe: whether its head is still to be fitted on the features, for want of one for these classes; brought: file and
-    notes of a backbone that was not trained by this program.
+    Arguments:
+        model: in evaluation mode, on the CPU.
+        probe: whether its head, for want of one for these classes, is still to be fitted on the features.
+        external: file and notes of a backbone that was not trained by this program.
     """
 
     path: Path
@@ -47,14 +49,14 @@ class Checkpoint:
     external: dict[str, Any] | None = None
 
 
-class Damaged(DataError):
+class DamagedCheckpoint(DataError):
     """A file that is not a whole checkpoint of this program: torn, changed, or something else."""
 
 
 def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> None:
-    """Replaces the file by the state, durably; what it held stays as `previous`, at every moment under one name or both.
+    """Replace the file by the state, durably; its old content stays as `previous`, at every moment under one name or both.
 
-    Raises OSError where it cannot be written (disk full, no permission); both are then as they were.
+    Raises: OSError: disk full, no permission; both files are then as they were.
     """
 
     def content(file: BinaryIO) -> None:
@@ -62,18 +64,23 @@ def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> 
         if previous is not None and path.exists():
             file.flush()
             os.fsync(file.fileno())  # two whole checkpoints are there until this one is safe
-            name_also(path, previous)
+            link_as(path, previous)
 
     write_durably(path, content)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state saved in a file; DataError if it is missing, damaged (Damaged), foreign (Damaged) or of another format."""
+    """Return the state saved in a file.
+
+    Raises:
+        DataError: the file is missing or of another format.
+        DamagedCheckpoint: it is damaged, or not a checkpoint of this program.
+    """
     return read_with_digest(path)[0]
 
 
 def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
-    """(state, digest of all it holds), as `read`; equal files have equal digests."""
+    """Return (state, digest of all content), as `read` does; equal files have equal digests."""
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint; make one with `pipeline train-backbone`")
     try:
@@ -82,15 +89,15 @@ def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises a dozen types for a damaged file
-        if path.name not in NAMES:
-            raise _from_elsewhere(path) from error
+        if path.name not in TRAINING_FILES:
+            raise _external_error(path) from error
         changed = isinstance(error, zipfile.BadZipFile) and str(error).startswith("its record")
         reason = str(error) if changed else "it ends too early or is damaged"
-        raise Damaged(f"{path}: not a readable checkpoint: {reason}; {_instead(path)}") from error
+        raise DamagedCheckpoint(f"{path}: not a readable checkpoint: {reason}; {_remedy(path)}") from error
     if not isinstance(state, dict) or not {"format", "model", "config", "transform"} <= state.keys():
         if previous_of(path).is_file():
-            raise Damaged(f"{path}: a checkpoint, but not one of `pipeline train-backbone`; {_instead(path)}")
-        raise _from_elsewhere(path)
+            raise DamagedCheckpoint(f"{path}: a checkpoint, but not one of `pipeline train-backbone`; {_remedy(path)}")
+        raise _external_error(path)
     if state["format"] != FORMAT:
         raise DataError(
             f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; train again with --overwrite"
@@ -98,51 +105,51 @@ def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
     return state, digest
 
 
-def name_also(path: Path, other: Path) -> None:
-    """Gives a file a second name, of which it takes the place; where the file system has no hard links, instead of its own."""
-    spare = path.with_name(f".{other.name}.link.tmp")
+def link_as(path: Path, second_name: Path) -> None:
+    """Give a file a second name; where the file system has no hard links, rename it."""
+    spare = path.with_name(f".{second_name.name}.link.tmp")
     spare.unlink(missing_ok=True)
     try:
         os.link(path, spare)
-        os.replace(spare, other)
+        os.replace(spare, second_name)
     except OSError:
-        os.replace(path, other)
+        os.replace(path, second_name)
     finally:
         spare.unlink(missing_ok=True)  # replacing one name of a file by another leaves both
 
 
 def previous_of(path: Path) -> Path:
-    """Where the checkpoint before a last.pt is kept."""
+    """Return the path of the checkpoint before a last.pt."""
     return path.with_name("previous.pt")
 
 
-def _instead(path: Path) -> str:
+def _remedy(path: Path) -> str:
     if path.name == "last.pt" and previous_of(path).is_file():
         return f"the same `pipeline train-backbone` command goes on from {previous_of(path)}, the checkpoint before it"
     return "train again with --overwrite"
 
 
-def _from_elsewhere(path: Path) -> Damaged:
-    """What to say of a file that this program did not write: how its weights are taken, or why they cannot be read."""
+def _external_error(path: Path) -> DamagedCheckpoint:
+    """Return the error for a file of another program: how to use its weights, or why they cannot be read."""
     try:
         read_file(path)
     except DataError as error:
-        return Damaged(str(error))
-    return Damaged(
+        return DamagedCheckpoint(str(error))
+    return DamagedCheckpoint(
         f"{path}: not one of `pipeline train-backbone`; weights from elsewhere are taken with "
         f"`pipeline dump-features CONFIG --checkpoint {path}`"
     )
 
 
 def _write(state: dict[str, Any], file: BinaryIO) -> None:
-    disk = _Disk(file)
+    watched = _WatchedFile(file)
     try:
-        torch.save(state, disk)  # type: ignore[arg-type]  # it uses no more of a file
+        torch.save(state, watched)  # type: ignore[arg-type]  # it uses no more of a file
     except RuntimeError as error:  # what torch makes of a full disk
-        raise disk.failure or error from None
+        raise watched.failure or error from None
 
 
-class _Disk:
+class _WatchedFile:
     """A file that remembers why it could not be written."""
 
     def __init__(self, file: BinaryIO):
@@ -158,19 +165,19 @@ class _Disk:
 
 
 def _records_digest(path: Path) -> str:
-    """sha256 over name, size and crc32 of each record, every one of which is read against its crc32.
+    """Return the sha256 over name, size and crc32 of each record, every one of which is read against its crc32.
 
     torch writes these sums, for tensors too, and never looks at them.
     """
     with zipfile.ZipFile(path) as records:
         if (damaged := records.testzip()) is not None:
             raise zipfile.BadZipFile(f"its record {damaged} was changed after it was written")
-        listed = [(record.filename, record.file_size, record.CRC) for record in records.infolist()]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()
+        sums = [(record.filename, record.file_size, record.CRC) for record in records.infolist()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """The backbone in a last.pt or best.pt, ready to encode. Raises DataError as `read` does."""
+    """Return the backbone in a last.pt or best.pt, ready to encode; raise DataError as `read` does."""
     state = read(path)
     config = make_config(state["config"], f"{path} (config)")
     names = tuple(state["class_names"])
@@ -206,7 +213,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over names, shapes, types and values: equal weights have equal digests, whatever file they came in."""
+    """Return the sha256 over names, shapes, types and values: equal weights in any file have equal digests."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())

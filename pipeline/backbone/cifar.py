@@ -1,4 +1,4 @@
-"""CIFAR residual networks, which timm lacks: registered there, so that they are built, cut and exported like any timm model."""
+"""CIFAR residual networks, which timm lacks; registered there, so that they are built and exported like any timm model."""
 
 from typing import Any
 
@@ -108,10 +108,10 @@ def cifar_resnet34(pretrained: bool = False, num_classes: int = 100, **_: Any) -
 
 
 def is_cifar(name: str) -> bool:
-    """Whether a model name is one of this module's."""
+    """Return whether a model name is one of this module."""
     return name.startswith("cifar_resnet")
 
 
 def takes_width(name: str) -> bool:
-    """Whether the network has a width multiplier."""
+    """Return whether the network has a width multiplier."""
     return is_cifar(name) and name != "cifar_resnet34"

@@ -1,4 +1,4 @@
-"""How far every class has come in training, measured on the same clean training images again and again.
+"""Accuracy and gradient norm of every class, measured after epochs on the same clean training images.
 
 The gradient is that of cross-entropy with respect to the features that enter the classifier: for a linear classifier
 ∂L_i/∂z_i = (p_i − y_i)·W, p = softmax(W·z_i + b), y_i one-hot. Nothing is mixed or augmented, batch normalisation and
@@ -21,7 +21,7 @@ HEADER = "epoch,class,images,measured,accuracy,gradient\n"
 
 
 def fixed_rows(labels: np.ndarray, ids: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
-    """Sorted positions of min(per_class, N_c) training images of every class: a function of (seed, id) alone."""
+    """Return sorted positions of min(per_class, N_c) training images of every class: a function of (seed, id) alone."""
     draws = uniform(derive(seed, "diagnose"), ids, 1)[:, 0]
     order = np.lexsort((draws, labels))
     sizes = np.bincount(labels)
@@ -36,9 +36,11 @@ def class_sums(
     classes: int,
     arithmetic: Arithmetic,
 ) -> np.ndarray:
-    """(3, C) float64 sums by class over batches (pixels, labels): right guesses, ‖∂L/∂z‖, samples.
+    """Return (3, C) float64 sums by class: correct predictions, ‖∂L/∂z‖, samples.
 
-    A negative label stands for an image that could not be read. The network must be in evaluation mode.
+    Arguments:
+        network: in evaluation mode.
+        batches: (pixels, labels); a negative label stands for an image that could not be read.
     """
     sums = np.zeros((3, classes))
     for pixels, labels in batches:
@@ -54,7 +56,7 @@ def class_sums(
 
 
 def gradient_norms(network: ImageClassifier, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(‖∂L_i/∂z_i‖₂ of cross-entropy (B,), guessed class (B,)) at features z (B, D)."""
+    """Return (‖∂L_i/∂z_i‖₂ of cross-entropy (B,), predicted class (B,)) at features z (B, D)."""
     with torch.enable_grad():
         z = features.detach().requires_grad_()
         logits = network.score(z)
@@ -63,10 +65,10 @@ def gradient_norms(network: ImageClassifier, features: Tensor, labels: Tensor) -
 
 
 def lines(epoch: int, sums: np.ndarray, counts: np.ndarray) -> str:
-    """The lines of diagnostics.csv for one epoch: a class each, accuracy in %, empty where no image could be read."""
-    right, gradient, seen = sums
-    told = []
-    for c, n in enumerate(seen):
+    """Return the lines of diagnostics.csv for one epoch: one a class, accuracy in %, empty where no image could be read."""
+    right, gradient, total = sums
+    text = []
+    for c, n in enumerate(total):
         values = f"{float(100 * right[c] / n)!r},{float(gradient[c] / n)!r}" if n else ","
-        told.append(f"{epoch},{c},{counts[c]},{round(n)},{values}\n")
-    return "".join(told)
+        text.append(f"{epoch},{c},{counts[c]},{round(n)},{values}\n")
+    return "".join(text)

@@ -9,35 +9,41 @@ from pipeline.backbone.image_classifier import ImageClassifier
 
 
 class WeightAverage:
-    """A classifier of its own whose weights are the exponential moving average of another's. [Polyak averaging; the decay's
-    warm-up as in Abadi et al., TensorFlow's ExponentialMovingAverage with num_updates]
+    """A copy of a classifier whose weights are the exponential moving average of the original's.
 
     Batch statistics are averaged like parameters, not copied: those of a step belong to the weights of that step, so their
-    average belongs to the averaged weights. Whole numbers (how many batches there were) are copied.
+    average belongs to the averaged weights. Integers (the number of batches) are copied.
+
+    Source: Polyak averaging; the warm-up of the decay as in TensorFlow's ExponentialMovingAverage with num_updates.
     """
 
     def __init__(self, classifier: ImageClassifier, *, decay: float):
         self.decay = decay
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
-        self._pairs: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None = None
+        self._pairs: list[list[list[Tensor]]] | None = (
+            None  # (average, original) of floating-point tensors, of integers
+        )
 
     @torch.no_grad()
     def update(self, classifier: ImageClassifier, *, step: int) -> None:
-        """Moves the average towards the weights after optimiser step `step`, counted from 0 over all epochs."""
+        """Move the average towards the weights after optimiser step `step`, counted from 0 over all epochs."""
         if self._pairs is None:  # not before: converted modules keep parameters, but are made after this object
-            mine, theirs = ([*of.parameters(), *of.buffers()] for of in (self.classifier, classifier))
-            moving = [t.is_floating_point() for t in mine]
-            self._pairs = tuple(  # type: ignore[assignment]
-                [t for t, moves in zip(of, moving, strict=True) if moves is wanted]
-                for wanted in (True, False)
-                for of in (mine, theirs)
-            )
-        averaged, live, counted, counts = self._pairs  # type: ignore[misc]
+            pairs = [
+                pair
+                for kind in ("parameters", "buffers")
+                for pair in zip(getattr(self.classifier, kind)(), getattr(classifier, kind)(), strict=True)
+            ]
+            floats = [pair for pair in pairs if pair[0].is_floating_point()]
+            integers = [pair for pair in pairs if not pair[0].is_floating_point()]
+            self._pairs = [
+                list(map(list, zip(*some, strict=True))) if some else [[], []] for some in (floats, integers)
+            ]
+        (averaged, live), (averaged_counts, counts) = self._pairs
         torch._foreach_lerp_(averaged, live, 1 - decay_at(step, self.decay))
-        if counted:
-            torch._foreach_copy_(counted, counts)
+        if counts:
+            torch._foreach_copy_(averaged_counts, counts)
 
 
 def decay_at(step: int, decay: float) -> float:
-    """The share of the old average that a step keeps: min(decay, (1 + step)/(10 + step)), so that the start is forgotten."""
+    """Return the share of the old average that a step keeps: min(decay, (1 + step)/(10 + step)), which forgets the start."""
     return min(decay, (1 + step) / (10 + step))

@@ -26,8 +26,8 @@ class EpochCounts:
 
     def total(self, ranks: Ranks) -> tuple[np.ndarray, np.ndarray, float]:
         """Return (correct (C,), seen (C,), sum of the loss) of all ranks."""
-        correct, seen = ranks.total(self._classes.cpu().numpy())[:, :-1]
-        return correct, seen, float(ranks.total(self._loss.cpu().numpy()))
+        correct, readable = ranks.total(self._classes.cpu().numpy())[:, :-1]
+        return correct, readable, float(ranks.total(self._loss.cpu().numpy()))
 
     def clear(self) -> None:
         self._classes.zero_()

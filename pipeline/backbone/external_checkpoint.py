@@ -1,4 +1,4 @@
-"""Somebody's checkpoint as a backbone of ours: which network it is, whether it fits, and what its head is worth here."""
+"""A checkpoint that was not trained here, as a backbone: its network, its input, and the use of its head."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from pipeline.backbone import checkpoint
 from pipeline.backbone.build import build_model, check_input, classifier, input_transform, network_facts, usual_input
 from pipeline.backbone.checkpoint import Checkpoint, weights_digest
 from pipeline.backbone.cifar import takes_width
-from pipeline.backbone.match_weights import Head, take
+from pipeline.backbone.match_weights import LinearHead, match_weights
 from pipeline.backbone.pretrained import encoder_path, load_encoder
-from pipeline.backbone.weights import find_tensors, read_file, read_key_map, renamed, weights_file
+from pipeline.backbone.weights import find_tensors, read_file, read_key_map, rename_tensors, weights_file
 from pipeline.config import RESERVED_MODEL_ARGS, BackboneConfig, Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Transform
@@ -25,14 +25,17 @@ from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError, DataError
 from pipeline.provenance import provenance
 
-OWN = {"format", "model", "config", "transform"}  # keys of what `pipeline train-backbone` writes
+OWN_KEYS = {"format", "model", "config", "transform"}  # keys of what `pipeline train-backbone` writes
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What is said of weights beside them; None or empty where nothing is.
+class WeightsMetadata:
+    """The facts that stand beside weights, or in a checkpoint of this program; None or empty where there are none.
 
-    origin: who says it; input: as timm's pretrained_cfg; weights: the name of the file.
+    Arguments:
+        origin: the file that states them.
+        input: mean, std, input_size, … as in timm's pretrained_cfg.
+        weights: the name of the file of the weights.
     """
 
     origin: str = ""
@@ -53,49 +56,54 @@ def load_external(
     key_map: Path | None = None,
     probe: bool = False,
 ) -> Checkpoint:
-    """The backbone in any checkpoint of a timm network, ready to encode the data set.
+    """Return the backbone in any checkpoint of a timm network, ready to encode the data set.
 
-    path: safetensors, or a pickle of tensors, of which nothing is executed; or a folder with a timm config.json; None
-    for the pretrained network that config.backbone.encoder names. The
-    network is `model` if given, else what config.json says, else config.backbone.model. key_map: see read_key_map.
-    The head is the file's own where it is one of these classes, unless probe asks otherwise; else a linear probe that is
-    fitted when the features are there. Raises DataError for a file that cannot be read or does not fit, ConfigError for
-    a network or key map that will not do.
+    Its head is the file's where that is of these classes, else a linear probe, which is fitted on the features later.
+
+    Arguments:
+        path: safetensors, or a pickle of tensors, of which nothing is executed; or a folder with a timm config.json; None
+            for the pretrained network that config.backbone.encoder names.
+        model: the timm name of the network, by default that in config.json, else config.backbone.model.
+        key_map: a file as `read_key_map` takes it.
+        probe: fit a linear probe even where the file has a head.
+
+    Raises:
+        DataError: the file cannot be read or does not fit the network.
+        ConfigError: the network or the key map cannot be used.
     """
     if path is None and (path := encoder_path(config.backbone.encoder or "")) is None:
         return _load_pretrained(config, dataset)
     path = Path(path)
-    said = read_beside(path)
-    file = weights_file(path, said.weights)
+    metadata = read_metadata(path)
+    file = weights_file(path, metadata.weights)
     content = read_file(file)
-    if isinstance(content, Mapping) and content.keys() >= OWN:
-        said = _said_by_own(content, file)
-    settings, notes = _settings(config.backbone, said, model)
+    if isinstance(content, Mapping) and content.keys() >= OWN_KEYS:
+        metadata = _own_metadata(content, file)
+    settings, notes = _settings(config.backbone, metadata, model)
     network = build_model(settings, num_classes=len(dataset.class_names))
-    found = find_tensors(content, file)
-    if found.others:
-        notes.append(f"taken from {'.'.join(found.where)} of the file; not from its {', '.join(found.others)}")
-    tensors = renamed(found.tensors, read_key_map(key_map), key_map) if key_map else found.tensors
-    taken = take(tensors, network, name=settings.model, path=file, probe=probe)
-    notes += taken.notes
-    head, told = _head(taken.head, said, dataset, probe=probe)
-    notes.append(told)
-    _load(network, taken.encoder, head, file)
-    known = said.input or usual_input(settings.model) or None
-    transform = input_transform(config.data, settings, dataset.train, known=known)
+    stored = find_tensors(content, file)
+    if stored.unused_keys:
+        notes.append(f"taken from {'.'.join(stored.keys)} of the file; not from its {', '.join(stored.unused_keys)}")
+    tensors = rename_tensors(stored.tensors, read_key_map(key_map), key_map) if key_map else stored.tensors
+    matched = match_weights(tensors, network, name=settings.model, path=file, probe=probe)
+    notes += matched.notes
+    head, head_note = _head(matched.head, metadata, dataset, probe=probe)
+    notes.append(head_note)
+    _load(network, matched.encoder, head, file)
+    input_facts = metadata.input or usual_input(settings.model) or None
+    transform = input_transform(config.data, settings, dataset.train, input_facts=input_facts)
     check_input(network, transform, torch.device("cpu"))
-    notes += _about_input(said, known, transform.size, settings.model)
+    notes += _input_notes(metadata, input_facts, transform.size, settings.model)
     epoch = content.get("epoch") if isinstance(content, Mapping) else None
     external = {
         "sha256": _sha256(file),
-        "taken_from": ".".join([*found.where, *filter(None, [taken.prefix.rstrip(".")])]) or None,
+        "taken_from": ".".join([*stored.keys, *filter(None, [matched.prefix.rstrip(".")])]) or None,
         "key_map": None if key_map is None else str(key_map),
         "notes": notes,
     }
-    chosen = config.model_copy(update={"backbone": settings})
     return _external_checkpoint(
-        network, chosen, dataset, transform=transform, path=path, external=external, probe=head is None,
-        epoch=epoch if isinstance(epoch, int) else 0,
+        network, config.model_copy(update={"backbone": settings}), dataset, transform=transform, path=path,
+        external=external, probe=head is None, epoch=epoch if isinstance(epoch, int) else 0,
     )  # fmt: skip
 
 
@@ -114,8 +122,13 @@ def _load_pretrained(config: Config, dataset: Dataset) -> Checkpoint:
     )
     network = build_model(settings, num_classes=len(dataset.class_names))
     path = pretrained.file or Path(pretrained.name)
-    _load(network, take(pretrained.tensors, network, name=pretrained.model, path=path, probe=True).encoder, None, path)
-    transform = input_transform(config.data, settings, dataset.train, known=pretrained.input)
+    _load(
+        network,
+        match_weights(pretrained.tensors, network, name=pretrained.model, path=path, probe=True).encoder,
+        None,
+        path,
+    )
+    transform = input_transform(config.data, settings, dataset.train, input_facts=pretrained.input)
     check_input(network, transform, torch.device("cpu"))
     height, width = transform.size
     notes = [
@@ -141,7 +154,7 @@ def _external_checkpoint(
     probe: bool,
     epoch: int,
 ) -> Checkpoint:
-    """Return the network with what a dump and a later reader need to know of it."""
+    """Return the network with the facts that a dump and its readers need."""
     facts, summary = network_facts(config.backbone, network), dataset.summary()
     return Checkpoint(
         path=path,
@@ -168,7 +181,7 @@ def _external_checkpoint(
 
 
 def origin_text(backbone: Checkpoint) -> str:
-    """Return `encoder: lite0` or `checkpoint: FILE`, as a backbone was asked for."""
+    """Return `encoder: lite0` or `checkpoint: FILE`, the way a backbone was named."""
     name = (backbone.external or {}).get("encoder")
     return f"encoder: {name}" if name else f"checkpoint: {backbone.path}"
 
@@ -184,54 +197,57 @@ def load_external_for_run(
     overwrite: bool = False,
     ranks: Ranks,
 ) -> tuple[Checkpoint, Dataset]:
-    """(load_foreign of the configuration's images; the images), unless the folder it is to be kept in has another one."""
+    """Return the backbone of `load_external` and the configuration's images.
+
+    Raises: ConfigError: `folder`, into which it will be saved, has another backbone; what `load_external` raises.
+    """
     dataset = ranks.together(lambda: load_dataset(config.data, resize=not config.backbone.frozen))
     backbone = ranks.together(
         lambda: load_external(path, config, dataset=dataset, model=model, key_map=key_map, probe=probe)
     )
-    ranks.together(lambda: refuse_other(backbone, folder, overwrite=overwrite))
+    ranks.together(lambda: refuse_other_backbone(backbone, folder, overwrite=overwrite))
     return backbone, dataset
 
 
-def is_own(path: Path) -> bool:
-    """Whether a file was written by `pipeline train-backbone`, as far as can be seen; so is a damaged last.pt or best.pt."""
+def is_own_checkpoint(path: Path) -> bool:
+    """Return whether a file was written by `pipeline train-backbone`; a damaged last.pt or best.pt counts as such."""
     try:
         content = read_file(weights_file(path))
     except DataError:
         return path.name in ("last.pt", "best.pt")
-    return isinstance(content, Mapping) and content.keys() >= OWN
+    return isinstance(content, Mapping) and content.keys() >= OWN_KEYS
 
 
-def refuse_other(backbone: Checkpoint, folder: Path, *, overwrite: bool) -> None:
-    """ConfigError where a folder holds a backbone that was trained there, or, without overwrite, another brought along."""
+def refuse_other_backbone(backbone: Checkpoint, folder: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError where a folder holds a backbone that was trained there or, without overwrite, another external one."""
     path = folder / "last.pt"
     if not path.is_file():
         return
-    there, wanted = checkpoint.read(path), _identity(backbone)
-    if not there.get("brought"):
+    saved, expected = checkpoint.read(path), _identity(backbone)
+    if not saved.get("brought"):
         raise ConfigError(f"{path}: a backbone that was trained here; it is not replaced: choose another --out")
-    theirs = there.get("identity", {})
-    other = [key for key in wanted if theirs.get(key) != wanted[key]]
-    if other and not overwrite:
-        source = there["provenance"].get("made_from", {}).get("checkpoint", "another checkpoint")
-        told = {
+    saved_identity = saved.get("identity", {})
+    differing_keys = [key for key in expected if saved_identity.get(key) != expected[key]]
+    if differing_keys and not overwrite:
+        source = saved["provenance"].get("made_from", {}).get("checkpoint", "another checkpoint")
+        differences = {
             "weights": "other weights",
-            "head": f"as its head {wanted['head']} instead of {theirs.get('head')}",
+            "head": f"as its head {expected['head']} instead of {saved_identity.get('head')}",
             "transform": "another input transform",
         }
         raise ConfigError(
             f"{path}: keeps the backbone brought along from {source}; what is asked for, from {backbone.path}, has "
-            f"{', '.join(told[key] for key in other)}. Choose another --out, or replace it with --overwrite"
+            f"{', '.join(differences[key] for key in differing_keys)}. Choose another --out, or replace it with --overwrite"
         )
 
 
-def keep(backbone: Checkpoint, folder: Path) -> None:
-    """Writes last.pt and run.json of a backbone that was brought along, so that all that follows needs no other file."""
+def save_external(backbone: Checkpoint, folder: Path) -> None:
+    """Write last.pt and run.json of an external backbone, so that later stages need no other file."""
     path = folder / "last.pt"
     identity = _identity(backbone)
     if path.is_file():
-        there = checkpoint.read(path)
-        if there.get("identity") == identity and there["dataset"] == backbone.dataset:
+        saved = checkpoint.read(path)
+        if saved.get("identity") == identity and saved["dataset"] == backbone.dataset:
             return
     state = {
         "model": backbone.model.state_dict(),
@@ -263,14 +279,14 @@ def _identity(backbone: Checkpoint) -> dict[str, str]:
     }
 
 
-def read_beside(path: Path) -> Beside:
-    """What the config.json beside weights, or in a folder of weights, says in timm's format; nothing where there is none.
+def read_metadata(path: Path) -> WeightsMetadata:
+    """Return the facts in timm's config.json beside weights, or in a folder of weights; empty where there is none.
 
-    DataError names the field that makes no sense.
+    Raises: DataError: names the field that makes no sense.
     """
     origin = (path if path.is_dir() else path.parent) / "config.json"
     if not origin.is_file():
-        return Beside()
+        return WeightsMetadata()
     try:
         tree = json.loads(origin.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -278,87 +294,94 @@ def read_beside(path: Path) -> Beside:
             f"{origin}: not readable JSON ({error}); mend it, or move it away and name the network"
         ) from error
     if not isinstance(tree, dict) or not isinstance(tree.get("architecture"), str):
-        return Beside()  # another program's
-    args = tree.get("model_args") or {}
-    known = dict(tree.get("pretrained_cfg") or {})
-    names = tree.get("class_names") or tree.get("label_names") or known.get("label_names") or ()
+        return WeightsMetadata()  # another program's
+    saved_args = tree.get("model_args") or {}
+    input_facts = dict(tree.get("pretrained_cfg") or {})
+    names = tree.get("class_names") or tree.get("label_names") or input_facts.get("label_names") or ()
     for key, shape in (("mean", 3), ("std", 3), ("input_size", 3)):
-        value = known.get(key)
-        good = (
+        value = input_facts.get(key)
+        valid = (
             isinstance(value, list | tuple) and len(value) == shape and all(isinstance(v, int | float) for v in value)
         )
-        if value is not None and not good:
+        if value is not None and not valid:
             raise DataError(f"{origin}: pretrained_cfg.{key} is {value!r}, expected {shape} numbers")
-    if not isinstance(args, dict) or not isinstance(names, list | tuple):
+    if not isinstance(saved_args, dict) or not isinstance(names, list | tuple):
         raise DataError(f"{origin}: model_args has to be a mapping and class names a list")
-    own = {key: value for key, value in args.items() if key not in RESERVED_MODEL_ARGS}
-    return Beside(
+    model_args = {key: value for key, value in saved_args.items() if key not in RESERVED_MODEL_ARGS}
+    return WeightsMetadata(
         origin=str(origin),
         model=tree["architecture"],
-        model_args=own or None,
-        width=float(args.get("width", 1.0)),
-        input=known or None,
+        model_args=model_args or None,
+        width=float(saved_args.get("width", 1.0)),
+        input=input_facts or None,
         class_names=tuple(map(str, names)),
         weights=tree.get("weights"),
     )
 
 
-def _said_by_own(state: Mapping[str, Any], file: Path) -> Beside:
-    """What a checkpoint of `pipeline train-backbone` says of itself."""
+def _own_metadata(state: Mapping[str, Any], file: Path) -> WeightsMetadata:
+    """Return the facts in a checkpoint of `pipeline train-backbone`."""
     backbone, transform = state["config"]["backbone"], state["transform"]
-    wanted = {key: transform[key] for key in ("mean", "std", "crop_pct", "interpolation")}
-    return Beside(
+    input_facts = {key: transform[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    return WeightsMetadata(
         origin=str(file),
         model=backbone["model"],
         model_args=backbone.get("model_args"),
         width=backbone["width"],
-        input=wanted | {"input_size": (3, *transform["size"])},
+        input=input_facts | {"input_size": (3, *transform["size"])},
         class_names=tuple(state["class_names"]),
     )
 
 
-def _settings(config: BackboneConfig, said: Beside, model: str | None) -> tuple[BackboneConfig, list[str]]:
-    """The settings of the network: of `model`, else as said beside the weights, else the configuration's."""
-    chosen: dict[str, Any] = {"pretrained": False, "model": model or said.model or config.model}
+def _settings(config: BackboneConfig, metadata: WeightsMetadata, model: str | None) -> tuple[BackboneConfig, list[str]]:
+    """Return the settings of the network: those of `model`, else of the metadata, else the configuration's; and notes."""
+    settings: dict[str, Any] = {"pretrained": False, "model": model or metadata.model or config.model}
     notes = []
-    if said.model and not model:
-        args = config.model_args if config.model_args is not None else said.model_args
-        chosen |= {"model_args": args, "width": said.width}
-        notes.append(f"network: {said.model}, as {said.origin} says")
-    if not takes_width(chosen["model"]):
-        chosen["width"] = 1.0  # the configuration's is of another network
-    return config.model_copy(update=chosen), notes
+    if metadata.model and not model:
+        saved_args = config.model_args if config.model_args is not None else metadata.model_args
+        settings |= {"model_args": saved_args, "width": metadata.width}
+        notes.append(f"network: {metadata.model}, as {metadata.origin} says")
+    if not takes_width(settings["model"]):
+        settings["width"] = 1.0  # the configuration's is of another network
+    return config.model_copy(update=settings), notes
 
 
-def _head(head: Head | None, said: Beside, dataset: Dataset, *, probe: bool) -> tuple[Head | None, str]:
-    """The file's head in the order of the data's classes, None where a probe has to take its place; and why."""
-    names, fitted = dataset.class_names, "a linear probe is fitted on the features"
+def _head(
+    head: LinearHead | None, metadata: WeightsMetadata, dataset: Dataset, *, probe: bool
+) -> tuple[LinearHead | None, str]:
+    """Return the file's head in the order of the data's classes, None where a probe replaces it; and a note on the reason."""
+    names, probe_note = dataset.class_names, "a linear probe is fitted on the features"
     if probe:
-        return None, f"{fitted}, as asked for"
+        return None, f"{probe_note}, as asked for"
     if head is None:
-        return None, f"the file has no head that could be used: {fitted}"
+        return None, f"the file has no head that could be used: {probe_note}"
     if len(head.weight) != len(names):
-        return None, f"the file's head has {len(head.weight):,} classes, the data {len(names):,}: {fitted}"
-    if not said.class_names:
-        shown = ", ".join(f"{i} = {name}" for i, name in enumerate(names[:3]))
+        return None, f"the file's head has {len(head.weight):,} classes, the data {len(names):,}: {probe_note}"
+    if not metadata.class_names:
+        examples = ", ".join(f"{i} = {name}" for i, name in enumerate(names[:3]))
         return head, (
-            f"the file's head is taken, its classes matched by their number ({shown} …): nothing in the file names them; "
+            f"the file's head is taken, its classes matched by their number ({examples} …): nothing in the file names them; "
             "if theirs is another order, --probe fits a new head"
         )
-    if said.class_names == names:
+    if metadata.class_names == names:
         return head, "the file's head is taken: its classes are the data's, in the same order"
-    if sorted(said.class_names) == sorted(names) and len(set(names)) == len(names):
-        order = torch.tensor([said.class_names.index(name) for name in names])
+    if sorted(metadata.class_names) == sorted(names) and len(set(names)) == len(names):
+        order = torch.tensor([metadata.class_names.index(name) for name in names])
         return (
-            Head(head.weight[order], head.bias[order]),
+            LinearHead(head.weight[order], head.bias[order]),
             "the file's head is taken, its classes matched by their names: they stand there in another order",
         )
-    strange = next(name for name in (*said.class_names, *names) if (name in names) != (name in said.class_names))
-    return None, f"the file's head is of other classes ({strange!r} is one of the two only): {fitted}"
+    unmatched = next(
+        name for name in (*metadata.class_names, *names) if (name in names) != (name in metadata.class_names)
+    )
+    return None, f"the file's head is of other classes ({unmatched!r} is one of the two only): {probe_note}"
 
 
-def _load(network: nn.Module, encoder: Mapping[str, Tensor], head: Head | None, path: Path) -> None:
-    """Puts the tensors into the network, zeros into a head that is to be fitted; DataError where a number is none."""
+def _load(network: nn.Module, encoder: Mapping[str, Tensor], head: LinearHead | None, path: Path) -> None:
+    """Copy the tensors into the network, zeros into a head that is still to be fitted.
+
+    Raises: DataError: a number is not finite.
+    """
     for name, tensor in encoder.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DataError(
@@ -372,19 +395,23 @@ def _load(network: nn.Module, encoder: Mapping[str, Tensor], head: Head | None, 
             layer.bias.copy_(torch.zeros_like(layer.bias) if head is None else head.bias)
 
 
-def _about_input(said: Beside, known: Mapping[str, Any] | None, size: tuple[int, int], name: str) -> list[str]:
-    """Where the input transform comes from, and that images are smaller than those the network was made for."""
-    if known is None:
+def _input_notes(
+    metadata: WeightsMetadata, input_facts: Mapping[str, Any] | None, size: tuple[int, int], name: str
+) -> list[str]:
+    """Return notes on the source of the input transform, and on images much smaller than the network's own."""
+    if input_facts is None:
         return ["input: mean and standard deviation of the training images; others: --set data.mean=… data.std=…"]
-    whose = said.origin if said.input else f"timm's for {name}"
+    source = metadata.origin if metadata.input else f"timm's for {name}"
     notes = (
-        [] if said.input else [f"input as is usual ({whose}); others: --set data.mean=…, data.std=…, data.image_size=…"]
+        []
+        if metadata.input
+        else [f"input as is usual ({source}); others: --set data.mean=…, data.std=…, data.image_size=…"]
     )
-    usual = known.get("input_size")
-    if usual and size[0] < usual[1] / 2:
+    input_size = input_facts.get("input_size")
+    if input_size and size[0] < input_size[1] / 2:
         notes.append(
-            f"images are {size[0]}×{size[1]}, the network was made for {usual[1]}×{usual[2]} ({whose}): features are "
-            f"mostly better at its own size, --set data.image_size={usual[1]}"
+            f"images are {size[0]}×{size[1]}, the network was made for {input_size[1]}×{input_size[2]} ({source}): features are "
+            f"mostly better at its own size, --set data.image_size={input_size[1]}"
         )
     return notes
 

@@ -296,10 +296,10 @@ def _point(config: Config, texts: Mapping[str, str]) -> SweepPoint:
     settings = [f"{key}={text}" for key, text in texts.items()]
     for setting in settings:
         apply_setting(tree, setting)
-    made = make_config(tree, " ".join(f"--try {s}" for s in settings))
-    values = {key: reduce(getattr, key.split("."), made) for key in texts}
+    checked = make_config(tree, " ".join(f"--try {s}" for s in settings))
+    values = {key: reduce(getattr, key.split("."), checked) for key in texts}
     name = ",".join(f"{key.removeprefix('backbone.')}={_text(value)}" for key, value in values.items())
-    return SweepPoint(values, re.sub(r"[^A-Za-z0-9._=,+-]", "_", name) or "as-configured", made)
+    return SweepPoint(values, re.sub(r"[^A-Za-z0-9._=,+-]", "_", name) or "as-configured", checked)
 
 
 def _run(seed: int, checkpoint: Path, line: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -18,12 +18,15 @@ LENGTH_MOMENTUM = 0.1
 
 
 class ImageClassifier(nn.Module):
-    """What is trained: images (B, 3, H, W) → logits (B, C), features mixed on the way where a mixture is given."""
+    """Images (B, 3, H, W) → logits (B, C); where a mixture is given, features are mixed on the way.
+
+    Arguments:
+        scale: s of a cosine classifier, whose logits are s·cos(W_c, x); None for a linear one, W·x + b.
+    """
 
     length: Tensor
 
     def __init__(self, model: nn.Module, weaken: WeakenConfig | None = None, *, scale: float | None = None):
-        """scale: s of a cosine classifier, whose logits are s·cos(W_c, x); None for a linear one, W·x + b."""
         super().__init__()
         self.model, self.weaken, self.scale = model, weaken or WeakenConfig(), scale
         self._mixture: tuple[Tensor, Tensor] | None = None
@@ -37,7 +40,7 @@ class ImageClassifier(nn.Module):
             head.bias.requires_grad_(False)  # takes no part
 
     def forward(self, images: Tensor, keep: Tensor | None = None, partner: Tensor | None = None) -> Tensor:
-        """keep (B,), partner (B,): what `weakening.mix` takes, in training."""
+        """Return the logits; keep (B,) and partner (B,), in training, are those of `weakening.mix`."""
         if keep is None or partner is None:
             return self.score(encode(self.model, images))
         detach = self.weaken.detach_partner
@@ -56,7 +59,7 @@ class ImageClassifier(nn.Module):
         return (mix(inputs[0], keep, partner, detach_partner=self.weaken.detach_partner), *inputs[1:])
 
     def score(self, features: Tensor) -> Tensor:
-        """Logits (B, C) of features (B, D); cosines are computed in float32 or better."""
+        """Return logits (B, C) of features (B, D); cosines are computed in float32 or better."""
         head = classifier(self.model)
         if self.scale is None:
             return head(features)
@@ -70,7 +73,7 @@ class ImageClassifier(nn.Module):
             return self.scale * F.linear(unit, F.normalize(head.weight))
 
     def model_state(self) -> dict[str, Tensor]:
-        """The model's state with a classifier W·x + b that decides as `score` does.
+        """Return the model's state with a classifier W·x + b that decides as `score` does.
 
         Of a cosine classifier: unit class vectors times s / mean |x|, no bias; its probabilities are those of a feature of
         mean length.
@@ -116,7 +119,7 @@ class Parallel:
         self._module.train()
 
     def summing(self, *, last: bool) -> AbstractContextManager:
-        """Gradients of all but the last part of a batch stay on their rank; entered around forward and backward."""
+        """Return the context of a forward and backward pass; gradients of all but the last part of a batch stay on their rank."""
         if last or not isinstance(self._module, DistributedDataParallel):
             return nullcontext()
         return self._module.no_sync()

@@ -1,4 +1,4 @@
-"""The loss of stage 1, as per-sample terms and what their sum is divided by: the global batch decides, not the rank count."""
+"""The losses of stage 1, as per-sample terms and a denominator of the global batch, whatever the number of ranks."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ SCALE = 30.0  # s of the cosine classifier of ldam-drw
 
 
 class Objective:
-    """What is minimised: Σ_i terms_i / denominator over the global batch of B samples.
+    """The loss Σ_i terms_i / denominator over the global batch of B samples.
 
     z (B, C) logits, y (B,) labels, p = softmax(z), N_c training images of class c, π_c = N_c/N; CE(z, y) = −ln p_y, with
     label_smoothing ε (of every loss but focal) −(1 − ε)·ln p_y − ε/C·Σ_c ln p_c [Szegedy et al., CVPR 2016, §7].
@@ -45,17 +45,17 @@ class Objective:
 
     @property
     def scale(self) -> float | None:
-        """s where logits are s·cos(W_c, x), None where they are W·x + b."""
+        """Return s where logits are s·cos(W_c, x), None where they are W·x + b."""
         return SCALE if self.settings.loss == "ldam-drw" else None
 
     def terms(self, logits: Tensor, labels: Tensor, *, epoch: int) -> Tensor:
-        """(B,) of logits (B, C) and labels (B,); 0 where the label is UNREADABLE."""
-        settings, known = self.settings, labels.clamp_min(0)
+        """Return the terms (B,) of logits (B, C) and labels (B,); 0 where the label is UNREADABLE."""
+        settings, classes = self.settings, labels.clamp_min(0)
         if settings.loss == "balanced-softmax":
             logits = logits + self._log_prior.to(logits)
         elif settings.loss == "ldam-drw":
-            less = SCALE * self._margins.to(logits)[known]
-            logits = logits - less[:, None] * F.one_hot(known, logits.shape[1])
+            margins = SCALE * self._margins.to(logits)[classes]
+            logits = logits - margins[:, None] * F.one_hot(classes, logits.shape[1])
         terms = F.cross_entropy(
             logits, labels, reduction="none", ignore_index=UNREADABLE, label_smoothing=settings.label_smoothing
         )
@@ -64,16 +64,16 @@ class Objective:
             doubt = (-torch.expm1(-terms)).clamp_min(torch.finfo(terms.dtype).eps)
             terms = doubt**settings.focal_gamma * terms
         weights = self._weights_in(epoch)
-        return terms if weights is None else weights.to(terms)[known] * terms
+        return terms if weights is None else weights.to(terms)[classes] * terms
 
     def denominator(self, labels: np.ndarray, *, epoch: int) -> float:
-        """What the sum over a global batch of these labels (B,) is divided by."""
+        """Return the divisor of the sum over a global batch of these labels (B,)."""
         if self._weights_in(epoch) is None or self._host_weights is None:
             return float(len(labels))
         return float(self._host_weights[labels].sum())
 
     def _weights_in(self, epoch: int) -> Tensor | None:
-        """(C,), None where all classes weigh the same."""
+        """Return the class weights (C,), None where all classes weigh the same."""
         settings = self.settings
         if settings.loss == "ldam-drw" and epoch < round(settings.drw_start * settings.epochs):
             return None

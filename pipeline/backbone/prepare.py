@@ -103,8 +103,8 @@ def prepare_training(
     network = network_facts(settings, model) | augmentation_facts(settings, transform)
     identity = identity_of(settings, dataset=dataset.training_fingerprint, transform=transform.to_dict())
     folder = TrainingFolder(out, identity)
-    state, reason = folder.foresee(overwrite=overwrite) if ranks.first else (None, "")
-    precision = training_precision(model, transform.size, ranks.device, wanted=settings.precision, state=state)
+    state, reason = folder.peek(overwrite=overwrite) if ranks.first else (None, "")
+    precision = training_precision(model, transform.size, ranks.device, setting=settings.precision, state=state)
 
     epoch, step = (state["epoch"], state["step_in_epoch"]) if state else (0, 0)
     left = (settings.epochs - epoch) * steps - step

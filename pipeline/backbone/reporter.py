@@ -55,10 +55,10 @@ class TrainingReporter:
         line = asdict(event)
         val = f"  val {text}" if (text := short_accuracies(line, "val")) else ""
         self.note = f"  loss {event.loss:.3f}{val}  {pace(line)}"
-        now = time.monotonic()
-        if event.epoch < event.epochs and event.seconds < LINE_EVERY and now - self.printed_at < LINE_EVERY:
+        moment = time.monotonic()
+        if event.epoch < event.epochs and event.seconds < LINE_EVERY and moment - self.printed_at < LINE_EVERY:
             return  # short epochs: not every one is worth a line, metrics.jsonl has them all
-        self.printed_at = self.bar.said_at = now
+        self.printed_at = self.bar.said_at = moment
         left_out = f"  ({event.left_out} unreadable images left out)" if event.left_out else ""
         self.talk.say(
             f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.3f}  train {short_accuracies(line, 'train') or '–'}"

@@ -1,4 +1,4 @@
-"""Which image is seen when, and by which rank: pure functions, so that resuming is skipping."""
+"""The order of the training images, and their shares by rank: pure functions, so that resuming is skipping."""
 
 import math
 
@@ -11,12 +11,12 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples fill the unit interval most eve
 
 
 def steps_of(rows: int, batch_size: int) -> int:
-    """Optimiser steps an epoch: as many images as there are, in batches of equal size (±1), none dropped."""
+    """Return the optimiser steps an epoch: all images, in batches of equal size (±1), none dropped."""
     return max(1, math.ceil(rows / batch_size))
 
 
 def epoch_order(labels: np.ndarray, *, seed: int, epoch: int, sampler: str = "instance") -> np.ndarray:
-    """(N,) positions of the training images in the order in which an epoch sees them.
+    """Return (N,) positions of the training images in the order in which an epoch sees them.
 
     instance: every image once. class-balanced: each class as often as any other; square-root: in proportion to √N_c.
     [samplers: Kang et al., ICLR 2020, Eq. 1 with q = 1, 0, 1/2] These two give each class its `quotas`, and its images in
@@ -25,12 +25,12 @@ def epoch_order(labels: np.ndarray, *, seed: int, epoch: int, sampler: str = "in
     shuffled = np.random.default_rng(derive(seed, "order", epoch)).permutation(len(labels))
     if sampler == "instance":
         return shuffled
-    each = quotas(np.bincount(labels), sampler=sampler, seed=seed, epochs=epoch + 1)
-    return _from_rounds(labels, first=each[:-1].sum(0), many=each[-1], seed=seed)[shuffled]
+    epoch_quotas = quotas(np.bincount(labels), sampler=sampler, seed=seed, epochs=epoch + 1)
+    return _from_rounds(labels, first=epoch_quotas[:-1].sum(0), many=epoch_quotas[-1], seed=seed)[shuffled]
 
 
 def quotas(counts: np.ndarray, *, sampler: str, seed: int, epochs: int) -> np.ndarray:
-    """(epochs, C) how often each class is drawn in the first epochs, N times in each, from counts (C,) of images.
+    """Return (epochs, C) draws of each class in the first epochs, N in each epoch, from counts (C,) of images.
 
     A class whose share of N is no whole number gets the next one below or above (systematic sampling), in turns: its
     total stays within two of its share.
@@ -45,19 +45,20 @@ def quotas(counts: np.ndarray, *, sampler: str, seed: int, epochs: int) -> np.nd
 
 
 def nth_draw(order: np.ndarray) -> np.ndarray:
-    """(N,) how often each position of an order was there before: 0 everywhere if none is drawn twice."""
+    """Return (N,) how often each position of an order occurred before: 0 everywhere if none is drawn twice."""
     by = np.argsort(order, kind="stable")
     place = np.arange(len(order))
     new = np.r_[True, order[by][1:] != order[by][:-1]] if len(order) else np.zeros(0, bool)
-    found = np.empty(len(order), np.int64)
-    found[by] = place - np.maximum.accumulate(np.where(new, place, 0))
-    return found
+    draws = np.empty(len(order), np.int64)
+    draws[by] = place - np.maximum.accumulate(np.where(new, place, 0))
+    return draws
 
 
 def shares(batch: np.ndarray, *, world: int, parts: int = 1, group: int = 1) -> list[list[np.ndarray]]:
-    """The parts of a global batch by rank: `parts` arrays for each of `world` ranks, sizes equal (±group), order kept.
+    """Return the parts of a global batch by rank: `parts` arrays for each of `world` ranks, equal in size (±group).
 
-    group: so many consecutive rows stay together, the last ones of a batch being fewer.
+    Arguments:
+        group: so many consecutive rows stay together; the last group of a batch may be smaller.
     """
     groups = np.array_split(np.arange(math.ceil(len(batch) / group)), world * parts)
     pieces = [batch[g[0] * group : (g[-1] + 1) * group] if len(g) else batch[:0] for g in groups]
@@ -71,7 +72,7 @@ def rank_batches(rows: np.ndarray, *, rank: int, world: int, size: int = 256) ->
 
 
 def refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> None:
-    """Raises ConfigError if a rank or part would get none of the `batch` images of the smallest global batch."""
+    """Raise ConfigError where a rank or part would get none of the `batch` images of the smallest global batch."""
     if math.ceil(batch / group) >= world * parts:
         return
     several = f" in backbone.accumulate={parts} parts each" if parts > 1 else ""
@@ -88,7 +89,7 @@ def refuse_empty_shares(batch: int, world: int, parts: int, *, group: int) -> No
 
 
 def _from_rounds(labels: np.ndarray, *, first: np.ndarray, many: np.ndarray, seed: int) -> np.ndarray:
-    """Positions first … first + many − 1 (C,) of each class's endless sequence of rounds, class by class."""
+    """Return positions first … first + many − 1 (C,) of each class's endless sequence of rounds, class by class."""
     counts = np.maximum(np.bincount(labels), 1)
     start = first // counts
     rounds = np.where(many > 0, (first + many - 1) // counts - start + 1, 0)

@@ -27,7 +27,7 @@ from pipeline.backbone.image_classifier import ImageClassifier, Parallel
 from pipeline.backbone.losses import UNREADABLE, Objective
 from pipeline.backbone.prepare import PreparedTraining, prepare_training
 from pipeline.backbone.sampling import epoch_order, nth_draw, rank_batches, shares
-from pipeline.backbone.training_dir import TrainingFolder, alone_in
+from pipeline.backbone.training_dir import TrainingFolder, exclusive
 from pipeline.config import Config
 from pipeline.data import Dataset
 from pipeline.data.copies import on_device
@@ -77,7 +77,7 @@ def train(prepared: PreparedTraining, *, ranks: Ranks, report: Report = lambda e
     """Execute a prepared training; raises as `train_backbone` does."""
     started = time.perf_counter()
     kill = KillPoint.from_environment(rank=ranks.rank)
-    with Signals() as signals, alone_in(prepared.out, ranks) as notes:
+    with Signals() as signals, exclusive(prepared.out, ranks) as notes:
         trainer = Trainer(prepared, ranks=ranks, signals=signals, kill=kill, notes=notes)
         first_epoch = trainer.epoch
         for event in trainer.run():
@@ -207,7 +207,7 @@ class Trainer:
         scale = self.ranks.world / self.objective.denominator(self.dataset.train.labels[batch], epoch=self.epoch)
         self.optimiser.zero_grad(set_to_none=True)
         for number, rows in enumerate(parts):
-            pixels, labels = self._next_part(images, step, begun=number > 0)
+            pixels, labels = self._next_part(images, step, started=number > 0)
             weakened = self.prepared.weakening.inputs(rows, labels, **at)
             mixture = self.prepared.mixup.mixture(rows, labels, **at)
             with self.parallel.summing(last=number == len(parts) - 1):
@@ -227,10 +227,10 @@ class Trainer:
         if self.average:
             self.average.update(self.classifier, step=step)
 
-    def _next_part(self, images: Iterator[tuple[Tensor, Tensor]], step: int, *, begun: bool) -> tuple[Tensor, Tensor]:
+    def _next_part(self, images: Iterator[tuple[Tensor, Tensor]], step: int, *, started: bool) -> tuple[Tensor, Tensor]:
         """Return the next part of a batch. In a single process a signal ends the wait, unless the step has begun."""
         self.kill.before(f"data-{step + 1}")
-        if begun or self.ranks.world > 1:
+        if started or self.ranks.world > 1:
             return next(images)
         try:
             with self.signals.obeyed():
@@ -260,22 +260,23 @@ class Trainer:
 
     def _finish_epoch(self) -> Epoch:
         settings, class_counts = self.settings, self.dataset.counts
-        correct, seen, loss = self.counts.total(self.ranks)
+        correct, totals, loss = self.counts.total(self.ranks)
         seconds = time.perf_counter() - self.epoch_started
-        self._refuse_useless(seen, loss)
+        self._refuse_useless(totals, loss)
         number, last = self.epoch + 1, self.epoch + 1 == settings.epochs
         val_accuracy = self._validate() if last or number % settings.validate_every == 0 else None
         epoch = Epoch(
             epoch=number,
             epochs=settings.epochs,
             lr=self.learning_rate(number * self.steps - 1),
-            loss=loss / self.objective.denominator(np.repeat(np.arange(len(seen)), seen.astype(int)), epoch=self.epoch),
-            **group_fields("train", group_means(class_accuracy(correct, seen), class_counts)),
+            loss=loss
+            / self.objective.denominator(np.repeat(np.arange(len(totals)), totals.astype(int)), epoch=self.epoch),
+            **group_fields("train", group_means(class_accuracy(correct, totals), class_counts)),
             **group_fields("val", {} if val_accuracy is None else group_means(val_accuracy, class_counts)),
             images_per_s=round(len(self.dataset.train) * (1 - self.first_step / self.steps) / seconds, 1),
             seconds=round(seconds, 3),
             peak_memory_mb=round(peak_memory_mb(self.ranks.device), 1),
-            left_out=len(self.dataset.train) - round(seen.sum()),
+            left_out=len(self.dataset.train) - round(totals.sum()),
             val_standard_error=None if val_accuracy is None else self._val_standard_error(val_accuracy),
             time=round(time.time(), 3),
         )
@@ -297,14 +298,14 @@ class Trainer:
         assert self.dataset.val is not None
         return sampling_error(accuracy, np.bincount(self.dataset.val.labels, minlength=len(accuracy)))
 
-    def _refuse_useless(self, seen: np.ndarray, loss: float) -> None:
-        if not seen.any():
+    def _refuse_useless(self, totals: np.ndarray, loss: float) -> None:
+        if not totals.any():
             raise DataError(f"{self.dataset.name}: not one training image could be read; --on-error fail says why")
         if not math.isfinite(loss):
             saved = self.folder.last.exists()
-            before = f"{self.folder.last} holds an epoch before" if saved else "nothing is saved yet"
+            checkpoint = f"{self.folder.last} holds an epoch before" if saved else "nothing is saved yet"
             raise Diverged(
-                f"epoch {self.epoch + 1}: the loss is {loss}; {before}; lower backbone.lr (now {self.settings.lr}) "
+                f"epoch {self.epoch + 1}: the loss is {loss}; {checkpoint}; lower backbone.lr (now {self.settings.lr}) "
                 "or set backbone.warmup_epochs, and train with --overwrite"
             )
 
@@ -415,9 +416,9 @@ class Trainer:
     def _resume(self) -> None:
         """Load the checkpoint in the folder, or start anew there, and choose the arithmetic."""
         settings, ranks = self.settings, self.ranks
-        state = self.folder.take_up(ranks, overwrite=self.prepared.overwrite)
+        state = self.folder.resume(ranks, overwrite=self.prepared.overwrite)
         self.arithmetic = training_arithmetic(
-            self.model, self.transform.size, ranks, wanted=settings.precision, state=state
+            self.model, self.transform.size, ranks, setting=settings.precision, state=state
         )
         self.scaler = self.arithmetic.gradient_scaler(ranks.device)
         for network in (self.model, *([self.average.classifier] if self.average else [])):

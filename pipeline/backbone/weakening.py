@@ -22,58 +22,59 @@ from pipeline.seeds import derive, uniform
 FEATURES = "features"  # the place between encoder and classifier; any other name is a module's
 
 
-def reach(counts: np.ndarray, *, gamma: float = 1.0) -> np.ndarray:
-    """(C,) r_c in 0…1: how much a class of counts (C,) images is weakened, 0 for the smallest, 1 for the largest."""
+def weakening_strength(counts: np.ndarray, *, gamma: float = 1.0) -> np.ndarray:
+    """Return (C,) r_c in 0…1: how much a class of counts (C,) images is weakened, 0 for the smallest, 1 for the largest."""
     counts = np.asarray(counts, dtype=np.float64)
     span = counts.max() - counts.min()
     return ((counts - counts.min()) / span) ** gamma if span else np.zeros_like(counts)
 
 
-def kept(draws: np.ndarray, r: np.ndarray, *, strength: float) -> np.ndarray:
-    """(B,) l_i ~ U(1 − a·r_i, 1) from uniform draws in [0, 1); 1 exactly where r is 0. Its mean is 1 − a·r_i/2."""
+def keep_share(draws: np.ndarray, r: np.ndarray, *, strength: float) -> np.ndarray:
+    """Return (B,) l_i ~ U(1 − a·r_i, 1) from uniform draws in [0, 1); 1 exactly where r is 0. Its mean is 1 − a·r_i/2."""
     return 1 - strength * r * draws
 
 
 def partners(draws: np.ndarray, *, group: int) -> np.ndarray:
-    """(B,) j(i): a permutation of each run of `group` rows, the last one shorter, in the order of the draws (B,)."""
+    """Return (B,) j(i): a permutation of each run of `group` rows, the last one shorter, in the order of the draws (B,)."""
     row = np.arange(len(draws))
     permuted = np.lexsort((draws, row // group))  # rows of a group stay together, in the order of their draws
     return permuted.astype(np.int64)
 
 
 def mix(features: Tensor, keep: Tensor, partner: Tensor, *, detach_partner: bool = False) -> Tensor:
-    """keep_i·z_i + (1 − keep_i)·z_partner(i) of features (B, …); in the precision of keep, returned in the features'."""
-    other = features[partner]
+    """Return keep_i·z_i + (1 − keep_i)·z_partner(i) of features (B, …); in the precision of keep, returned in the features'."""
+    partner_features = features[partner]
     if detach_partner:
-        other = other.detach()
+        partner_features = partner_features.detach()
     keep = keep.view(-1, *[1] * (features.dim() - 1))
-    return (keep * features + (1 - keep) * other).to(features.dtype)
+    return (keep * features + (1 - keep) * partner_features).to(features.dtype)
 
 
 class Weakening:
-    """What is mixed with what in every step of a training: a function of (seed, epoch, step, sample) alone."""
+    """The weakening of every step of a training: a function of (seed, epoch, step, sample) alone."""
 
     def __init__(
         self, settings: WeakenConfig, labels: np.ndarray, counts: np.ndarray, *, seed: int, device: torch.device
     ):
         self.settings, self.seed, self.device = settings, seed, device
-        self._reach = reach(counts, gamma=settings.gamma)[labels]
-        self.active = bool(settings.strength and self._reach.any())
+        self._strength = weakening_strength(counts, gamma=settings.gamma)[labels]
+        self.active = bool(settings.strength and self._strength.any())
 
     @property
     def group(self) -> int:
-        """Rows of the global batch that must stay on one rank and in one part of a batch."""
+        """Return how many rows of the global batch stay on one rank and in one part of a batch."""
         return self.settings.group if self.active else 1
 
     def inputs(self, rows: np.ndarray, labels: Tensor, *, epoch: int, step: int) -> tuple[Tensor, ...]:
-        """(keep (B,), partner (B,)) for the training positions of a part of a batch; nothing where nothing is weakened.
+        """Return (keep (B,), partner (B,)) for the training positions of a part of a batch; () where nothing is weakened.
 
-        labels (B,): negative for an image that could not be read; nobody is mixed with it.
+        Arguments:
+            labels: (B,), negative for an image that could not be read, which is mixed with none.
         """
         if not self.active:
             return ()
         draws = uniform(derive(self.seed, "weaken", epoch, step), rows, 2)
-        share = kept(draws[:, 0], self._reach[rows], strength=self.settings.strength)
+        share = keep_share(draws[:, 0], self._strength[rows], strength=self.settings.strength)
         partner = on_device(partners(draws[:, 1], group=self.settings.group), self.device)
         keep = on_device(share.astype(np.float32), self.device)
         return torch.where(labels[partner] < 0, 1.0, keep), partner
@@ -81,27 +82,31 @@ class Weakening:
 
 @torch.no_grad()
 def check_place(model: nn.Module, at: str, *, size: tuple[int, int], device: torch.device) -> None:
-    """Raises ConfigError unless features can be mixed `at`: a module that gets the batch once, as its first input."""
+    """Raise ConfigError unless features can be mixed `at`: a module that gets the batch once, as its first input."""
     if at == FEATURES:
         return
-    known = dict(model.named_modules())
+    modules = dict(model.named_modules())
     places = [FEATURES, *(name for name, _ in model.named_modules() if name and name.count(".") < 2)]
-    if not at or at not in known:
-        shown = ", ".join(places[:40]) + (" …" if len(places) > 40 else "")
-        raise ConfigError(f"backbone.weaken.at={at}: no such module{nearest(at, known)}; known here: {shown}")
-    seen: list[bool] = []
+    if not at or at not in modules:
+        names = ", ".join(places[:40]) + (" …" if len(places) > 40 else "")
+        raise ConfigError(f"backbone.weaken.at={at}: no such module{nearest(at, modules)}; known here: {names}")
+    batch_first: list[bool] = []
 
     def look(module: nn.Module, inputs: tuple) -> None:
-        seen.append(bool(inputs) and isinstance(inputs[0], Tensor) and len(inputs[0]) == 2)
+        batch_first.append(bool(inputs) and isinstance(inputs[0], Tensor) and len(inputs[0]) == 2)
 
-    was_training, hook = model.training, known[at].register_forward_pre_hook(look)
+    was_training, hook = model.training, modules[at].register_forward_pre_hook(look)
     try:
         model.eval()(torch.zeros(2, 3, *size, device=device))
     finally:
         hook.remove()
         model.train(was_training)
-    if seen != [True]:
-        how = f"is applied {len(seen)} times to a batch" if len(seen) != 1 else "does not get the batch as it is"
+    if batch_first != [True]:
+        fault = (
+            f"is applied {len(batch_first)} times to a batch"
+            if len(batch_first) != 1
+            else "does not get the batch as it is"
+        )
         raise ConfigError(
-            f"backbone.weaken.at={at}: this module {how}; take {FEATURES} or a stage, such as {places[-1]}"
+            f"backbone.weaken.at={at}: this module {fault}; take {FEATURES} or a stage, such as {places[-1]}"
         )

@@ -1,4 +1,4 @@
-"""The tensors in anybody's checkpoint file, found without executing anything, under the names a network wants."""
+"""The tensors in anybody's checkpoint file, read without executing anything, under the names that a network uses."""
 
 import argparse
 import json
@@ -25,39 +25,53 @@ CONTAINERS = (
     *("model_state_dict", "model_state", "model", "module", "net", "network", "encoder", "backbone", "weights"),
     "checkpoint",
 )
-INSIDE = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")  # of a folder, the first there is
-SAVED_AS = ("state_dict", "model_state_dict", "model")  # what training scripts mostly call it
+FOLDER_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.pth",
+    "pytorch_model.pth",
+)  # of a folder, the first there is
+USUAL_KEYS = ("state_dict", "model_state_dict", "model")  # what training scripts mostly call it
 DEEPEST = 3
-Rename = tuple[re.Pattern[str], str | None]
+Renaming = tuple[re.Pattern[str], str | None]
 
 
 @dataclass(frozen=True)
-class Found:
-    """Named tensors of a file; where: the keys that lead to them, () where they are the file; others: what was not taken."""
+class StoredTensors:
+    """Named tensors of a file.
+
+    Arguments:
+        keys: the keys that lead to them, () where they are the file itself.
+        unused_keys: other state dicts of the file.
+    """
 
     tensors: dict[str, Tensor]
-    where: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    unused_keys: tuple[str, ...] = ()
 
 
-def weights_file(path: Path, named: str | None = None) -> Path:
-    """The file that holds the weights: the path, or of a folder the named or usual one. DataError where there is none."""
+def weights_file(path: Path, name: str | None = None) -> Path:
+    """Return the file that holds the weights: the path itself, or in a folder the file of this name or a usual one.
+
+    Raises: DataError: there is none.
+    """
     if not path.is_dir():
         if not path.is_file():
             raise DataError(f"{path}: no such checkpoint{near(path) or '; check the path'}")
         return path
-    names = (named,) if named else INSIDE
-    found = next((path / name for name in names if (path / name).is_file()), None)
-    if found is None:
+    names = (name,) if name else FOLDER_FILES
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
         raise DataError(f"{path}: a folder without {' or '.join(names)}; give the file that holds the weights")
-    return found
+    return file
 
 
 def read_file(path: Path) -> Any:
-    """What a safetensors file or a pickle of tensors and plain values holds; nothing in it is executed.
+    """Return the content of a safetensors file or of a pickle of tensors and plain values; nothing in it is executed.
 
-    argparse.Namespace and numpy's numbers, which training scripts like to save, count as plain. DataError says why a file
-    cannot be read, and how to take its tensors out where it holds other objects.
+    argparse.Namespace and numpy's numbers, which training scripts like to save, count as plain.
+
+    Raises: DataError: why the file cannot be read, and where it holds other objects, how to extract its tensors.
     """
     with open(path, "rb") as file:
         start = file.read(9)
@@ -66,34 +80,39 @@ def read_file(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_plain()):
+        with torch.serialization.safe_globals(_plain_types()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen types for a damaged file
-        raise DataError(f"{path}: {_why_not(path, start, error)}") from error
+        raise DataError(f"{path}: {_unreadable_reason(path, start, error)}") from error
 
 
-def find_tensors(content: Any, path: Path) -> Found:
-    """The state dict in what a file holds: itself, or under the usual keys. DataError where there is none."""
-    found = _descend(content, (), path)
-    if found is not None:
-        return found
+def find_tensors(content: Any, path: Path) -> StoredTensors:
+    """Return the state dict in the content of a file: the content itself, or under the usual keys.
+
+    Raises: DataError: there is none.
+    """
+    state = _find_state_dict(content, (), path)
+    if state is not None:
+        return state
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: holds {type(content).__name__}, not named tensors; save the model's state_dict()")
     optimiser = "state" in content and "param_groups" in content
     optimiser = optimiser or any(str(key).startswith("optim") for key in content)
-    listed = ", ".join(map(str, list(content)[:8])) + (" …" if len(content) > 8 else "") if content else "nothing"
+    names = ", ".join(map(str, list(content)[:8])) + (" …" if len(content) > 8 else "") if content else "nothing"
     kind = "the state of an optimiser but no weights of a network" if optimiser else "no state dict"
     raise DataError(
-        f"{path}: holds {kind}: {listed}; give a file that has the model's state_dict(), directly or under a key such as "
+        f"{path}: holds {kind}: {names}; give a file that has the model's state_dict(), directly or under a key such as "
         "state_dict or model"
     )
 
 
-def read_key_map(path: Path) -> list[Rename]:
-    """The renames of a key map, in their order: a YAML or JSON file of `pattern: replacement`.
+def read_key_map(path: Path) -> list[Renaming]:
+    """Return the renamings of a key map, in their order: a YAML or JSON file of `pattern: replacement`.
 
-    Patterns are Python regular expressions, searched in every name as re.sub does; null for a replacement leaves out the
-    tensors that have it. ConfigError names the line that is wrong.
+    Patterns are Python regular expressions, searched in every name as re.sub does; a null replacement leaves out the
+    tensors whose name matches.
+
+    Raises: ConfigError: names the line that is wrong.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -116,37 +135,39 @@ def read_key_map(path: Path) -> list[Rename]:
     return renames
 
 
-def renamed(tensors: Mapping[str, Tensor], renames: Sequence[Rename], path: Path) -> dict[str, Tensor]:
-    """The tensors under their new names; ConfigError where two get the same, or a rename meets no name at all."""
-    made: dict[str, str] = {}
-    used: set[str] = set()
+def rename_tensors(tensors: Mapping[str, Tensor], renames: Sequence[Renaming], path: Path) -> dict[str, Tensor]:
+    """Return the tensors under their new names; raise ConfigError where two names become equal or a pattern matches none."""
+    sources: dict[str, str] = {}
+    matching: set[str] = set()
     for old in tensors:
         name: str | None = old
         for pattern, replacement in renames:
             if name is not None and pattern.search(name):
-                used.add(pattern.pattern)
+                matching.add(pattern.pattern)
                 name = None if replacement is None else pattern.sub(replacement, name)
-        if name in made:
-            raise ConfigError(f"{path}: {made[name]} and {old} both become {name}")
+        if name in sources:
+            raise ConfigError(f"{path}: {sources[name]} and {old} both become {name}")
         if name is not None:
-            made[name] = old
-    idle = [pattern.pattern for pattern, _ in renames if pattern.pattern not in used]
-    if idle:
+            sources[name] = old
+    unused_patterns = [pattern.pattern for pattern, _ in renames if pattern.pattern not in matching]
+    if unused_patterns:
         names = list(tensors)
-        raise ConfigError(f"{path}: {idle[0]!r} is in no name; the file's are {', '.join(names[:3])} … {names[-1]}")
-    return {name: tensors[old] for name, old in made.items()}
+        raise ConfigError(
+            f"{path}: {unused_patterns[0]!r} is in no name; the file's are {', '.join(names[:3])} … {names[-1]}"
+        )
+    return {name: tensors[old] for name, old in sources.items()}
 
 
-def prefix_of(names: Collection[str], wanted: Collection[str]) -> tuple[str, list[str]]:
-    """What stands before the names that a network wants, such as `module.`; and other prefixes with which as many fit.
+def common_prefix(names: Collection[str], expected: Collection[str]) -> tuple[str, list[str]]:
+    """Return the prefix behind which most of the expected names stand, such as `module.`, and the prefixes that tie with it.
 
     The prefix is empty where no name fits behind any.
     """
-    wanted = set(wanted)
+    expected = set(expected)
     hits: Counter[str] = Counter()
     for name in names:
         starts = [0, *(m.end() for m in re.finditer(r"\.", name))]
-        hits.update(name[:start] for start in starts if name[start:] in wanted)
+        hits.update(name[:start] for start in starts if name[start:] in expected)
     if not hits:
         return "", []
     most = max(hits.values())
@@ -154,42 +175,40 @@ def prefix_of(names: Collection[str], wanted: Collection[str]) -> tuple[str, lis
     return best[0], best[1:]
 
 
-def _descend(content: Any, where: tuple[str, ...], path: Path) -> Found | None:
+def _find_state_dict(content: Any, keys: tuple[str, ...], path: Path) -> StoredTensors | None:
     if not isinstance(content, Mapping):
         return None
     named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if named and 2 * len(named) >= len(content):
-        return Found(named, where)
-    if len(where) < DEEPEST:
+        return StoredTensors(named, keys)
+    if len(keys) < DEEPEST:
         for key in (key for key in CONTAINERS if key in content):
-            if found := _descend(content[key], (*where, key), path):
-                others = tuple(k for k in CONTAINERS if k != key and isinstance(content.get(k), Mapping))
-                return Found(found.tensors, found.where, (*others, *found.others))
+            if state := _find_state_dict(content[key], (*keys, key), path):
+                unused_keys = tuple(k for k in CONTAINERS if k != key and isinstance(content.get(k), Mapping))
+                return StoredTensors(state.tensors, state.keys, (*unused_keys, *state.unused_keys))
     return None
 
 
-def _plain() -> list[Any]:
-    """What may be built beside tensors: a bag of attributes, and single numbers."""
+def _plain_types() -> list[Any]:
+    """Return the types that a pickle may build beside tensors: a bag of attributes, and single numbers."""
     scalar = np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}
     return [argparse.Namespace, np.dtype, *dtypes, scalar, (scalar, "numpy.core.multiarray.scalar")]
 
 
-def _why_not(path: Path, start: bytes, error: Exception) -> str:
+def _unreadable_reason(path: Path, start: bytes, error: Exception) -> str:
     text = " ".join(str(error).split())
     if start.startswith(b"version "):
         return "a pointer of Git LFS, not the file it stands for; fetch that with `git lfs pull`"
     if start.lstrip()[:1] == b"<":
         return "a web page, not a checkpoint; download it again"
-    foreign = re.search(r"(?:GLOBAL|global:?|class:?) ([A-Za-z_]\w*(?:\.\w+)+)", text)
-    if foreign and "is blocked" in text:
+    class_name = re.search(r"(?:GLOBAL|global:?|class:?) ([A-Za-z_]\w*(?:\.\w+)+)", text)
+    if class_name and "is blocked" in text:
+        return f"wants to run {class_name[1]} when it is loaded: no checkpoint needs that. It was not loaded; do not trust it"
+    if class_name and "eights only" in text:
         return (
-            f"wants to run {foreign[1]} when it is loaded: no checkpoint needs that. It was not loaded; do not trust it"
-        )
-    if foreign and "eights only" in text:
-        return (
-            f"holds Python objects beside its tensors ({foreign[1]}), which could run anything and are not loaded here. "
-            f"If you trust where it comes from, take its tensors out and give those:\n{_taking_out(path, foreign[1])}"
+            f"holds Python objects beside its tensors ({class_name[1]}), which could run anything and are not loaded here. "
+            f"If you trust where it comes from, take its tensors out and give those:\n{_extraction_command(path, class_name[1])}"
         )
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -201,8 +220,8 @@ def _why_not(path: Path, start: bytes, error: Exception) -> str:
     return f"not a readable {kind}: it ends too early or is damaged; copy or download it again"
 
 
-def _taking_out(path: Path, foreign: str) -> str:
-    """The command that saves the tensors of a file whose pickle is, or holds, an object of the class named."""
+def _extraction_command(path: Path, class_name: str) -> str:
+    """Return the command that saves the tensors of a file whose pickle is, or holds, an object of a class."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as records:
             name = next((name for name in records.namelist() if name.endswith("data.pkl")), None)
@@ -210,14 +229,14 @@ def _taking_out(path: Path, foreign: str) -> str:
     else:
         with open(path, "rb") as file:
             pickled = file.read(1 << 16)
-    module, _, kind = foreign.rpartition(".")
+    module, _, kind = class_name.rpartition(".")
     # the class comes first where the file is that object; as torch saved before 1.6, behind the word module
-    whole = rb"\x80.(?:\(X\x06\0\0\0module(?:q.)?)?c" + re.escape(f"{module}\n{kind}\n".encode())
-    if re.search(whole, pickled, re.DOTALL):
+    is_object = rb"\x80.(?:\(X\x06\0\0\0module(?:q.)?)?c" + re.escape(f"{module}\n{kind}\n".encode())
+    if re.search(is_object, pickled, re.DOTALL):
         tensors = "s.state_dict()"
     else:
-        held = (key for key in SAVED_AS if len(key).to_bytes(4, "little") + key.encode() in pickled)
-        tensors = f"s[{json.dumps(next(held, SAVED_AS[0]))}]"
+        keys_in_file = (key for key in USUAL_KEYS if len(key).to_bytes(4, "little") + key.encode() in pickled)
+        tensors = f"s[{json.dumps(next(keys_in_file, USUAL_KEYS[0]))}]"
     source, target = (json.dumps(str(p)) for p in (path, path.with_name(f"{path.stem}-weights.pt")))
     code = f"import torch; s = torch.load({source}, weights_only=False); torch.save({tensors}, {target})"
     return f"python -c {shlex.quote(code)}"

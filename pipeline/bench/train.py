@@ -204,7 +204,7 @@ class Bare:
         model = build_model(settings, num_classes=classes).to(device)
         height, width = batches[0][0].shape[2:]
         size = (height, width)
-        self.arithmetic = training_arithmetic(model, size, Ranks(0, 1, device), wanted=settings.precision)
+        self.arithmetic = training_arithmetic(model, size, Ranks(0, 1, device), setting=settings.precision)
         self.arithmetic.arrange_weights(model)
         self.batches = [(self.arithmetic.arrange(pixels), labels) for pixels, labels in batches]
         self.learner = ImageClassifier(model).train()

@@ -15,16 +15,16 @@ NAMED = {"train": "training", "val": "validation"}
 
 def checkpoint(path: Path) -> Artefact:
     """A checkpoint of a training here, else of anybody's network."""
-    from pipeline.backbone.external_checkpoint import OWN, read_beside
+    from pipeline.backbone.external_checkpoint import OWN_KEYS, read_metadata
     from pipeline.backbone.weights import find_tensors, read_file, weights_file
 
-    file = weights_file(path, read_beside(path).weights if path.is_dir() else None)
+    file = weights_file(path, read_metadata(path).weights if path.is_dir() else None)
     if file.name in NAMES and not path.is_dir():
         return own_checkpoint(file)
     content = read_file(file)
-    if isinstance(content, Mapping) and content.keys() >= OWN:
+    if isinstance(content, Mapping) and content.keys() >= OWN_KEYS:
         return own_checkpoint(file)
-    found, said = find_tensors(content, file), read_beside(path)
+    found, said = find_tensors(content, file), read_metadata(path)
     tensors = found.tensors
     heads = [(name, tuple(t.shape)) for name, t in tensors.items() if t.ndim == 2 and name.endswith("weight")]
     facts: Facts = {
@@ -33,8 +33,8 @@ def checkpoint(path: Path) -> Artefact:
         else "not named; say it with --set backbone.model=…",
         "tensors": f"{len(tensors):,}, {sum(t.numel() for t in tensors.values()):,} numbers, "
         + ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
-        "taken from": ".".join(found.where) or None,
-        "not taken": ", ".join(found.others) or None,
+        "taken from": ".".join(found.keys) or None,
+        "not taken": ", ".join(found.unused_keys) or None,
         "last linear layer": f"{heads[-1][0]}: {heads[-1][1][0]:,} × {heads[-1][1][1]:,}" if heads else None,
         "epoch": content.get("epoch")
         if isinstance(content, Mapping) and isinstance(content.get("epoch"), int)
@@ -99,14 +99,14 @@ def _choices(settings: dict[str, Any]) -> str | None:
 
 def training(folder: Path) -> Artefact:
     """The last checkpoint of a training, the one before it where that cannot be read, and how its history ends."""
-    from pipeline.backbone.checkpoint import Damaged, previous_of
+    from pipeline.backbone.checkpoint import DamagedCheckpoint, previous_of
     from pipeline.backbone.events import accuracies, pace
     from pipeline.backbone.training_dir import read_history
 
     last, damage = folder / "last.pt", None
     try:
         found = own_checkpoint(last)
-    except Damaged as error:
+    except DamagedCheckpoint as error:
         if not previous_of(last).is_file():
             raise
         found, damage = own_checkpoint(previous_of(last)), str(error)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.backbone.training_dir import FREE
+from pipeline.backbone.training_dir import NOT_IDENTITY
 from pipeline.config import BackboneConfig, Config, DataConfig
 
 Accuracies = dict[str, float]  # of many, medium, few, all, those that are printed
@@ -168,7 +168,7 @@ def deviations(config: Config, published: Published | None, network: Mapping[str
 def _stage_1(mine: BackboneConfig, published: Published, network: Mapping[str, Any] | None) -> list[str]:
     """The network and the settings of stage 1 where they are not the paper's."""
     theirs = _flat(BackboneConfig().model_dump(mode="json") | dict(published.backbone))
-    own = _flat(mine.model_dump(mode="json", exclude={*FREE, "seed", "precision"}))
+    own = _flat(mine.model_dump(mode="json", exclude={*NOT_IDENTITY, "seed", "precision"}))
     facts = (
         f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d"
         if network

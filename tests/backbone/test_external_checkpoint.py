@@ -19,7 +19,7 @@ from cache import open_cache, verify
 from pipeline.backbone.build import encode
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.backbone.external_checkpoint import load_external
-from pipeline.backbone.weights import read_key_map, renamed
+from pipeline.backbone.weights import read_key_map, rename_tensors
 from pipeline.cli import invoke
 from pipeline.config import find_config, load_config
 from pipeline.data import load_dataset
@@ -316,7 +316,9 @@ def bad_files(folder: Path):
 
 
 def test_what_will_not_do_is_refused_and_nothing_is_run(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr("pipeline.backbone.match_weights.TRIED", 1)  # what else would fit is looked for elsewhere
+    monkeypatch.setattr(
+        "pipeline.backbone.match_weights.MOST_CANDIDATES", 1
+    )  # what else would fit is looked for elsewhere
     for name, message in bad_files(tmp_path):
         with pytest.raises(DataError) as refused:
             load_external(tmp_path / name, digits[0], dataset=digits[1])
@@ -440,7 +442,7 @@ def test_a_run_takes_a_checkpoint_instead_of_training(tmp_path, capsys):
 
 def test_a_transformer_of_torchvision_fits_through_a_key_map(tmp_path, digits, monkeypatch):
     """The key map of docs/backbones.md; the logits are those of torchvision's own network."""
-    monkeypatch.setattr("pipeline.backbone.match_weights.TRIED", 1)
+    monkeypatch.setattr("pipeline.backbone.match_weights.MOST_CANDIDATES", 1)
     torch.manual_seed(0)
     shape = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
     theirs = torchvision.models.VisionTransformer(**shape, num_classes=10).eval()
@@ -474,7 +476,7 @@ def test_a_transformer_of_torchvision_fits_through_a_key_map(tmp_path, digits, m
 def test_a_key_map_that_means_nothing_is_refused(text, message, tmp_path):
     (tmp_path / "keys.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        renamed(network().state_dict(), read_key_map(tmp_path / "keys.yaml"), tmp_path / "keys.yaml")
+        rename_tensors(network().state_dict(), read_key_map(tmp_path / "keys.yaml"), tmp_path / "keys.yaml")
 
 
 def test_a_config_that_makes_no_sense_or_reaches_for_other_weights_is_refused(tmp_path, digits):

@@ -179,7 +179,7 @@ def test_a_flipped_bit_in_any_record_is_found(finished):
     for name in names:
         flip(finished / "last.pt", name)
         with pytest.raises(
-            checkpoint.Damaged, match=r"last\.pt: not a readable checkpoint.*goes on from .*previous\.pt"
+            checkpoint.DamagedCheckpoint, match=r"last\.pt: not a readable checkpoint.*goes on from .*previous\.pt"
         ):
             checkpoint.read(finished / "last.pt")
         (finished / "last.pt").write_bytes(whole)
@@ -252,8 +252,8 @@ def test_what_was_saved_before_keeps_a_name_at_every_moment(links, tmp_path, mon
     for n in (1, 2, 3):
         checkpoint.save(last, {"model": {}, "config": {}, "transform": {}, "n": n}, previous=previous)
     assert [checkpoint.read(path)["n"] for path in (last, previous)] == [3, 2]
-    checkpoint.name_also(previous, last)
-    checkpoint.name_also(previous, last) if links else None  # both names are of one file by now
+    checkpoint.link_as(previous, last)
+    checkpoint.link_as(previous, last) if links else None  # both names are of one file by now
     assert checkpoint.read(last)["n"] == 2
     assert {p.name for p in tmp_path.iterdir()} == ({"last.pt", "previous.pt"} if links else {"last.pt"})
 

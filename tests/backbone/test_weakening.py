@@ -18,7 +18,7 @@ from pipeline.backbone import checkpoint
 from pipeline.backbone.image_classifier import ImageClassifier, Parallel
 from pipeline.backbone.sampling import shares
 from pipeline.backbone.train import train_backbone
-from pipeline.backbone.weakening import Weakening, check_place, kept, mix, partners, reach
+from pipeline.backbone.weakening import Weakening, check_place, keep_share, mix, partners, weakening_strength
 from pipeline.config import BackboneConfig, WeakenConfig, make_config
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
@@ -62,25 +62,25 @@ def problem(settings, *, rows=23):
 
 
 def test_reach_by_hand():
-    assert reach(np.array([110, 60, 10])).tolist() == [1, 0.5, 0]
-    assert reach(np.array([110, 60, 10]), gamma=2).tolist() == [1, 0.25, 0]
-    assert reach(np.array([7, 7, 7])).tolist() == [0, 0, 0]
+    assert weakening_strength(np.array([110, 60, 10])).tolist() == [1, 0.5, 0]
+    assert weakening_strength(np.array([110, 60, 10]), gamma=2).tolist() == [1, 0.25, 0]
+    assert weakening_strength(np.array([7, 7, 7])).tolist() == [0, 0, 0]
 
 
 @given(some_counts, st.floats(0.01, 1), st.floats(0.1, 4), st.integers(0, 2**62))
 def test_large_classes_keep_no_more_and_the_smallest_keeps_all(counts, strength, gamma, seed):
-    r = reach(counts, gamma=gamma)
+    r = weakening_strength(counts, gamma=gamma)
     means = 1 - strength * r / 2
     order = np.argsort(counts, kind="stable")
     assert (np.diff(means[order]) <= 0).all()  # E[l_c] does not grow with N_c
     draws = np.random.default_rng(seed % 1000).random(len(counts))
-    l_i = kept(draws, r, strength=strength)
+    l_i = keep_share(draws, r, strength=strength)
     assert ((l_i >= 1 - strength * r) & (l_i <= 1)).all()
     assert (l_i[counts == counts.min()] == 1).all()
 
 
 def test_the_share_is_uniform_with_the_stated_mean():
-    l_i = kept(np.random.default_rng(0).random(200_000), np.full(200_000, 0.8), strength=0.5)
+    l_i = keep_share(np.random.default_rng(0).random(200_000), np.full(200_000, 0.8), strength=0.5)
     assert l_i.mean() == pytest.approx(1 - 0.5 * 0.8 / 2, abs=1e-3)
     assert np.histogram(l_i, 4, (0.6, 1))[0] / 50_000 == pytest.approx(np.ones(4), abs=0.02)
 
