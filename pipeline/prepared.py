@@ -36,7 +36,7 @@ class Write:
 
 @dataclass(frozen=True)
 class Prepared(Shown):
-    """What a command would do. `--dry-run` prints it; its `to_dict()` is the document of `--dry-run --json`.
+    """The description of a command before it runs. `--dry-run` prints it; its `to_dict()` is that of `--dry-run --json`.
 
     Arguments:
         config: the settings as they would be used.
@@ -123,8 +123,8 @@ def classes_text(names: Sequence[str], counts: np.ndarray, most: int = 3) -> str
     """Return how many classes there are, their groups, and the largest and smallest by name."""
     groups = ", ".join(f"{int(m.sum()):,} {g}" for g, m in class_groups(counts).items() if m.any())
     classes = [f"{names[c]} ({counts[c]:,})" for c in np.argsort(-counts, kind="stable")]
-    listed = ", ".join(classes if len(classes) <= 2 * most else [*classes[:most], "…", *classes[-most:]])
-    return f"{len(names):,} ({groups}); training images: {listed}"
+    examples = ", ".join(classes if len(classes) <= 2 * most else [*classes[:most], "…", *classes[-most:]])
+    return f"{len(names):,} ({groups}); training images: {examples}"
 
 
 def device_numbers(ranks: Ranks, precision: str) -> dict[str, Any]:
