@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from pipeline.dump_prepare import PreparedDump, prepare_dump
     from pipeline.errors import PipelineError
     from pipeline.info import Artefact, Verified, describe, verify
-    from pipeline.plan.stage2 import plan_rebalance
     from pipeline.prepared import Prepared
     from pipeline.rebalance.ablation import AblationResult, ablate
     from pipeline.rebalance.engine.objective import iwb_objective
-    from pipeline.rebalance.evaluate import EvaluateResult, evaluate
+    from pipeline.rebalance.evaluation import EvaluateResult, evaluate
+    from pipeline.rebalance.prepare import PreparedRebalance, prepare_ablation, prepare_rebalance
     from pipeline.rebalance.run import rebalance
     from pipeline.report import Report, prepare_report, write_report
     from pipeline.report.progress import Compared, compare_progress, prepare_progress
@@ -71,7 +71,7 @@ _PUBLIC = {
     "pipeline.prepared": ("Prepared",),
     "pipeline.backbone.prepare": ("PreparedTraining", "prepare_training"),
     "pipeline.dump_prepare": ("PreparedDump", "prepare_dump"),
-    "pipeline.plan.stage2": ("plan_rebalance",),
+    "pipeline.rebalance.prepare": ("PreparedRebalance", "prepare_ablation", "prepare_rebalance"),
     "pipeline.deploy.predict": ("predict", "prepare_predict"),
     "pipeline.deploy.prediction": ("Prediction",),
     "pipeline.rebalance": ("AblationResult", "EvaluateResult", "RebalanceResult", "ablate", "evaluate", "rebalance"),

@@ -22,6 +22,7 @@ from pipeline.paths import read_document, recorded_document, recorded_path
 from pipeline.rebalance import ablate, rebalance
 from pipeline.rebalance.combine_seeds import combine
 from pipeline.report import write_report
+from pipeline.report.ablation import write_accuracy_figure
 from pipeline.report.table import results_tables
 from pipeline.results.differences import read_hits
 from pipeline.run_prepare import ExternalBackbone, PreparedBackbone, prepare_run, training_is_good
@@ -131,7 +132,9 @@ class BackboneStages:
         stale = self.ranks.first and not self.ledger.up_to_date(self.prepared.prefix + stage, inputs)
         if self.ranks.largest(stale):
             started, work = time.perf_counter(), ablate if settings.variants else rebalance
-            work(self.prepared.store, settings, out=folder, device=self.device, report=self.talk.say)
+            result = work(self.prepared.store, settings, out=folder, device=self.device, report=self.talk.say)
+            if settings.variants and self.ranks.first:
+                write_accuracy_figure(result.to_dict(), folder)
             outputs = sorted(path for path in folder.iterdir() if path.suffix in RESULT_FILES)
             self._record(stage, started, inputs=inputs, outputs=outputs)
         else:

@@ -15,11 +15,9 @@ from pipeline.data import Dataset, load_dataset
 from pipeline.distributed import Ranks, planned_ranks
 from pipeline.dump_prepare import describe_unmade, prepare_dump
 from pipeline.errors import ConfigError, DataError
-from pipeline.plan.stage2 import stage2_plan
 from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
-from pipeline.rebalance.methods.settings import candidates
-from pipeline.rebalance.selection import AUTO, parse_lam
-from pipeline.rebalance.tuning import is_comparison
+from pipeline.rebalance.prepare import describe_unmade as describe_unmade_rebalance
+from pipeline.rebalance.prepare import needs_choice
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class PreparedBackbone:
         out = self.out / stage
         file = out / ("ablation.json" if settings.variants else "results.json")
         state = "kept where it is of the same features and settings, else replaced" if file.is_file() else "new"
-        return stage2_plan(
+        return describe_unmade_rebalance(
             settings, out=out, rows=len(self.images.train), classes=len(self.images.class_names), width=self.width,
             views=self.config.dump.views, ranks=self.ranks, state=state,
         )  # fmt: skip
@@ -244,8 +242,7 @@ def _refuse_missing_splits(config: Config, images: Dataset) -> None:
             f"{images.name}: no test images, so nothing could be measured; set data.test_per_class, or bring test images"
         )
     settings = config.rebalance
-    selects = len(candidates(settings, parse_lam(settings.lam) or AUTO)) > 1 or is_comparison(settings)
-    if selects and settings.select_on == "val" and "val" not in images.splits:
+    if needs_choice(settings) and settings.select_on == "val" and "val" not in images.splits:
         raise ConfigError(
             f"{images.name}: no validation images to choose on; choose over folds of the training features with "
             "--set rebalance.select_on=kfold, give one λ with --set rebalance.lam=0.1, or set data.val_per_class"

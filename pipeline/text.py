@@ -58,16 +58,17 @@ def size(number: float | None) -> str:
     return ""
 
 
-def callable_as(name: str, function: Callable[..., Any]) -> None:
+def callable_as(name: str, function: Callable[..., Any] | None = None) -> None:
     """Lets the module `name`, which bears the name of its one function, be called as it.
 
     `pipeline.predict(…)` then means `pipeline.deploy.predict.predict(…)`, whether the module was imported before or not.
     """
     module = sys.modules[name]
     module.__class__ = _Callable
-    module.__dict__["__wrapped__"] = function  # where inspect finds the signature
+    if function:
+        module.__dict__["__wrapped__"] = function  # where inspect finds the signature
 
 
 class _Callable(ModuleType):
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self.__dict__["__wrapped__"](*arguments, **named)
+        return self.__wrapped__(*arguments, **named)

@@ -99,12 +99,12 @@ def test_results_print_as_commands_show_them(tmp_path):
     store = run / "features.zarr"
     evaluated = pipeline.evaluate(store)
     assert evaluated.heads == str(run / "rebalance" / "heads.safetensors")
-    assert "iwb + cb, λ 0.1" in str(evaluated)
+    assert "iwb, λ = 0.1" in str(evaluated)
     assert evaluated._repr_html_().startswith("<pre>Accuracy on test in %")
     assert "&lt;" not in pipeline.describe(store)._repr_html_()
     again = pipeline.rebalance(store, pipeline.RebalanceConfig(lam="0.1", epochs=1, seeds=(0,)))
     assert again.out == str(run / "rebalance")
-    assert "iwb + cb, λ 0.1" in str(again)
+    assert "iwb, λ = 0.1" in str(again)
     for result in (evaluated, again, pipeline.verify(store), pipeline.describe(run)):
         json.dumps(result.to_dict(), allow_nan=False)
         assert "object at 0x" not in str(result)

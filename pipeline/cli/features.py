@@ -1,5 +1,7 @@
 """Commands on features: rebalance, evaluate and verify."""
 
+import os
+
 import click
 
 from pipeline.cli.completion import configs, methods, stores
@@ -102,9 +104,10 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
     if out is None:
         out = results_folder(path, "ablations") / tree.get("name", "variants") if variants else results_folder(path)
     if dry_run:
-        from pipeline.plan.stage2 import plan_rebalance
+        from pipeline.rebalance.prepare import prepare_ablation, prepare_rebalance
 
-        show(plan_rebalance(path, merged, out=out, device=device, world=process_count(nproc, device)), as_json)
+        prepare = prepare_ablation if variants else prepare_rebalance
+        show(prepare(path, merged, out=out, device=device, world=process_count(nproc, device)).description, as_json)
         return
     if relaunched(nproc):
         return
@@ -113,7 +116,12 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
     origin = config or (find_config(None) if store is None else "the store's")
     talk.say(f"store: {path}; settings: {origin}; {variants}results: {out}")
     fit = ablate if variants else rebalance
-    show(fit(path, merged, out=out, device=device, report=talk.say), as_json)
+    result = fit(path, merged, out=out, device=device, report=talk.say)
+    if variants and not int(os.environ.get("RANK", 0)):
+        from pipeline.report.ablation import write_accuracy_figure
+
+        write_accuracy_figure(result.to_dict(), out)
+    show(result, as_json)
 
 
 @click.command(

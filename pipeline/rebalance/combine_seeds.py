@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.rebalance.methods.settings import REFERENCES
-from pipeline.rebalance.selection import AUTO, SELECTED_LAM, at_the_border
+from pipeline.rebalance.candidates import REFERENCES
+from pipeline.rebalance.selection import AUTO, SELECTED_LAM, border_notes
 from pipeline.results.differences import Hits, differences
 from pipeline.results.head_id import HeadId
 from pipeline.results.selection import Choice, select
@@ -70,7 +70,7 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
 def combined_notes(documents: Sequence[Mapping[str, Any]], chosen: HeadId, candidates: Sequence[HeadId]) -> list[str]:
     """Return the notes of all backbones, and whether the λ chosen for all of them lies at the border of its grid."""
     lams = [head.lam for head in candidates]
-    border = [] if documents[0].get("chosen") else at_the_border(chosen.lam, lams, auto=set(AUTO) <= set(lams))
+    border = [] if documents[0].get("chosen") else border_notes(chosen.lam, lams, auto=set(AUTO) <= set(lams))
     return shared_notes(documents) + border
 
 

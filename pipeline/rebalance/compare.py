@@ -9,10 +9,9 @@ import numpy as np
 from pipeline.config import RebalanceConfig
 from pipeline.errors import PipelineError
 from pipeline.longtail import GROUPS
+from pipeline.rebalance.candidates import method_names, parse_lam, references
 from pipeline.rebalance.methods import RIVALS, Free
 from pipeline.rebalance.methods.iwb_la import TRIALS
-from pipeline.rebalance.methods.settings import asked_methods, references
-from pipeline.rebalance.selection import parse_lam
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import edges, lams_of, next_trials
 from pipeline.results.head_id import BASELINE, HeadId, chosen_text
@@ -41,7 +40,7 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
     The reference rows are tuned like everything else; iwb at λ = 0 takes the learning rate of iwb, where that is asked
     for, else of cb.
     """
-    asked = asked_methods(config.method)
+    asked = method_names(config.method)
     reference = [s.method for s in references(config) if s.method not in ("baseline", "iwb")]
     found = Comparison([], [], [], [])
     rates: dict[str, float | None] = {}

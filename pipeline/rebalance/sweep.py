@@ -11,13 +11,13 @@ from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import PipelineError
 from pipeline.metrics import Scores, scores_of
+from pipeline.rebalance.candidates import ENGINE, head_of, is_trained, schedule_of
 from pipeline.rebalance.engine.features import Features, Split
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.folds import stratified_folds
 from pipeline.rebalance.methods import RIVALS, Free
 from pipeline.rebalance.methods.fit import Trial, fit, solve
 from pipeline.rebalance.methods.iwb_la import with_means
-from pipeline.rebalance.methods.settings import ENGINE, head_of, is_trained, schedule_of
 from pipeline.rebalance.methods.training_free import nearest_mean
 from pipeline.results.head_id import BASELINE, HeadId
 from pipeline.results.heads import Linear, Scorer, is_finite, predict

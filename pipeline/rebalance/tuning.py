@@ -10,10 +10,9 @@ from dataclasses import replace
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
+from pipeline.rebalance.candidates import ENGINE, is_trained, method_names, parse_lam
 from pipeline.rebalance.methods import RIVALS, Free, Trained
 from pipeline.rebalance.methods.iwb_la import RATE, TRIALS
-from pipeline.rebalance.methods.settings import ENGINE, asked_methods, is_trained
-from pipeline.rebalance.selection import parse_lam
 from pipeline.results.head_id import BASELINE, HeadId
 
 LAMS = (0.05, 0.15, 0.5)  # of `--lam auto`
@@ -21,7 +20,7 @@ LAMS = (0.05, 0.15, 0.5)  # of `--lam auto`
 
 def is_comparison(config: RebalanceConfig) -> bool:
     """Whether each method is tuned: where that is asked for, and wherever a rival competes."""
-    return config.tune or any(method in RIVALS or method == "iwb-la" for method in asked_methods(config.method))
+    return config.tune or any(method in RIVALS or method == "iwb-la" for method in method_names(config.method))
 
 
 def next_trials(
@@ -131,7 +130,7 @@ def refuse_double_balancing(config: RebalanceConfig) -> None:
     """
     if config.sampling is None and config.weighting is None:
         return
-    for method in asked_methods(config.method):
+    for method in method_names(config.method):
         rule = RIVALS.get(method)
         if method in ENGINE:
             raise ConfigError(

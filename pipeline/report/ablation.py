@@ -11,7 +11,9 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from cache import write_durably
 from pipeline.errors import DataError
+from pipeline.report.axes import png
 from pipeline.report.curves import accuracy_curves
 from pipeline.report.drawing import Drawing
 from pipeline.report.study import SPLITS
@@ -92,15 +94,12 @@ def _paper(paper: Mapping[str, float]) -> str:
     return "/".join(f"{paper[c]:g}" if c in paper else "–" for c in DIFFERENCES) if paper else ""
 
 
-def plain_row(row: Row) -> dict[str, Any]:
-    """A variant as one line of table.csv."""
-    flat = {key: row.get(key) for key in ("name", "method", "loss", "lam", "chosen_on", "n", "against")}
-    flat |= {key: row[key] for column in (*DIFFERENCES, "ece") for key in (column, f"{column}_std")}
-    for column in DIFFERENCES:
-        less = (row["less_alone"] or {}).get(column) or {}
-        flat |= {f"less_alone_{column}_{key}": less.get(key) for key in ("difference", "low", "high")}
-        flat[f"paper_{column}"] = row["paper"].get(column)
-    return flat
+def write_accuracy_figure(document: Mapping[str, Any], out: Path) -> None:
+    """Write accuracy-lambda.png and the numbers of it as .csv where a variant has several λ; otherwise nothing."""
+    drawing = accuracy_figure(document)
+    if drawing:
+        write_durably(out / "accuracy-lambda.png", png(drawing.figure))
+        write_durably(out / "accuracy-lambda.csv", drawing.csv)
 
 
 def accuracy_figure(document: Mapping[str, Any]) -> Drawing | None:

@@ -154,7 +154,8 @@ def write_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Repo
 
 def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> Part:
     """A run with its ablations, its figures written. below: the folder under figures/ that they go to."""
-    from pipeline.report.ablation import ablation_section, accuracy_figure, plain_row
+    from pipeline.rebalance.ablation import table_row
+    from pipeline.report.ablation import ablation_section, accuracy_figure
     from pipeline.report.figures import draw_all
     from pipeline.report.progress import of_run
 
@@ -175,7 +176,7 @@ def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> 
             inside += shown(replace(drawing, name=f"ablation-{name}"))
         ablations.append((f"Ablation {document['name']}", inside))
     if study is None:
-        rows = [plain_row(row) | {"ablation": d["name"]} for d in documents for row in d["rows"]]
+        rows = [table_row(row) | {"ablation": d["name"]} for d in documents for row in d["rows"]]
         network = documents[0].get("network", {}).get("network", "network unknown")
         told = f"<p class=lead>{escape(network)}; each variant was chosen for itself, without the test split.</p>"
         return Part(run.resolve().name, told, ablations, figures, rows, "")

@@ -12,7 +12,7 @@ from pipeline.deploy.export import export_model
 from pipeline.deploy.predict import predict
 from pipeline.deploy.run_head import rebalanced_head
 from pipeline.info import describe
-from pipeline.rebalance.evaluate import evaluate
+from pipeline.rebalance.evaluation import evaluate
 from pipeline.report.html import write_report
 from pipeline.report.study import read_study
 

@@ -12,9 +12,12 @@ import yaml
 import cache
 from pipeline.cli import invoke
 from pipeline.config import RebalanceConfig, find_config, load_config, make_config, read_tree, shipped_configs
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.rebalance import ablate, rebalance
-from pipeline.rebalance.methods.settings import penalty_of
+from pipeline.rebalance.candidates import penalty_of
+from pipeline.rebalance.prepare import prepare_ablation
+from pipeline.rebalance.sweep import Sweep
+from pipeline.report.ablation import write_accuracy_figure
 from tests.conftest import digits_tree
 from tests.small_run import made_store
 
@@ -35,7 +38,9 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ablated(store, tmp_path_factory):
-    return ablate(store, RebalanceConfig(**COMMON), out=tmp_path_factory.mktemp("out") / "two")
+    result = ablate(store, RebalanceConfig(**COMMON), out=tmp_path_factory.mktemp("out") / "two")
+    write_accuracy_figure(result.to_dict(), Path(result.out))
+    return result
 
 
 def test_each_row_is_what_rebalancing_that_variant_alone_gives(ablated, store, tmp_path):
@@ -235,8 +240,44 @@ def test_clean_and_augmented_variants_share_one_store(store, tmp_path):
     assert cache.open_cache(store).views("train") == 2
 
 
+def test_a_dry_run_of_an_ablation_names_the_folder_of_the_command_and_refuses_what_it_refuses(store, tmp_path):
+    variants = [{"name": "a"}, {"name": "b", "set": {"hardness": "none"}}]
+    config = RebalanceConfig(lam="0.2", seeds=(0,), epochs=1, variants=variants)
+    plan = prepare_ablation(store, config)
+    assert plan.description.numbers["heads"] == 2
+    assert str(plan.out) == ablate(store, config).out
+    (tmp_path / "results.json").write_text("of something else; no ablation writes it")
+    assert str(prepare_ablation(store, config, out=tmp_path).out) == ablate(store, config, out=tmp_path).out
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    for attempt in (prepare_ablation, ablate):
+        with pytest.raises(PipelineError, match="--out"):
+            attempt(store, config, out=blocked / "below")
+
+
+@pytest.mark.parametrize(
+    ("changes", "splits", "reason"),
+    [
+        ({"lam": "0:1:lin:100000000000"}, ("val", "test"), "at most .* λ fit"),
+        ({"lam": "0.1,0.2"}, ("test",), "no validation split to choose on"),
+        ({"views": "augmented"}, ("val", "test"), "has the clean view alone"),
+    ],
+)
+def test_nothing_is_fitted_where_a_later_variant_is_refused(changes, splits, reason, tmp_path, monkeypatch):
+    store = made_store(tmp_path / "features.zarr", views=1 if "views" in changes else 2, splits=splits)
+    variants = [{"name": "a"}, {"name": "b"}, {"name": "c", "set": changes}]
+    config = RebalanceConfig(lam="0.2", seeds=(0,), epochs=1, variants=variants)
+    fitted = []
+    monkeypatch.setattr(Sweep, "add", lambda self, heads: fitted.append(heads))
+    for attempt in (prepare_ablation, ablate):
+        with pytest.raises(ConfigError, match=reason):
+            attempt(store, config, out=tmp_path / "out")
+    assert not fitted
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("option", ["--method", "--loss", "--formulation"])
 def test_what_the_variants_say_themselves_cannot_be_said_for_all(option, store, capsys):
     value = {"--method": "iwb", "--loss": "ce", "--formulation": "code"}[option]
     assert invoke(["rebalance", str(store), "--config", "ablations/table3", option, value]) == 2
-    assert f"{option}: the variants of --config ablations/table3 say this themselves" in capsys.readouterr().err
+    assert f"{option}: the variants of --config ablations/table3 set this themselves" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def test_notes_are_of_all_backbones_and_of_the_lambda_selected_for_all():
     assert combined["notes"] == ["1 class(es) without a test image", "backbone 2 of 2: few rests on 3 test image(s)"]
 
 
-def test_a_lambda_selected_for_all_at_the_border_of_the_grid_is_noted():
+def test_a_lambda_selected_for_all_border_notes_of_the_grid_is_noted():
     val = {0.1: [40, 40], 0.2: [44, 44], 0.5: [45, 45]}
     combined = combine([document(val, val)] * 2)
     (note,) = combined["notes"]

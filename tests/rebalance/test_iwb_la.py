@@ -4,11 +4,11 @@ import numpy as np
 
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks, choose_device
+from pipeline.rebalance.candidates import head_of, is_trained, schedule_of
 from pipeline.rebalance.engine.features import Features, Split
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.formulation import penalty
 from pipeline.rebalance.methods.iwb_la import with_means
-from pipeline.rebalance.methods.settings import head_of, is_trained, schedule_of
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import is_comparison, next_trials
 from pipeline.results.head_id import HeadId

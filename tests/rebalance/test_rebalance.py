@@ -13,13 +13,13 @@ import cache
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.metrics import scores
-from pipeline.plan.stage2 import plan_rebalance
 from pipeline.rebalance import RebalanceResult, rebalance, run, sweep
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.formulation import penalty
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import load
+from pipeline.rebalance.prepare import prepare_rebalance
 from pipeline.report.study import read_heads
 from pipeline.report.table import results_table
 from pipeline.results.differences import paired_difference
@@ -278,7 +278,7 @@ def test_results_of_other_settings_are_told_before_they_are_replaced_and_leave_n
 def test_what_is_not_of_this_program_is_not_replaced(store, tmp_path):
     for content in ("z", "{}", '{"results": []}'):
         (tmp_path / "results.json").write_text(content)
-        for attempt in (rebalance, plan_rebalance):
+        for attempt in (rebalance, prepare_rebalance):
             with pytest.raises(DataError, match=r"holds a results\.json that is not of `pipeline rebalance`"):
                 attempt(store, RebalanceConfig(lam="0.2", seeds=(0,), **QUICK), out=tmp_path)
         assert (tmp_path / "results.json").read_text() == content

@@ -9,8 +9,8 @@ from pipeline.cli import invoke
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
 from pipeline.rebalance import rebalance
+from pipeline.rebalance.candidates import method_names
 from pipeline.rebalance.methods import Free, add_method
-from pipeline.rebalance.methods.settings import asked_methods
 from tests.small_run import made_store
 
 OWN = """
@@ -51,7 +51,7 @@ def test_a_program_adds_one_and_all_includes_it(tmp_path):
     rows = rebalance(tmp_path / "features.zarr", config, out=tmp_path / "out").results
     found = {row.method: row.all for row in rows if row.split == "test"}
     assert found["stage-1-negated"] < found["baseline"]
-    assert asked_methods(("all",))[-1] == "stage-1-negated"
+    assert method_names(("all",))[-1] == "stage-1-negated"
 
 
 @pytest.mark.parametrize(

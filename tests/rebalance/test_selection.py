@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
+from pipeline.rebalance.candidates import count_lam, parse_lam
 from pipeline.rebalance.folds import stratified_folds
-from pipeline.rebalance.selection import AUTO, at_the_border, count_lam, parse_lam, refine
+from pipeline.rebalance.selection import AUTO, border_notes, refine
 from pipeline.results.selection import select
 
 
@@ -138,10 +139,10 @@ def test_folds_are_stratified_and_hold_out_no_single_sample(labels, folds):
 @pytest.mark.parametrize(
     ("lam", "told"), [(0.05, "smallest"), (0.4, "largest"), (0.1, None), (1.0, None), (None, None), (0.0, None)]
 )
-def test_a_selected_lam_at_the_border_of_the_sweep_is_told(lam, told):
-    notes = at_the_border(lam, [None, 0.0, 0.05, 0.1, 0.4, *([1.0] if lam == 1 else [])])
+def test_a_selected_lam_border_notes_of_the_sweep_is_told(lam, told):
+    notes = border_notes(lam, [None, 0.0, 0.05, 0.1, 0.4, *([1.0] if lam == 1 else [])])
     assert [told in note for note in notes] == [True] * (told is not None)
-    assert at_the_border(0.05, [0.05]) == []
+    assert border_notes(0.05, [0.05]) == []
 
 
 @pytest.mark.parametrize(
@@ -152,8 +153,8 @@ def test_a_selected_lam_at_the_border_of_the_sweep_is_told(lam, told):
         (0.2, False, "the largest of those given: larger ones", "0.1:1:log:8"),
     ],
 )
-def test_what_is_told_at_the_border_names_lams_beyond_it(lam, auto, said, others):
-    (note,) = at_the_border(lam, [None, 0.0, 0.01, 0.02, 0.1, 0.2], auto=auto)
+def test_what_is_told_border_notes_names_lams_beyond_it(lam, auto, said, others):
+    (note,) = border_notes(lam, [None, 0.0, 0.01, 0.02, 0.1, 0.2], auto=auto)
     assert said in note
     assert f"--lam {others} tries them" in note
     tried = parse_lam(others)

@@ -8,8 +8,8 @@ import pytest
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS
+from pipeline.rebalance.candidates import HeadId, method_names
 from pipeline.rebalance.methods import FREE, RIVALS, TRAINED
-from pipeline.rebalance.methods.settings import HeadId, asked_methods
 from pipeline.rebalance.tuning import (
     centre_of,
     edges,
@@ -28,9 +28,9 @@ FREE_NAMES = {rule.name for rule in FREE}
 
 def test_the_names_are_those_of_the_rules():
     assert {*METHODS} == {"baseline", "ce", "cb", "iwb", "iwb-la", *RIVALS}
-    assert asked_methods(("all",)) == tuple(METHODS)
+    assert method_names(("all",)) == tuple(METHODS)
     with pytest.raises(ConfigError, match=r"--method balanced-sofmax: unknown.*did you mean balanced-softmax"):
-        asked_methods(("balanced-sofmax",))
+        method_names(("balanced-sofmax",))
 
 
 def search(method, config, score):

@@ -46,28 +46,34 @@ class Features:
     bias: np.ndarray
 
     def __post_init__(self):
-        classes, width = self.weight.shape
-        if len(self.counts) != classes or len(self.bias) != classes:
-            raise DataError(f"{classes} class vectors but {len(self.counts)} counts and {len(self.bias)} biases")
-        absent = np.flatnonzero(np.asarray(self.counts) < 1)
-        if len(absent):
-            raise DataError(f"no training image in {_class_list(absent)}: leave such classes out or add images")
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < classes:
-            reach = f"{self.labels.min()} to {self.labels.max()}"
-            raise DataError(f"labels reach from {reach}, but there are {classes} classes")
-        numbers = np.bincount(self.labels, minlength=classes)
-        if not np.array_equal(numbers, self.counts):
-            c = int(np.flatnonzero(numbers != self.counts)[0])
-            raise DataError(f"class {c} has {numbers[c]} training labels but a count of {self.counts[c]}")
+        check_head_and_labels(self.labels, self.counts, self.weight, self.bias)
         shape = self.views[0].shape if len(self.views) else "no view"
-        if shape != (len(self.labels), width):
-            raise DataError(f"training features are {shape}, expected {(len(self.labels), width)} from labels and head")
-        check_finite(self.weight, "the stage-1 class vectors")
-        check_finite(self.bias, "the stage-1 bias")
+        expected = len(self.labels), self.weight.shape[1]
+        if shape != expected:
+            raise DataError(f"training features are {shape}, expected {expected} from labels and head")
 
     def view_of_epoch(self, epoch: int, *, augmented: bool) -> int:
         """Return the view that an epoch sees: the augmented ones in turn, or the clean one where there is no other."""
         return 1 + epoch % (len(self.views) - 1) if augmented and len(self.views) > 1 else 0
+
+
+def check_head_and_labels(labels: np.ndarray, counts: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> None:
+    """Raise DataError where all but the features do not fit together, or the head is not finite; shapes as in Features."""
+    classes = len(weight)
+    if len(counts) != classes or len(bias) != classes:
+        raise DataError(f"{classes} class vectors but {len(counts)} counts and {len(bias)} biases")
+    absent = np.flatnonzero(np.asarray(counts) < 1)
+    if len(absent):
+        raise DataError(f"no training image in {_class_list(absent)}: leave such classes out or add images")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        reach = f"{labels.min()} to {labels.max()}"
+        raise DataError(f"labels reach from {reach}, but there are {classes} classes")
+    numbers = np.bincount(labels, minlength=classes)
+    if not np.array_equal(numbers, counts):
+        c = int(np.flatnonzero(numbers != counts)[0])
+        raise DataError(f"class {c} has {numbers[c]} training labels but a count of {counts[c]}")
+    check_finite(weight, "the stage-1 class vectors")
+    check_finite(bias, "the stage-1 bias")
 
 
 def check_finite(array: np.ndarray, name: str) -> None:

@@ -16,12 +16,12 @@ RATE = 0.4  # of the configuration's learning rate, in the middle of what is tri
 TRIALS = ((0.3, 0.25), (0.6, 0.25), (1.0, 0.25), (0.6, 0.5))  # λ, share of means
 
 
-def best_head(lam: float) -> Head:
+def iwb_la_head(lam: float) -> Head:
     """What the engine fits: the logit-adjusted loss at τ = 1 and the paper's penalty."""
     return Head("ce", lam, penalty("paper"), tau=1.0)
 
 
-def best_schedule(schedule: Schedule) -> Schedule:
+def iwb_la_schedule(schedule: Schedule) -> Schedule:
     """The clean view alone: what augmentation adds here is noise."""
     return replace(schedule, augmented=False)
 

@@ -1,1 +1,0 @@
-"""Plans of the stages that do not prepare themselves yet."""
