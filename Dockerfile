@@ -54,6 +54,6 @@ ARG REVISION=
 ENV PIPELINE_REVISION=${REVISION}
 LABEL org.opencontainers.image.title="iwb-pipeline" \
       org.opencontainers.image.description="Train an image classifier once on unbalanced classes, re-balance it in seconds" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${REVISION}"

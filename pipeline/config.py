@@ -613,8 +613,8 @@ def _explanation(details: Any, origin: str, model: type[BaseModel]) -> str:
     if details["type"] == "missing":
         return f"{origin}: {key} is missing"
     message = details["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(details["input"], dict) else f" (got {details['input']!r})"
-    return f"{origin}: {key or 'configuration'}: {message}{got}"
+    value = "" if isinstance(details["input"], dict) else f" (got {details['input']!r})"
+    return f"{origin}: {key or 'configuration'}: {message}{value}"
 
 
 def _fields_at(location: tuple, model: type[BaseModel]) -> list[str]:

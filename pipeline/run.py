@@ -103,6 +103,8 @@ class BackboneStages:
             trained = train(prepared.training, ranks=self.ranks, report=TrainingReporter(self.talk, bar))
         if trained.trained_epochs:
             self._record("train-backbone", started)
+        else:
+            self.talk.say(f"{trained.checkpoint}: trained to the end, by this configuration on these images")
         return load_checkpoint(trained.checkpoint)
 
     def features(self, backbone: Checkpoint) -> DumpResult:

@@ -61,7 +61,7 @@ class PreparedBackbone:
 
     @functools.cached_property
     def stages(self) -> tuple[Prepared, ...]:
-        """What its training, where there is one, and its dump would do.
+        """The descriptions of its training, where there is one, and of its dump.
 
         Raises: DataError: the store was made otherwise, or another process writes it.
         """
@@ -109,7 +109,7 @@ class PreparedRun:
 
     @functools.cached_property
     def description(self) -> Prepared:
-        """What the run would do; every chunk of a store that is there is read for it.
+        """The description of the run; every chunk of a store that exists is read for it.
 
         Raises: DataError: a store was made otherwise, or another process writes it.
         """

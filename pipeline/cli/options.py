@@ -77,7 +77,7 @@ def setting_option(key: str, *, group: str = COMMON, **kwargs: Any) -> Decorator
     """
     section, _, name = key.rpartition(".")
     setting = setting_sections()[section].fields[name]
-    kind, *others = setting.kinds
+    kind, *alternatives = setting.kinds
     sentence, _, missing = setting.description.rstrip(".").partition("; null ")
     default = missing.removeprefix("takes ") if missing.startswith("takes ") else _typed_default(setting.default)
     names = f"--{name.replace('_', '-')}"
@@ -86,7 +86,7 @@ def setting_option(key: str, *, group: str = COMMON, **kwargs: Any) -> Decorator
         kwargs["is_flag"] = True
     elif get_origin(kind) is Literal:
         kwargs["type"] = click.Choice(get_args(kind))
-    elif kind in (int, float) and not others:
+    elif kind in (int, float) and not alternatives:
         at = setting.limits
         bounds: Any = {"min": at.get("ge", at.get("gt")), "max": at.get("le", at.get("lt"))}
         bounds |= {"min_open": "gt" in at, "max_open": "lt" in at}

@@ -100,7 +100,7 @@ def setting_sections() -> dict[str, SettingSection]:
     for path, name in SECTIONS.items():
         lines = [node for node in classes[name].body if isinstance(node, ast.AnnAssign)]
         fields = [_read_field(f"{path}.".lstrip("."), line, types) for line in lines]
-        settings = {found.name: found for found in fields if getattr(found.annotation, "__name__", "") not in classes}
+        settings = {item.name: item for item in fields if getattr(item.annotation, "__name__", "") not in classes}
         sections[path] = SettingSection(path, ast.get_docstring(classes[name]) or "", settings)
     return sections
 
