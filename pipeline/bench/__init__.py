@@ -1,1 +1,1 @@
-"""What the program's claims about speed and memory rest on: measured here and now, with the other side measured beside."""
+"""Measurements behind the program's claims about speed, each interleaved with the code it is compared with."""

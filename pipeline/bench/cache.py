@@ -1,4 +1,4 @@
-"""`pipeline bench cache`: what the feature store costs beside a plain array file and a bare encoder."""
+"""`pipeline bench cache`: the feature store over a plain array file and a bare encoder."""
 
 import shutil
 import tempfile
@@ -11,7 +11,6 @@ import numpy as np
 from cache import open_cache, verify
 from pipeline.bench.dump import dumping, empty_store, writing
 from pipeline.bench.measure import Benchmark, Measure, interleaved, machine, ratio
-from pipeline.bench.peak import memory
 from pipeline.distributed import choose_device
 from pipeline.errors import ConfigError, PipelineError
 
@@ -27,65 +26,58 @@ def bench_cache(
     device: str = "auto",
     say: Callable[[str], object] = lambda text: None,
 ) -> Benchmark:
-    """Ratios and peak memory of the store on generated features (rows, width), the page cache warm and checksums on.
+    """Return ratios of the store on generated features (rows, width), the page cache warm and checksums on.
 
-    The default size is ImageNet-LT's training split. folder: where temporary files go (the system's default), which are
-    removed. Raises ConfigError where it is none, PipelineError where the disk has too little room for them.
+    The default size is ImageNet-LT's training split.
+
+    Arguments:
+        folder: of the temporary files, which are removed; by default the system's.
+    Raises:
+        ConfigError: `folder` is no folder.
+        PipelineError: its disk has too little room.
     """
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give --folder a place for temporary files")
-    started, where = time.perf_counter(), choose_device(device)
+    started, target = time.perf_counter(), choose_device(device)
     with tempfile.TemporaryDirectory(prefix="bench-cache.", dir=folder) as name:
         place = Path(name)
         _room(place, rows * width * 2 * max(BYTES.values()))
-        measures = list(dumping(place, rows=rows, repeat=repeat, device=where, say=say))
+        measures = list(dumping(place, rows=rows, repeat=repeat, device=target, say=say))
         measures += [writing(place, rows=rows, width=width, dtype=dtype, repeat=repeat) for dtype in BYTES]
         for dtype in BYTES:
             measures += reading(place, rows, width, dtype, repeat=repeat, say=say)
-        store = generated(place / "streamed.zarr", rows, width, "float16", least_chunks=29)
-        measures += memory(place, store, say=say)
     settings = {"rows": rows, "width": width, "repeat": repeat}
     return Benchmark(
-        "cache", machine(device=str(where)), settings, tuple(measures), round(time.perf_counter() - started, 1)
+        "cache", machine(device=str(target)), settings, tuple(measures), round(time.perf_counter() - started, 1)
     )
 
 
 def reading(
     place: Path, rows: int, width: int, dtype: str, *, repeat: int, say: Callable[[str], object]
 ) -> Iterator[Measure]:
-    """Loading the training features, and verifying the store, over np.load of the same bytes."""
+    """Yield the rates of loading the training features and of verifying the store over np.load of the same bytes."""
     say(f"{dtype}: {rows:,} × {width}, {rows * width * BYTES[dtype] / 1e6:,.0f} MB")
     path, plain = generated(place / f"{dtype}.zarr", rows, width, dtype), place / f"{dtype}.npy"
     np.save(plain, open_cache(path).read_bits("train"))
-    ways = {
+    functions = {
         "np.load": lambda: np.load(plain),
         "load": lambda: open_cache(path).read_bits("train"),
         "verify": lambda: verify(path),
     }
-    seconds = interleaved(ways, repeat=repeat)
+    seconds = interleaved(functions, repeat=repeat)
     gigabytes = plain.stat().st_size / 1e9
-    for way, target in ("load", 0.8), ("verify", 0.5):
-        pair = {name: seconds[name] for name in (way, "np.load")}
-        why = (
-            "where the store is small, opening it takes longer than reading; else others use the CPUs its threads need"
-        )
+    why = "where the store is small, opening it takes longer than reading; else others use the CPUs its threads need"
+    for name, target in ("load", 0.8), ("verify", 0.5):
         yield ratio(
-            f"{way} over np.load, {dtype}",
-            pair,
-            of=way,
-            over="np.load",
-            work=gigabytes,
-            unit="GB",
-            target=target,
-            why=why,
+            f"{name} over np.load, {dtype}", seconds, name, "np.load", work=gigabytes, unit="GB", target=target, why=why
         )
     plain.unlink()
     shutil.rmtree(path)
 
 
-def generated(path: Path, rows: int, width: int, dtype: str, *, least_chunks: int = 1) -> Path:
-    """A sealed store of normal numbers, one training view, made chunk by chunk."""
-    with empty_store(path, rows, width, dtype, least_chunks=least_chunks) as writer:
+def generated(path: Path, rows: int, width: int, dtype: str, *, chunks: int = 1) -> Path:
+    """Write a sealed store of normal numbers, one training view of at least `chunks` chunks."""
+    with empty_store(path, rows, width, dtype, chunks=chunks) as writer:
         for chunk in writer.missing():
             rng = np.random.default_rng([chunk.index, rows])
             writer.write(chunk, rng.standard_normal((chunk.rows, width), np.float32))

@@ -1,4 +1,4 @@
-"""How much of the bare encoder's rate a whole dump keeps: real encoder, real write path, sealed store."""
+"""The rate of a complete dump over that of its encoder: real encoder, real write path, sealed store."""
 
 import shutil
 import statistics
@@ -17,7 +17,7 @@ from cache import Split, Writer, chunk_rows, create_store
 from pipeline.backbone.build import build_model, classifier
 from pipeline.backbone.checkpoint import Checkpoint
 from pipeline.backbone.encoder import Encoder
-from pipeline.bench.measure import Measure, Seconds, busy, interleaved
+from pipeline.bench.measure import Measure, Seconds, all_seconds, busy, interleaved, medians
 from pipeline.config import BackboneConfig, Config, make_config
 from pipeline.data import load_dataset
 from pipeline.data.transform import Loader, Transform
@@ -31,82 +31,87 @@ TARGET = 0.95
 def dumping(
     place: Path, *, rows: int, repeat: int, device: torch.device, say: Callable[[str], object]
 ) -> Iterator[Measure]:
-    """Dump over encoder for images in memory, dump over the slower of its halves for image files; a true ResNet-32."""
+    """Yield dump over encoder for images in memory, and dump over the slower of its halves for image files."""
     model, repeat = build_model(BackboneConfig(model=NETWORK), num_classes=CLASSES), min(repeat, 3)
     say(f"dump: {NETWORK}, images in memory")
     config = arrays(place, rows=min(rows, 2048), size=32, views=3)
-    yield _over_encoder("images in memory", config, backbone(model, 32), place, repeat, device)
+    yield over_halves("images in memory", config, backbone(model, 32), place, repeat, device)
     say(f"dump: {NETWORK}, image files")
     workers = max(1, usable_cores() // 2)
     with threads(max(1, usable_cores() - workers) if device.type == "cpu" else torch.get_num_threads()):
         config = files(place, rows=min(rows, 2048), size=32, stored=128, views=3, workers=workers)
-        yield _over_slower("image files", config, backbone(model, 32), place, repeat, device)
+        yield over_halves("image files", config, backbone(model, 32), place, repeat, device, decoded=True)
 
 
 def writing(place: Path, *, rows: int, width: int, dtype: str, repeat: int) -> Measure:
-    """How fast chunks of features become durable: an encoder up to this rate need not wait for the disk."""
+    """Return the rate at which chunks of features become durable: an encoder up to it need not wait for the disk."""
     size = min(rows, 4 * chunk_rows(width=width, itemsize=2))
     features = np.random.default_rng(0).standard_normal((size, width), np.float32)
 
     def write() -> Seconds:
         with empty_store(place / "written.zarr", size, width, dtype) as writer:
-            wanted, started = writer.missing(), time.perf_counter()
-            for chunk in wanted:
+            chunks, started = writer.missing(), time.perf_counter()
+            for chunk in chunks:
                 writer.write(chunk, features[chunk.start : chunk.stop])
-            taken = time.perf_counter() - started
+            seconds = time.perf_counter() - started
         shutil.rmtree(place / "written.zarr")
-        return Seconds(taken)
+        return Seconds(seconds)
 
     rate = size / statistics.median(interleaved({"write": write}, repeat=repeat)["write"])
     return Measure(f"written by one thread, {width}-d, {dtype}", round(rate), "rows/s")
 
 
-def _over_encoder(name: str, config: Config, of: Checkpoint, place: Path, repeat: int, device: torch.device) -> Measure:
-    """The rate of a dump over the rate of the encoder on the batches of one of its views."""
-    ways = {"dump": lambda: _dump(config, of, place, device), "encoder": _forward(config, of, device)}
-    seconds = interleaved(ways, repeat=repeat)
-    why = (
-        f"{busy()}: where encoder and writer share the cores, writing takes time that the encoder alone would have had"
-    )
-    return _kept(name, seconds, _samples(config) * (config.dump.views - 1), ("encoder",), why)
+def over_halves(
+    name: str,
+    config: Config,
+    checkpoint: Checkpoint,
+    place: Path,
+    repeat: int,
+    device: torch.device,
+    *,
+    decoded: bool = False,
+) -> Measure:
+    """Return the rate of a dump over that of its encoder on the batches of one view.
 
-
-def _over_slower(name: str, config: Config, of: Checkpoint, place: Path, repeat: int, device: torch.device) -> Measure:
-    """The rate of a dump over that of the slower of its two halves, each alone: decoding the files, and the encoder."""
-    ways = {
-        "dump": lambda: _dump(config, of, place, device),
-        "encoder": _forward(config, of, device),
-        "loader": lambda: _decode(config, of, device),
-    }
-    seconds = interleaved(ways, repeat=repeat)
-    why = f"{busy()}: with so few cores for each, encoder and decoding processes take time from each other"
-    return _kept(name, seconds, _samples(config) * (config.dump.views - 1), ("encoder", "loader"), why)
-
-
-def _kept(name: str, seconds: dict[str, list[float]], images: int, halves: tuple[str, ...], why: str) -> Measure:
-    rate = {way: images / statistics.median(times) for way, times in seconds.items()}
+    Arguments:
+        decoded: take the slower of encoder and loader, each alone, instead of the encoder.
+    """
+    halves: dict[str, Callable[[], object]] = {"encoder": _forward(config, checkpoint, device)}
+    if decoded:
+        halves["loader"] = lambda: _decode(config, checkpoint, device)
+    times = interleaved({"dump": lambda: _dump(config, checkpoint, place, device)} | halves, repeat=repeat)
+    images = _samples(config) * (config.dump.views - 1)
+    rate = {part: images / seconds for part, seconds in medians(times).items()}
     slower = min(halves, key=lambda half: rate[half])
-    figures: dict[str, Any] = {f"{way}, images/s": round(value, 1) for way, value in rate.items()}
-    figures |= {f"{way}, all s": [round(t, 4) for t in times] for way, times in seconds.items()}
-    ratio = round(rate["dump"] / rate[slower], 4)
-    return Measure(f"dump over {slower}: {NETWORK}, {name}", ratio, "×", TARGET, figures=figures, why=why)
+    figures: dict[str, Any] = {f"{part}, images/s": round(value, 1) for part, value in rate.items()}
+    why = (
+        "with so few cores for each, encoder and decoding processes take time from each other"
+        if decoded
+        else "where encoder and writer share the cores, writing takes time that the encoder alone would have had"
+    )
+    return Measure(
+        f"dump over {slower}: {NETWORK}, {name}", round(rate["dump"] / rate[slower], 4), "×", TARGET,
+        figures=figures | all_seconds(times), why=f"{busy()}: {why}",
+    )  # fmt: skip
 
 
-def _dump(config: Config, of: Checkpoint, place: Path, device: torch.device) -> Seconds:
-    """From the first finished chunk, when processes and caches are warm, to the sealed store: all views but the first."""
-    begun: list[float] = []
+def _dump(config: Config, checkpoint: Checkpoint, place: Path, device: torch.device) -> Seconds:
+    """Return the time from the first chunk, when processes and caches are warm, to the sealed store: all views but one."""
+    chunk_times: list[float] = []
     out = place / "dump.zarr"
-    dump_features(of, config, out=out, device=str(device), report=lambda *_: begun.append(time.perf_counter()))
-    taken = time.perf_counter() - begun[0]
+    dump_features(
+        checkpoint, config, out=out, device=str(device), report=lambda *_: chunk_times.append(time.perf_counter())
+    )
+    seconds = time.perf_counter() - chunk_times[0]
     shutil.rmtree(out)
-    return Seconds(taken)
+    return Seconds(seconds)
 
 
-def _forward(config: Config, of: Checkpoint, device: torch.device) -> Callable[[], None]:
-    """The encoder alone, as often as a dump runs it, on the batches of view 1: decoded, augmented, on its device."""
+def _forward(config: Config, checkpoint: Checkpoint, device: torch.device) -> Callable[[], None]:
+    """Return the encoder alone, run as often as in a dump, on the batches of view 1: decoded, augmented, on its device."""
     dataset = load_dataset(config.data)
-    encoder = Encoder(of, device)
-    images = Loader(dataset.train, of.transform, device=device).batches(
+    encoder = Encoder(checkpoint, device)
+    images = Loader(dataset.train, checkpoint.transform, device=device).batches(
         _batches(config), augmentation_key(config.dump.seed, 1)
     )
     batches = [encoder.arithmetic.arrange(batch) for batch in images]
@@ -121,9 +126,9 @@ def _forward(config: Config, of: Checkpoint, device: torch.device) -> Callable[[
     return forward
 
 
-def _decode(config: Config, of: Checkpoint, device: torch.device) -> Seconds:
-    """The loader alone, timed like the dump: all views but the first."""
-    loader = Loader(load_dataset(config.data).train, of.transform, device=device, workers=config.data.workers)
+def _decode(config: Config, checkpoint: Checkpoint, device: torch.device) -> Seconds:
+    """Return the time of the loader alone, taken as that of the dump: all views but one."""
+    loader = Loader(load_dataset(config.data).train, checkpoint.transform, device=device, workers=config.data.workers)
     started = 0.0
     for view in range(config.dump.views):
         for _ in loader.batches(_batches(config), augmentation_key(config.dump.seed, view)):
@@ -141,8 +146,8 @@ def _samples(config: Config) -> int:
     return len(load_dataset(config.data).train)
 
 
-def empty_store(path: Path, rows: int, width: int, dtype: str, *, least_chunks: int = 1) -> Writer:
-    """The writer of a store of one training view, nothing in it yet; chunks are smaller where it has few rows."""
+def empty_store(path: Path, rows: int, width: int, dtype: str, *, chunks: int = 1) -> Writer:
+    """Return the writer of an empty store of one training view of at least `chunks` chunks."""
     usual = chunk_rows(width=width, itemsize=4 if dtype == "float32" else 2)
     labels = np.arange(rows) % CLASSES
     return create_store(
@@ -156,12 +161,12 @@ def empty_store(path: Path, rows: int, width: int, dtype: str, *, least_chunks: 
         counts=np.bincount(labels, minlength=CLASSES),
         fingerprint={"generated": "normal"},
         provenance={},
-        rows_per_chunk=max(1, min(usual, -(-rows // least_chunks))),
+        rows_per_chunk=max(1, min(usual, -(-rows // chunks))),
     )
 
 
 def backbone(model: nn.Module, size: int) -> Checkpoint:
-    """A network with fresh weights, as a dump takes it."""
+    """Return a network with fresh weights as a checkpoint."""
     width = classifier(model).in_features
     facts = {"network": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
     return Checkpoint(
@@ -181,7 +186,7 @@ def backbone(model: nn.Module, size: int) -> Checkpoint:
 
 
 def arrays(place: Path, *, rows: int, size: int, views: int) -> Config:
-    """A configuration whose images are random, in memory."""
+    """Return a configuration whose images are random, in memory."""
     images = np.random.default_rng(0).integers(0, 256, (rows, size, size, 3), np.uint8)
     names = np.array([str(c) for c in range(CLASSES)])
     np.savez(place / "images.npz", images=images, labels=np.arange(rows) % CLASSES, class_names=names)
@@ -189,7 +194,7 @@ def arrays(place: Path, *, rows: int, size: int, views: int) -> Config:
 
 
 def files(place: Path, *, rows: int, size: int, stored: int, views: int, workers: int) -> Config:
-    """A configuration whose images are `rows` lines of a list that names a few JPEG files again and again."""
+    """Return a configuration whose images are `rows` lines of a list that names a few JPEG files again and again."""
     rng = np.random.default_rng(0)
     for i in range(FILES):
         coarse = rng.integers(0, 256, (12, 12, 3), np.uint8)  # smooth, as photographs are, not noise
@@ -207,10 +212,10 @@ def _config(data: dict[str, Any], views: int, **dump: Any) -> Config:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """This many threads for torch, for a while."""
-    before = torch.get_num_threads()
+    """Set the number of torch's threads inside a with block."""
+    previous = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

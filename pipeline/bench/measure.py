@@ -1,10 +1,10 @@
-"""Two ways of doing the same, timed in turns, and whether what comes out is what is claimed."""
+"""Functions that do the same, timed in turns, and the ratio of their rates beside its target."""
 
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,10 +15,12 @@ from pipeline.text import Shown
 
 @dataclass(frozen=True)
 class Measure:
-    """One claim: a value with its unit, and the target it has to reach, None where nothing is claimed.
+    """One value with its unit and target.
 
-    at_most: the target is an upper limit. figures: what the value was computed from. why: what keeps it from a target
-    that it misses; it is told only then.
+    Arguments:
+        target: None where nothing is claimed; at_most makes it an upper limit.
+        figures: the numbers that the value was computed from.
+        why: the reason for a missed target; printed only then.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Benchmark(Shown):
-    """All measures of one run, the machine they hold for and the settings they were made with."""
+    """All measures of one run of `pipeline bench`, with machine and settings."""
 
     name: str
     machine: dict[str, Any]
@@ -63,62 +65,76 @@ class Benchmark(Shown):
 
     def __str__(self) -> str:
         facts = self.machine
-        where = f"{facts['processor']}, {facts['cpus']} CPUs, {facts['threads']} thread(s), load {facts['load']:.1f}"
-        return "\n".join([f"bench {self.name} on {where}", *map(str, self.measures), f"{self.seconds:.0f} s in all"])
+        machine = f"{facts['processor']}, {facts['cpus']} CPUs, {facts['threads']} thread(s), load {facts['load']:.1f}"
+        return "\n".join([f"bench {self.name} on {machine}", *map(str, self.measures), f"{self.seconds:.0f} s in all"])
 
 
 class Seconds(float):
-    """What a way of doing something returns when it has taken its own time."""
+    """The time of a function that measures itself; `interleaved` takes it instead of its own."""
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], *, repeat: int) -> dict[str, list[float]]:
-    """Seconds that each way took, `repeat` times, in turns so that what disturbs the machine meets all of them alike.
+def interleaved(functions: Mapping[str, Callable[[], object]], *, repeat: int) -> dict[str, list[float]]:
+    """Return `repeat` times in seconds of each function, called in turns so that disturbances meet all of them alike.
 
-    Each is called once before, uncounted: caches are then warm. What a way
-    returns is dropped after its time is taken; one that returns Seconds is believed.
+    Each is called once before, uncounted: caches are then warm. Its result is freed after its time is taken.
     """
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
     for turn in range(repeat):
-        for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
+        for name in list(functions)[:: 1 if turn % 2 == 0 else -1]:
             started = time.perf_counter()
-            result = ways[name]()
+            result = functions[name]()
             seconds = time.perf_counter() - started
-            taken[name].append(float(result) if isinstance(result, Seconds) else seconds)
+            times[name].append(float(result) if isinstance(result, Seconds) else seconds)
             del result
-    return taken
+    return times
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def all_seconds(times: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return the figures that hold every single time."""
+    return {f"{name}, all s": [round(s, 4) for s in seconds] for name, seconds in times.items()}
 
 
 def ratio(
-    name: str, seconds: dict[str, list[float]], *, of: str, over: str, work: float, unit: str, **claim: Any
+    name: str, times: dict[str, list[float]], subject: str, over: str, *, work: float, unit: str, **claim: Any
 ) -> Measure:
-    """The Measure of one way's median rate over another's; work: how much, in `unit`, each call does."""
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
-    figures: dict[str, Any] = {f"{way}, {unit}/s": round(work / median, 3) for way, median in medians.items()}
-    figures |= {f"{way}, all s": [round(t, 4) for t in times] for way, times in seconds.items()}
-    return Measure(name, round(medians[over] / medians[of], 4), "×", figures=figures, **claim)
+    """Return the Measure of one function's median rate over another's.
+
+    Arguments:
+        times: of all functions, as `interleaved` returns them; those of the two are kept in the figures.
+        work: the work of each call in `unit`.
+        claim: target, at_most and why of the Measure.
+    """
+    times = {key: times[key] for key in (subject, over)}
+    seconds = medians(times)
+    figures: dict[str, Any] = {f"{key}, {unit}/s": round(work / median, 3) for key, median in seconds.items()}
+    return Measure(name, round(seconds[over] / seconds[subject], 4), "×", figures=figures | all_seconds(times), **claim)
 
 
 def busy() -> str:
-    """How many want a CPU and how many CPUs there are, at this moment: what a missed target may come from."""
+    """Return the load and the number of cores at this moment, which may explain a missed target."""
     return f"load {os.getloadavg()[0]:.1f} on {usable_cores()} CPUs"
 
 
 def machine(**facts: Any) -> dict[str, Any]:
-    """What a figure of this process holds for: processor, CPUs, threads, versions, how busy the machine is already."""
+    """Return processor, cores, threads, versions and present load, which every figure depends on."""
     import torch
 
-    made = provenance()
+    process = provenance()
     return {
         "processor": _processor(),
         "cpus": usable_cores(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        "versions": made["versions"],
-        "git": made["git"],
-        "platform": made["platform"],
-        "created": made["created"],
+        "versions": process["versions"],
+        "git": process["git"],
+        "platform": process["platform"],
+        "created": process["created"],
         **facts,
     }
 

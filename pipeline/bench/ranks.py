@@ -1,4 +1,4 @@
-"""Two ranks against two processes that know nothing of each other, on the same cores: `python -m pipeline.bench.ranks …`."""
+"""Two ranks over two independent processes on the same cores: `python -m pipeline.bench.ranks …` is one of them."""
 
 import json
 import os
@@ -16,11 +16,13 @@ WORLD = 2
 TARGET = 0.95
 
 
-def ranks(network: str, *, batch: int, steps: int, repeat: int) -> Measure:
-    """Images a second of two ranks with one thread each over those of two lone processes, after the start.
+def ranks_over_processes(network: str, *, batch: int, steps: int, repeat: int) -> Measure:
+    """Return the rate of two ranks with one thread each over that of two lone processes, after the start.
 
-    batch: images a step and process. The same two processes do both in turns: train as one job with batches of 2 × batch,
-    and each for itself with batches of its own.
+    The same two processes do both in turns: train as one job with batches of 2 × batch, and each alone with its batch.
+
+    Arguments:
+        batch: images per step and process.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,32 +32,34 @@ def ranks(network: str, *, batch: int, steps: int, repeat: int) -> Measure:
     processes = []
     try:
         for rank in range(WORLD):
-            own = {k: str(v) for k, v in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            environment = {k: str(v) for k, v in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             processes.append(
                 subprocess.Popen(
-                    command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                    command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
                 )
             )
-        said = [process.communicate() for process in processes]
+        outputs = [process.communicate() for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, (_, error) in zip(processes, said, strict=True):
+    for process, (_, error) in zip(processes, outputs, strict=True):
         if process.returncode:
             raise RuntimeError(f"a rank of the benchmark: {error.strip().splitlines()[-1:]}")
-    return compared([json.loads(out.splitlines()[-1]) for out, _ in said], images=batch * steps, network=network)
+    return compare_rates(
+        [json.loads(out.splitlines()[-1]) for out, _ in outputs], images=batch * steps, network=network
+    )
 
 
-def compared(seconds: list[dict[str, list[float]]], *, images: int, network: str) -> Measure:
-    """The Measure of what each process took for its `images` in every turn, together and alone.
+def compare_rates(seconds: list[dict[str, list[float]]], *, images: int, network: str) -> Measure:
+    """Return the Measure of the seconds each process took for its `images` in every turn, together and alone.
 
-    A job is done when its last rank is; lone processes add up.
+    A job is done when its last rank is; the rates of lone processes add up.
     """
     together = [len(seconds) * images / max(turn) for turn in zip(*(s["together"] for s in seconds), strict=True)]
-    alone = [sum(images / taken for taken in turn) for turn in zip(*(s["alone"] for s in seconds), strict=True)]
+    alone = [sum(images / s for s in turn) for turn in zip(*(s["alone"] for s in seconds), strict=True)]
     rates = {"two ranks": together, "two processes": alone}
-    figures: dict = {f"{way}, images/s": round(statistics.median(found), 1) for way, found in rates.items()}
-    figures |= {f"{way}, all images/s": [round(rate, 1) for rate in found] for way, found in rates.items()}
+    figures: dict = {f"{name}, images/s": round(statistics.median(rate), 1) for name, rate in rates.items()}
+    figures |= {f"{name}, all images/s": [round(r, 1) for r in rate] for name, rate in rates.items()}
     value = round(statistics.median(together) / statistics.median(alone), 4)
     why = f"{busy()}: ranks wait for each other at every step, lone processes never"
     return Measure(
@@ -63,36 +67,35 @@ def compared(seconds: list[dict[str, list[float]]], *, images: int, network: str
     )
 
 
-def one(network: str, batch: int, steps: int, repeat: int) -> dict[str, list[float]]:
-    """Seconds that this rank took for `steps` steps, with the others and alone."""
+def one_rank(network: str, batch: int, steps: int, repeat: int) -> dict[str, list[float]]:
+    """Return the seconds of this rank for `steps` steps, together with the other rank and alone."""
     import torch
 
     from pipeline import distributed
-    from pipeline.bench.train import Driven, images, training
+    from pipeline.bench.training_loops import TrainerLoop, images, training
     from pipeline.distributed import Ranks, Signals
 
     torch.set_num_threads(1)
     with (
         tempfile.TemporaryDirectory(prefix="bench-train.") as place,
-        distributed.ranks("cpu") as us,
+        distributed.ranks("cpu") as job,
         Signals() as signals,
     ):
-        lone = Ranks(0, 1, us.device)
-        drive: dict[str, Driven] = {}
-        for way, who in ("together", us), ("alone", lone):
-            config = training(network, batch_size=batch * who.world)
-            data = images(batch * who.world * steps)
-            drive[way] = Driven(config, data, out=Path(place) / way, ranks=who, signals=signals)
+        loops: dict[str, TrainerLoop] = {}
+        for name, ranks in ("together", job), ("alone", Ranks(0, 1, job.device)):
+            config = training(network, batch_size=batch * ranks.world)
+            data = images(batch * ranks.world * steps)
+            loops[name] = TrainerLoop(config, data, out=Path(place) / name, ranks=ranks, signals=signals)
 
-        def turn(way: str) -> Callable[[], object]:
-            def go() -> object:
-                us.barrier()
-                return drive[way].steps()
+        def turn(name: str) -> Callable[[], object]:
+            def run() -> object:
+                job.barrier()
+                return loops[name].steps()
 
-            return go
+            return run
 
-        return interleaved({way: turn(way) for way in drive}, repeat=repeat)
+        return interleaved({name: turn(name) for name in loops}, repeat=repeat)
 
 
 if __name__ == "__main__":
-    print(json.dumps(one(sys.argv[1], *map(int, sys.argv[2:]))))
+    print(json.dumps(one_rank(sys.argv[1], *map(int, sys.argv[2:]))))

@@ -1,9 +1,8 @@
-"""`pipeline bench rebalance`: stage 2 beside the loop people write and beside the arithmetic it cannot do without."""
+"""`pipeline bench rebalance`: stage 2 over the usual training loop and over its bare matrix products."""
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline.bench.measure import Benchmark, Measure, interleaved, machine
+from pipeline.bench.measure import Benchmark, Measure, interleaved, machine, medians
 from pipeline.data.subset import class_sizes
 from pipeline.distributed import choose_device
 from pipeline.longtail import class_balanced_weights
@@ -46,7 +45,7 @@ class Size:
         return int(self.counts.sum())
 
     def features(self) -> Features:
-        """Generated float16 features with class centres, and a stage-1 head of the size trained ones have."""
+        """Return generated float16 features with class centres, and a stage-1 head with norms as trained ones have."""
         rng = np.random.default_rng(0)
         labels = rng.permutation(np.repeat(np.arange(self.classes), self.counts))
         centres = rng.standard_normal((self.classes, self.width), np.float32)
@@ -66,27 +65,29 @@ INATURALIST = Size("iNaturalist2018", 4, 2048, 8142, Schedule(batch_size=512, lr
 def bench_rebalance(
     *, repeat: int = 5, device: str = "auto", large: bool = True, say: Callable[[str], object] = lambda text: None
 ) -> Benchmark:
-    """Ratios of the stage-2 engine on generated features; large: also at ImageNet-LT's and iNaturalist's class counts.
+    """Return ratios of the stage-2 engine on generated features.
 
-    loop_ratio: 32 λ at CIFAR100-LT size against 32 times `the_usual_loop`. per_head_ratio: what one more head costs
-    there over two bare matrix products and two exponentials per logit. gemm_ratio: one λ at ImageNet-LT's size over the two
-    bare products on the same batches. iwb_over_ce: what the penalty adds to plain cross-entropy. The cost is affine in
-    heads, samples and epochs: the largest deviation from the fitted line is told.
+    loop_ratio: 32 λ at CIFAR100-LT size against 32 times `the_usual_loop`. per_head_ratio: the cost of one more head
+    there over two bare matrix products and two exponentials per logit. gemm_ratio: one λ at ImageNet-LT's size over the
+    two bare products on the same batches. iwb_over_ce: the cost of the penalty beside plain cross-entropy.
+
+    Arguments:
+        large: also measure at ImageNet-LT's and iNaturalist's class counts.
     """
-    started, where = time.perf_counter(), choose_device(device)
+    started, target = time.perf_counter(), choose_device(device)
     threads = torch.get_num_threads()
-    kernel = next(iter(instruction_sets()), None) if where.type == "cpu" else None
-    measures = [*_sweep(where, repeat, say), *_affine(where, repeat, say)]
+    kernel = next(iter(instruction_sets()), None) if target.type == "cpu" else None
+    measures = [*_sweep(target, repeat, say)]
     if large:
-        measures += [*_large(IMAGENET, where, repeat, say, target=1.15), *_large(INATURALIST, where, repeat, say)]
-    settings = {"repeat": repeat, "device": str(where), "kernel": kernel or "tensor operations", "workers": 0}
-    facts = machine(**({"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}))
+        measures += [*_large(IMAGENET, target, repeat, say, limit=1.15), *_large(INATURALIST, target, repeat, say)]
+    settings = {"repeat": repeat, "device": str(target), "kernel": kernel or "tensor operations", "workers": 0}
+    facts = machine(**({"gpu": torch.cuda.get_device_name(target)} if target.type == "cuda" else {}))
     torch.set_num_threads(threads)
     return Benchmark("rebalance", facts, settings, tuple(measures), round(time.perf_counter() - started, 1))
 
 
 def the_usual_loop(features: Features, lam: float, schedule: Schedule, device: torch.device) -> torch.nn.Linear:
-    """One head as most repositories fit one: DataLoader, autograd and torch.optim, one λ at a time."""
+    """Fit one head as most repositories do: DataLoader, autograd and torch.optim, one λ at a time."""
     counts = torch.as_tensor(features.counts, dtype=torch.float32)
     weights = class_balanced_weights(counts).to(device)
     number = number_coefficient(counts).to(device)
@@ -116,24 +117,24 @@ def the_usual_loop(features: Features, lam: float, schedule: Schedule, device: t
 
 
 def _sweep(device: torch.device, repeat: int, say: Callable[[str], object]) -> Iterator[Measure]:
-    """loop_ratio, per_head_ratio and iwb_over_ce at CIFAR100-LT size."""
+    """Yield loop_ratio, per_head_ratio and iwb_over_ce at CIFAR100-LT size."""
     say(f"{CIFAR.name}: {SWEEP} λ against the usual loop")
     features, schedule = CIFAR.features(), CIFAR.schedule
     fit = partial(_fit, features, schedule, device)
     heads = sorted({SWEEP, *(n * torch.get_num_threads() for n in HEADS)})
-    ways = {
+    functions = {
         "loop": _until_done(device, lambda: the_usual_loop(features, 0.15, schedule, device)),
         "ce": lambda: fit([Head("ce")] * SWEEP),
         "products": _until_done(device, _bare(CIFAR, device, heads=SWEEP)),
         "products and exponentials": _until_done(device, _bare(CIFAR, device, heads=SWEEP, exponentials=2)),
     } | {f"{k} heads": partial(fit, _lams(k)) for k in heads}
-    seconds = interleaved(ways, repeat=repeat)
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
-    together = medians[f"{SWEEP} heads"]
-    figures = {f"{way}, s": round(t, 4) for way, t in medians.items()} | {"all s": _rounded(seconds)}
+    times = interleaved(functions, repeat=repeat)
+    seconds = medians(times)
+    together = seconds[f"{SWEEP} heads"]
+    figures = {f"{name}, s": round(s, 4) for name, s in seconds.items()} | {"all s": _rounded(times)}
     yield Measure(
         "loop_ratio",
-        round(SWEEP * medians["loop"] / together, 1),
+        round(SWEEP * seconds["loop"] / together, 1),
         "×",
         target=60,
         figures=figures,
@@ -141,8 +142,8 @@ def _sweep(device: torch.device, repeat: int, say: Callable[[str], object]) -> I
         if device.type == "cuda" or instruction_sets()
         else "without the kernel (no C compiler at installation) each step goes through memory many times",
     )
-    slope, deviation = affine([(k, medians[f"{k} heads"]) for k in heads])
-    floor = medians["products and exponentials"] / SWEEP
+    slope, _ = np.polyfit(heads, [seconds[f"{k} heads"] for k in heads], 1)
+    floor = seconds["products and exponentials"] / SWEEP
     yield Measure(
         "per_head_ratio",
         round(slope / floor, 2),
@@ -151,62 +152,41 @@ def _sweep(device: torch.device, repeat: int, say: Callable[[str], object]) -> I
         at_most=True,
         figures={"one more head, s": round(slope, 5), "its products and exponentials, s": round(floor, 5)},
     )
-    yield Measure(f"iwb_over_ce, {CIFAR.name}", round(together / medians["ce"], 3), "×", target=1.6, at_most=True)
-    yield Measure(f"gemm_ratio, {CIFAR.name}, {SWEEP} heads", round(together / medians["products"], 2), "×")
-    yield Measure("affine in heads: largest deviation", round(100 * deviation, 1), "%")
-
-
-def _affine(device: torch.device, repeat: int, say: Callable[[str], object]) -> Iterator[Measure]:
-    """How far the cost is from a straight line in samples and in epochs."""
-    say("the cost over samples and epochs")
-    sizes = [replace(CIFAR, largest=CIFAR.largest * n, views=1) for n in (1, 2, 4)]
-    heads = _lams(8)
-    ways = {n.rows: partial(_fit, n.features(), replace(CIFAR.schedule, augmented=False), device, heads) for n in sizes}
-    yield _line("samples", ways, repeat)
-    features = CIFAR.features()
-    epochs = {e: partial(_fit, features, replace(CIFAR.schedule, epochs=e), device, heads) for e in (5, 10, 20, 40)}
-    yield _line("epochs", epochs, repeat)
-
-
-def _line(name: str, ways: Mapping[int, Callable[[], object]], repeat: int) -> Measure:
-    seconds = interleaved({str(n): way for n, way in ways.items()}, repeat=repeat)
-    points = [(n, statistics.median(seconds[str(n)])) for n in ways]
-    slope, deviation = affine(points)
-    figures = {f"{n}, s": round(t, 4) for n, t in points} | {"slope, s": slope}
-    return Measure(f"affine in {name}: largest deviation", round(100 * deviation, 1), "%", figures=figures)
+    yield Measure(f"iwb_over_ce, {CIFAR.name}", round(together / seconds["ce"], 3), "×", target=1.6, at_most=True)
+    yield Measure(f"gemm_ratio, {CIFAR.name}, {SWEEP} heads", round(together / seconds["products"], 2), "×")
 
 
 def _large(
-    size: Size, device: torch.device, repeat: int, say: Callable[[str], object], *, target: float | None = None
+    size: Size, device: torch.device, repeat: int, say: Callable[[str], object], *, limit: float | None = None
 ) -> Iterator[Measure]:
-    """gemm_ratio and iwb_over_ce of one head."""
+    """Yield gemm_ratio and iwb_over_ce of one head."""
     say(f"{size.name}: {size.width} × {size.classes}, batch {size.schedule.batch_size}")
     features = size.features()
     fit = partial(_fit, features, size.schedule, device)
-    ways = {
+    functions = {
         "iwb": lambda: fit(_lams(1)),
         "ce": lambda: fit([Head("ce")]),
         "products": _until_done(device, _bare(size, device, heads=1)),
     }
-    seconds = interleaved(ways, repeat=repeat if target else 1)
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    times = interleaved(functions, repeat=repeat if limit else 1)
+    seconds = medians(times)
     steps = -(-size.rows // size.schedule.batch_size) * size.schedule.epochs
-    figures = {f"{way}, ms a step": round(1000 * t / steps, 3) for way, t in medians.items()} | {"steps": steps}
+    figures = {f"{name}, ms a step": round(1000 * s / steps, 3) for name, s in seconds.items()} | {"steps": steps}
     yield Measure(
         f"gemm_ratio, {size.name}",
-        round(medians["iwb"] / medians["products"], 3),
+        round(seconds["iwb"] / seconds["products"], 3),
         "×",
-        target=target,
+        target=limit,
         at_most=True,
-        figures=figures | {"all s": _rounded(seconds)},
+        figures=figures | {"all s": _rounded(times)},
         why="softmax, momentum and update go through memory beside the two products",
     )
-    ratio = round(medians["iwb"] / medians["ce"], 3)
-    yield Measure(f"iwb_over_ce, {size.name}", ratio, "×", target=target, at_most=True)
+    ratio = round(seconds["iwb"] / seconds["ce"], 3)
+    yield Measure(f"iwb_over_ce, {size.name}", ratio, "×", target=limit, at_most=True)
 
 
 def _bare(size: Size, device: torch.device, *, heads: int, exponentials: int = 0) -> Callable[[], None]:
-    """The two matrix products of every step for so many heads, on batches that are there already, and exponentials."""
+    """Return a function that does the two matrix products of every step, and exponentials, on one batch in memory."""
     schedule, classes = size.schedule, heads * size.classes
     steps = -(-size.rows // schedule.batch_size) * schedule.epochs
     x = torch.rand(schedule.batch_size, size.width, device=device)
@@ -216,23 +196,16 @@ def _bare(size: Size, device: torch.device, *, heads: int, exponentials: int = 0
     scratch = torch.empty_like(logits)
 
     def products() -> None:
-        before = torch.get_float32_matmul_precision()
+        previous = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")  # as the engine computes on a GPU; it changes nothing on a CPU
         for _ in range(steps):
             torch.mm(x, weight.T, out=logits)
             for _ in range(exponentials):
                 torch.exp(logits, out=scratch)
             torch.mm(logits.T, x, out=gradient)
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(previous)
 
     return products
-
-
-def affine(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(slope, largest deviation as a share of the value) of the least-squares line through (x, seconds)."""
-    x, y = np.array(points, np.float64).T
-    slope, start = np.polyfit(x, y, 1)
-    return float(slope), float(np.abs((start + slope * x) / y - 1).max())
 
 
 def _fit(features: Features, schedule: Schedule, device: torch.device, heads: Sequence[Head]) -> None:
@@ -252,5 +225,5 @@ def _until_done(device: torch.device, work: Callable[[], object]) -> Callable[[]
     return run
 
 
-def _rounded(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
-    return {way: [round(t, 4) for t in times] for way, times in seconds.items()}
+def _rounded(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [round(s, 4) for s in seconds] for name, seconds in times.items()}

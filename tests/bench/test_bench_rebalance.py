@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
 from pipeline.bench import rebalance as bench
@@ -21,13 +20,6 @@ def test_the_usual_loop_finds_the_head_that_the_engine_finds():
     weight, bias = fit_heads(features, [Head("cb-softmax", 0.4, penalty())], seeds=(0,), schedule=schedule)
     np.testing.assert_allclose(loop.weight.detach(), weight[0, 0], atol=1e-5)
     np.testing.assert_allclose(loop.bias.detach(), bias[0, 0], atol=1e-5)
-
-
-def test_affine_finds_a_line_and_what_leaves_it():
-    assert bench.affine([(1, 5.0), (2, 7.0), (4, 11.0)]) == pytest.approx((2.0, 0.0))
-    slope, deviation = bench.affine([(0, 1.0), (1, 1.0), (2, 4.0)])
-    assert slope == pytest.approx(1.5)
-    assert deviation == pytest.approx(1.0)  # the line runs through 0.5, 2, 3.5: at the second, twice the time taken
 
 
 def test_sizes_are_those_of_the_data_sets():

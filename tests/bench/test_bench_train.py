@@ -11,6 +11,7 @@ import torch
 from pipeline.backbone.events import Epoch
 from pipeline.bench import ranks as bench_ranks
 from pipeline.bench import train as bench
+from pipeline.bench import training_loops as loops
 from pipeline.cli import invoke
 from pipeline.distributed import Ranks, Signals
 from pipeline.resources import usable_cores
@@ -19,27 +20,27 @@ CPU = torch.device("cpu")
 TINY = {"width": 0.25, "batch_size": 100}
 
 
-def driven(config, data, out) -> bench.Driven:
-    return bench.Driven(config, data, out=out, ranks=Ranks(0, 1, CPU), signals=Signals())
+def driven(config, data, out) -> loops.TrainerLoop:
+    return loops.TrainerLoop(config, data, out=out, ranks=Ranks(0, 1, CPU), signals=Signals())
 
 
 def test_the_bare_loop_does_what_the_trainer_does(tmp_path):
     """One batch of everything, nothing augmented: the same step leads to the same weights."""
-    config, data = bench.training("cifar_resnet8", **TINY, **{"data.augment": "none"}), bench.images(100, 10)
-    batches = bench.ready(config, data, device=CPU)
-    drive, bare = driven(config, data, tmp_path), bench.Bare(config, batches, classes=100, device=CPU)
+    config, data = loops.training("cifar_resnet8", **TINY, **{"data.augment": "none"}), loops.images(100, 10)
+    batches = loops.ready(config, data, device=CPU)
+    drive, bare = driven(config, data, tmp_path), loops.BareLoop(config, batches, classes=100, device=CPU)
     before = {name: weight.clone() for name, weight in bare.learner.named_parameters()}
     for _ in range(2):
         drive.steps()
         bare.steps()
-    theirs = dict(drive.trainer.learner.named_parameters())
+    theirs = dict(drive.trainer.classifier.named_parameters())
     for name, weight in bare.learner.named_parameters():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-5)
         assert not torch.equal(weight, before[name])
 
 
 def test_the_time_of_the_steps_is_without_what_ends_an_epoch(tmp_path, monkeypatch):
-    drive = driven(bench.training("cifar_resnet8", **TINY), bench.images(200, 10), tmp_path)
+    drive = driven(loops.training("cifar_resnet8", **TINY), loops.images(200, 10), tmp_path)
     finish = drive.trainer._finish_epoch
 
     def slowly() -> Epoch:
@@ -56,7 +57,7 @@ def test_the_time_of_the_steps_is_without_what_ends_an_epoch(tmp_path, monkeypat
 
 def test_a_job_is_as_fast_as_its_slowest_rank_and_processes_add_up():
     seconds = [{"together": [2.0, 1.0], "alone": [1.0, 1.0]}, {"together": [4.0, 5.0], "alone": [2.0, 4.0]}]
-    measure = bench_ranks.compared(seconds, images=100, network="x")
+    measure = bench_ranks.compare_rates(seconds, images=100, network="x")
     assert measure.figures["two ranks, all images/s"] == [50.0, 40.0]
     assert measure.figures["two processes, all images/s"] == [150.0, 125.0]
     assert (measure.value, measure.target, measure.met) == (round(45 / 137.5, 4), 0.95, False)
@@ -65,6 +66,7 @@ def test_a_job_is_as_fast_as_its_slowest_rank_and_processes_add_up():
 def test_the_ratios_say_what_they_compare(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "NETWORK", "cifar_resnet8")
     monkeypatch.setattr(bench, "BATCH", 100)
+    monkeypatch.setattr(loops, "BATCH", 100)
     said: list[str] = []
     with Signals() as signals:
         found = list(
@@ -84,7 +86,7 @@ def test_two_hundred_epochs_are_the_first_and_many_others(tmp_path, monkeypatch)
     monkeypatch.setattr(bench, "VAL_ROWS", 20)
     with Signals() as signals:
         how = {"signals": signals, "say": lambda text: None, "modes": ("none",)}
-        (found,) = bench.whole(tmp_path, epochs=2, device=CPU, **how)
+        (found,) = bench.full_training(tmp_path, epochs=2, device=CPU, **how)
     first, others = found.figures["first epoch, s"], found.figures["other epochs, all s"]
     assert len(others) == 2
     assert found.value == pytest.approx((first + 199 * sum(others) / 2) / 60, abs=0.02)
@@ -92,7 +94,7 @@ def test_two_hundred_epochs_are_the_first_and_many_others(tmp_path, monkeypatch)
 
 
 def test_generated_images_have_every_class_and_are_the_same_every_time():
-    first, again = bench.images(300, 100), bench.images(300, 100)
+    first, again = loops.images(300, 100), loops.images(300, 100)
     assert np.array_equal(first.train.images, again.train.images)
     assert (first.counts == 3).all()
     assert len(first.val) == 100

@@ -32,7 +32,7 @@ def test_a_way_that_took_its_own_time_is_believed():
 
 def test_a_ratio_is_of_medians_and_keeps_what_it_was_made_of():
     seconds = {"ours": [1.0, 100.0, 2.0], "theirs": [1.0, 1.0, 50.0]}
-    measure = ratio("x", seconds, of="ours", over="theirs", work=4.0, unit="GB", target=0.5)
+    measure = ratio("x", seconds, "ours", "theirs", work=4.0, unit="GB", target=0.5)
     assert (measure.value, measure.met) == (0.5, True)
     assert measure.figures["ours, GB/s"] == 2.0
     assert measure.figures["ours, all s"] == [1.0, 100.0, 2.0]

@@ -1,58 +1,30 @@
-"""Peak memory of dumping, verifying and streaming, each in a process of its own: `python -m pipeline.bench.peak WHAT …`."""
+"""Peak memory of dumping, verifying and streaming, each in a process of its own: `python -m tests.peak_memory JOB …`."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from cache import open_cache, verify
-from pipeline.bench.measure import Measure
 
 WIDTH, BATCH = 2048, 512
 ROWS = 16_384  # four chunks: from there on one is encoded while others wait and are written
 MIB = 1 << 20
-SAME = 32.0  # MiB by which two peaks may differ and be the same: two chunks
-BESIDE = 16.0  # MiB that a stream may take beside its budget: threads, the allocator, what a first call imports
 
 
-def memory(place: Path, store: Path, *, say: Callable[[str], object]) -> Iterator[Measure]:
-    """Peaks of dumping and verifying ROWS and four times as many, and of a stream within a quarter of a store.
-
-    store: a sealed store, which is streamed.
-    """
-    for what in "dump", "verify":
-        say(f"memory: {what} {ROWS:,} and {4 * ROWS:,} rows")
-        peaks = {n: _run(what, str(place / f"peak-{n}.zarr"), str(n)) for n in (ROWS, 4 * ROWS)}
-        grown = (peaks[4 * ROWS]["peak"] - peaks[ROWS]["peak"]) / MIB
-        figures = {f"{n} rows, peak MiB": round(peak["peak"] / MIB, 1) for n, peak in peaks.items()}
-        figures["features more, MiB"] = round(3 * ROWS * WIDTH * 2 / MIB, 1)
-        why = "something grows with the number of rows"
-        name = f"{what}: peak of 4 × {ROWS:,} over that of {ROWS:,} rows"
-        yield Measure(name, round(grown, 1), "MiB", SAME, at_most=True, figures=figures, why=why)
-    cache = open_cache(store)
-    budget = cache.rows("train") * cache.width * (2 if cache.dtype == "float16" else 4) // 4
-    say(f"memory: stream {store.name} within {budget / MIB:.0f} MiB")
-    peak = _run("stream", str(store), str(budget))
-    beside = (peak["peak"] - peak["before"] - budget) / MIB
-    figures = {"budget MiB": round(budget / MIB, 1), "grown MiB": round((peak["peak"] - peak["before"]) / MIB, 1)}
-    figures |= {"rows/s": round(peak["rows"] / peak["seconds"])}
-    name = f"stream of 4 × its budget: peak beyond {budget / MIB:.0f} MiB"
-    yield Measure(name, round(beside, 1), "MiB", BESIDE, at_most=True, figures=figures, why="its buffers are larger")
-
-
-def _run(what: str, *arguments: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "pipeline.bench.peak", what, *arguments]
+def measured(job: str, *arguments: str) -> dict[str, float]:
+    """Return the peak in bytes of a job in a process of its own, with the other figures of it."""
+    command = [sys.executable, "-m", "tests.peak_memory", job, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{what}: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"{job}: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def dump(out: str, rows: str) -> dict[str, float]:
-    """Dumps that many rows of 2048 features; the images are one file, so that only what the dump keeps can grow."""
+    """Dump that many rows of 2048 features; the images are one file, so that only what the dump keeps can grow."""
     import torch
     from torch import Tensor, nn
 
@@ -90,7 +62,7 @@ def check(out: str, rows: str) -> dict[str, float]:
 
 
 def stream(store: str, budget: str) -> dict[str, float]:
-    """Streams one epoch; rows and seconds of it, and the memory in use before."""
+    """Stream one epoch; return its rows and seconds, and the memory in use before."""
     import time
 
     cache = open_cache(store)
@@ -106,7 +78,7 @@ def stream(store: str, budget: str) -> dict[str, float]:
 
 
 def resident(field: str) -> int:
-    """Bytes of memory this process has (VmRSS), or had at most (VmHWM)."""
+    """Return the bytes of memory of this process: now (VmRSS) or at most (VmHWM)."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
