@@ -23,8 +23,8 @@ from pipeline.rebalance import ablate, rebalance
 from pipeline.rebalance.combine_seeds import combine
 from pipeline.report import write_report
 from pipeline.report.ablation import write_accuracy_figure
-from pipeline.report.table import results_tables
 from pipeline.results.differences import read_hits
+from pipeline.results.tables import results_tables
 from pipeline.run_prepare import ExternalBackbone, PreparedBackbone, prepare_run, training_is_good
 from pipeline.text import Shown
 

@@ -3,8 +3,6 @@
 The test split is never looked at: nothing here can be selected on it.
 """
 
-import csv
-import io
 import itertools
 import json
 import re
@@ -28,7 +26,10 @@ from pipeline.distributed import Ranks, planned_ranks
 from pipeline.errors import ConfigError, Diverged
 from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.provenance import provenance
+from pipeline.results.files import csv_text
+from pipeline.results.mean_std import means_and_stds
 from pipeline.results.selection import Choice, select
+from pipeline.results.tables import tries_table
 from pipeline.text import Shown
 
 if TYPE_CHECKING:
@@ -79,8 +80,6 @@ class SweepResult(Shown):
         return {"out": str(self.out), **self.document}
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        from pipeline.report.table import tries_table
-
         yield tries_table(self.document)
         yield from (f"{note[0].upper()}{note[1:]}." for note in self.document["notes"])
         yield f"all numbers: {self.out / 'tries.json'}"
@@ -217,7 +216,9 @@ def sweep_hparams(
             command="train-backbone", config=config.model_dump(mode="json"), tried=list(options), ranks=ranks.world
         )
         write_durably(out / "tries.json", json.dumps(document, indent=1))
-        write_durably(out / "tries.csv", _csv(document["tries"]))
+        write_durably(
+            out / "tries.csv", csv_text([{**row["set"], **run} for row in document["tries"] for run in row["runs"]])
+        )
         return SweepResult(out, document)
 
 
@@ -243,7 +244,7 @@ def compare(
             "name": point.name,
             "set": dict(point.values),
             "n": len(seeds),
-            **_spread(point_runs),
+            **means_and_stds(point_runs, MEASURES),
             "diverged": [run["seed"] for run in point_runs if run["all"] is None],
             "within_one_se": several and i in near,
             "runs": [dict(run) for run in point_runs],
@@ -314,25 +315,6 @@ def _run(seed: int, checkpoint: Path, line: Mapping[str, Any] | None) -> dict[st
         "loss": line.get("loss"),
         "checkpoint": str(checkpoint),
     }
-
-
-def _spread(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    spread: dict[str, float | None] = {}
-    for measure in MEASURES:
-        values = [run[measure] for run in runs if run[measure] is not None]
-        spread[measure] = float(np.mean(values)) if values else None
-        spread[f"{measure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return spread
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line for each training."""
-    lines = [{**row["set"], **run} for row in rows for run in row["runs"]]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
 
 
 def _is_number(value: Any) -> bool:

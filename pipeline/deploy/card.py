@@ -6,9 +6,11 @@ from typing import Any
 from pipeline.deploy.exported import ExportedModel, create_call
 from pipeline.longtail import BOUNDS, class_groups
 from pipeline.metrics import unmeasured
-from pipeline.report.sections import Line, summary
-from pipeline.report.study import SPLITS, Study, spread
+from pipeline.report.sections import SummaryRow, summary
+from pipeline.report.study import SPLITS, Study
 from pipeline.results.head_id import HeadId
+from pipeline.results.mean_std import MeanStd
+from pipeline.results.table import Column, Line, Table
 
 READ = """image = ImageOps.exif_transpose(Image.open("photo.jpg"))
 if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip
@@ -51,9 +53,7 @@ Or without writing code, from files and folders: `pipeline predict {exported.out
 
 ## Accuracy
 
-| head | many | medium | few | all | ECE |
-|---|---|---|---|---|---|
-{chr(10).join(_table(study, head))}
+{_table(study, head).markdown()}
 
 In %, on the test split, which selected nothing; a group's accuracy is the mean over its {over}.{untested}
 ± is one standard deviation over {study.repeated}.
@@ -179,19 +179,17 @@ print(names[best], float(probabilities[best]))
 """
 
 
-def _table(study: Study, head: dict[str, Any]) -> list[str]:
-    """Return the report's rows, and that of the exported head where they are means of several."""
-    rows = [f"| {line.name} | {' | '.join(str(line.cells[c]) for c in COLUMNS)} |" for line in main_table(study, head)]
-    head_id = HeadId.of_row(head)
-    row = next(
-        (r for r in study.first.rows if r["split"] == "test" and head_id.matches(r) and r["seed"] == head["seed"]), None
-    )
-    if row and (head["of_seeds"] > 1 or head["backbone"]):
-        rows.append(f"| **the head in this folder** | {' | '.join(str(spread([row[c]])) for c in COLUMNS)} |")
-    return rows
+def _table(study: Study, head: dict[str, Any]) -> Table:
+    """Return the report's rows, and the exported head's own where they are means of several."""
+    lines = [Line([row.name, *(row.cells[c] for c in COLUMNS)]) for row in main_table(study, head)]
+    exported = HeadId.from_dict(head)
+    rows = [r for r in study.first.rows if r["split"] == "test" and exported.matches(r) and r["seed"] == exported.seed]
+    if rows and (head["of_seeds"] > 1 or head["backbone"]):
+        lines.append(Line(["**the head in this folder**", *(MeanStd(rows[0][c]) for c in COLUMNS)]))
+    return Table([Column("head"), *(Column("ECE" if c == "ece" else c) for c in COLUMNS)], lines)
 
 
-def main_table(study: Study, head: dict[str, Any]) -> list[Line]:
+def main_table(study: Study, head: dict[str, Any]) -> list[SummaryRow]:
     """Return the report's main table, with the exported head where it is not the selected one."""
     head_id = HeadId.of_row(head)
     return summary(study, also=None if head_id == study.first.selected else head_id)

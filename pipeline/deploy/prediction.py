@@ -1,7 +1,5 @@
 """Predictions of images: one row each, and their text for a terminal, as CSV and as JSON lines."""
 
-import csv
-import io
 import json
 import os
 from collections import Counter
@@ -13,6 +11,7 @@ from typing import Any
 from rich.cells import cell_len, chop_cells
 
 from pipeline.longtail import GROUPS
+from pipeline.results.files import csv_line
 from pipeline.text import Shown
 
 CHANGED = "◀"  # as the tables of stage 2 mark a row
@@ -147,8 +146,8 @@ def csv_lines(rows: Iterable[Prediction]) -> Iterator[str]:
         if row.stage1 is not None:
             columns["changed"] = int(row.changed)
         if number == 0:
-            yield _csv(columns)
-        yield _csv(columns.values())
+            yield csv_line(columns)
+        yield csv_line(columns.values())
 
 
 def table_lines(rows: Iterable[Prediction], paths: Sequence[str], *, width: int) -> Iterator[str]:
@@ -210,9 +209,3 @@ def _lines(cells: Sequence[Sequence[str]], widths: Sequence[int]) -> Iterator[st
         room = [*widths, *[0] * (len(parts) - len(widths))]
         padded = (part + " " * (w - cell_len(part)) for part, w in zip(parts, room, strict=True))
         yield GAP.join(padded).rstrip()
-
-
-def _csv(values: Iterable[Any]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(values)
-    return buffer.getvalue()

@@ -28,13 +28,13 @@ from pipeline.rebalance.run import (
 )
 from pipeline.rebalance.sweep import Scored, score
 from pipeline.results.differences import LEVEL, RESAMPLES, paired_difference
-from pipeline.results.rebalance_result import csv_text, mean_and_std
+from pipeline.results.files import csv_text
+from pipeline.results.rebalance_result import over_seeds
+from pipeline.results.tables import ablation_row, ablation_tables, stacked
 from pipeline.text import Shown
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-GROUP_COLUMNS = ("many", "medium", "few", "all")
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class AblationResult(Shown):
         return asdict(self)
 
     def __rich__(self) -> "Group":
-        from pipeline.report.ablation import ablation_tables
-
-        return ablation_tables(self.to_dict())
+        return stacked(*ablation_tables(self.to_dict()))
 
 
 def ablate(
@@ -173,18 +171,7 @@ def _loss_only(variant: int, fits: Sequence[Fitted]) -> int | None:
 def _row(variant: Variant, choice: dict[str, Any], fitted: Fitted, scored: Scored) -> dict[str, Any]:
     rows = [row_of(head, seed, "test", scores) for (head, seed), scores in scored.items() if head == fitted.selected]
     facts = choice | {"set": variant.set, "n": len(rows), "n_of": REPETITIONS}
-    return facts | mean_and_std(rows) | {"paper": variant.paper}
-
-
-def table_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a variant as one line of table.csv."""
-    line = {key: row.get(key) for key in ("name", "method", "loss", "lam", "chosen_on", "n", "against")}
-    line |= {key: row[key] for column in (*GROUP_COLUMNS, "ece") for key in (column, f"{column}_std")}
-    for column in GROUP_COLUMNS:
-        less = (row["less_alone"] or {}).get(column) or {}
-        line |= {f"less_alone_{column}_{key}": less.get(key) for key in ("difference", "low", "high")}
-        line[f"paper_{column}"] = row["paper"].get(column)
-    return line
+    return facts | over_seeds(rows) | {"paper": variant.paper}
 
 
 def _write(result: AblationResult, config: RebalanceConfig) -> None:
@@ -192,7 +179,7 @@ def _write(result: AblationResult, config: RebalanceConfig) -> None:
     out, document = Path(result.out), result.to_dict()
     for kind in ("png", "csv"):
         (out / f"accuracy-lambda.{kind}").unlink(missing_ok=True)  # drawn of results that were here before
-    write_durably(out / "table.csv", csv_text([table_row(row) for row in result.rows]))
+    write_durably(out / "table.csv", csv_text([ablation_row(row) for row in result.rows]))
     write_durably(out / "heads.csv", csv_text(result.heads))
     write_run(out, config, result)
     write_durably(out / "ablation.json", json.dumps(recorded_document(document, out), indent=1, allow_nan=False))

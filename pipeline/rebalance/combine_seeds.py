@@ -13,9 +13,8 @@ from pipeline.rebalance.candidates import REFERENCES
 from pipeline.rebalance.selection import AUTO, SELECTED_LAM, border_notes
 from pipeline.results.differences import Hits, differences
 from pipeline.results.head_id import HeadId
+from pipeline.results.mean_std import MEASURES, mean_std, means_and_stds
 from pipeline.results.selection import Choice, select
-
-MEASURES = ("all", "many", "medium", "few", "ece")
 
 
 def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -> dict[str, Any]:
@@ -38,7 +37,9 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
     splits = sorted({row["split"] for row in first["results"]}, key=("kfold", "val", "test").index)
     scores = {split: [_by_setting(d["results"], split) for d in documents] for split in splits}
     rows = [
-        s.to_dict() | {"seed": None, "split": split} | _spread([of_one[s] for of_one in scores[split]])
+        s.to_dict()
+        | {"seed": None, "split": split, "n": len(documents)}
+        | means_and_stds([of_one[s] for of_one in scores[split]])
         for split in splits
         for s in scores[split][0]
         if all(s in of_one for of_one in scores[split])
@@ -48,11 +49,11 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
         "store": [d["store"] for d in documents],
         "fingerprint": [d["fingerprint"] for d in documents],
         "backbones": len(documents),
-        "baseline": _spread([d["baseline"] for d in documents]),
+        "baseline": {"n": len(documents)} | means_and_stds([d["baseline"] for d in documents]),
         "selected": {
             **chosen.to_dict(),
             "chosen_on": on,
-            **_spread(tested),
+            **means_and_stds(tested),
             "n": len(documents),
             "n_of": "backbones",
         },
@@ -115,7 +116,7 @@ def chosen_by_backbones(each: Sequence[Sequence[Mapping[str, Any]]]) -> list[dic
         own = [({} if c["lam"] is None else {"λ": c["lam"]}) | c["parameters"] for c in mine]
         told = {k: v[0] if len(set(v)) == 1 else " | ".join(map(str, v)) for k in own[0] if (v := [o[k] for o in own])}
         alike = len({c["lam"] for c in mine}) == 1
-        facts = {"lam": first["lam"] if alike else None, "score": _mean([c["score"] for c in mine])}
+        facts = {"lam": first["lam"] if alike else None, "score": mean_std(c["score"] for c in mine).mean}
         border = list(dict.fromkeys(b for c in mine for b in c["border"]))
         parameters = {k: v for k, v in told.items() if k != "λ" or not alike}
         found.append(dict(first) | facts | {"parameters": parameters, "border": border})
@@ -141,19 +142,4 @@ def _by_setting(rows: Sequence[Mapping[str, Any]], split: str) -> dict[HeadId, d
     for row in rows:
         if row["split"] == split:
             found[HeadId.of_row(row)].append(row)
-    return {setting: {m: _mean([r[m] for r in of]) for m in MEASURES} for setting, of in found.items()}
-
-
-def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation of every measure over backbones; None for an empty group."""
-    out: dict[str, Any] = {"n": len(rows)}
-    for measure in MEASURES:
-        values = [r[measure] for r in rows if r[measure] is not None]
-        out[measure] = _mean(values)
-        out[f"{measure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return out
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None
+    return {setting: {m: mean_std(r[m] for r in of).mean for m in MEASURES} for setting, of in found.items()}

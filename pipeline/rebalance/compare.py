@@ -15,7 +15,7 @@ from pipeline.rebalance.methods.iwb_la import TRIALS
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import edges, lams_of, next_trials
 from pipeline.results.head_id import BASELINE, HeadId, chosen_text
-from pipeline.results.rebalance_result import spread_of
+from pipeline.results.mean_std import means_and_stds
 
 ALIKE = 0.2  # percentage points
 
@@ -115,7 +115,7 @@ def _trial(sweep: Sweep, setting: HeadId, split: str, *, chosen: bool) -> dict[s
     seeds = sweep.seeds_of(setting)
     scores = [] if setting in sweep.diverged else [sweep.scored[split][setting, seed].summary for seed in seeds]
     told = setting.to_dict() | {"parameters": setting.parameters, "split": split, "n": len(seeds)}
-    return told | spread_of(scores) | {"diverged": not scores, "chosen": chosen}
+    return told | means_and_stds(scores) | {"diverged": not scores, "chosen": chosen}
 
 
 def _chosen(best: HeadId, sweep: Sweep, split: str, trials: int, border: list[str]) -> dict[str, Any]:

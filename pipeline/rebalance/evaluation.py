@@ -3,25 +3,24 @@
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from cache import CacheError, open_cache
 from pipeline.errors import DataError
-from pipeline.longtail import GROUPS
 from pipeline.method_names import start_name
 from pipeline.paths import results_folder
 from pipeline.rebalance.load import read_split
 from pipeline.rebalance.sweep import score
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import read_scorers
-from pipeline.results.rebalance_result import MEASURES, Row, mean_and_std
+from pipeline.results.mean_std import MEASURES
+from pipeline.results.rebalance_result import Row, over_seeds
+from pipeline.results.table import Table
+from pipeline.results.tables import evaluation_table
 from pipeline.text import Shown
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,8 @@ class EvaluateResult(Shown):
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __rich__(self) -> "Table":
-        from rich.table import Table
-
-        from pipeline.report.table import spread
-
-        without = f"; {self.left_out} unreadable images left out" if self.left_out else ""
-        title = f"Accuracy on {self.split} in %, mean ± std over batch orders{without}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("head")
-        columns = (*GROUPS, "all", "ece")
-        for column in columns:
-            table.add_column("ECE" if column == "ece" else column.capitalize(), justify="right")
-        for setting in self.settings:
-            table.add_row(HeadId.of_row(setting).name(self.start), *(spread([setting], column) for column in columns))
-        return table
+    def __rich__(self) -> Table:
+        return evaluation_table(self.to_dict())
 
 
 def evaluate(store: Path | str, heads: Path | None = None, *, split: str = "test") -> EvaluateResult:
@@ -90,7 +76,7 @@ def evaluate(store: Path | str, heads: Path | None = None, *, split: str = "test
     for row in rows:
         by_setting[row.method, row.loss, row.lam].append(row)
     settings = [
-        {"method": method, "loss": loss, "lam": lam, "n": len(of)} | mean_and_std(of)
+        {"method": method, "loss": loss, "lam": lam, "n": len(of)} | over_seeds(of)
         for (method, loss, lam), of in by_setting.items()
     ]
     left_out, start = len(cache.skipped(split)), start_name(cache.fingerprint)

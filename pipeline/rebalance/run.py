@@ -29,11 +29,11 @@ from pipeline.rebalance.tuning import is_comparison
 from pipeline.results.differences import Hits, differences
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import heads_file
+from pipeline.results.mean_std import MEASURES
 from pipeline.results.rebalance_result import (
-    MEASURES,
     RebalanceResult,
     Row,
-    mean_and_std,
+    over_seeds,
     per_class_csv,
     rows_csv,
     trials_csv,
@@ -103,7 +103,7 @@ def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str]
     result = RebalanceResult(
         **source_facts(prepared, config),
         baseline={m: getattr(stage_1, m) for m in MEASURES},
-        selected=selected | {"n": len(selected_rows), "n_of": REPETITIONS} | mean_and_std(selected_rows),
+        selected=selected | {"n": len(selected_rows), "n_of": REPETITIONS} | over_seeds(selected_rows),
         candidates=tuple(head.to_dict() for head in fitted.candidates),
         within_one_se=tuple(near),
         differences=differences(selected_head.to_dict(), against, [hits]),

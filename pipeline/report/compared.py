@@ -11,9 +11,11 @@ from pipeline.report.chart import chart, class_axis, plain, trace
 from pipeline.report.curves import accuracy_curves, style_of
 from pipeline.report.drawing import Drawing, rounded
 from pipeline.report.geometry import feature_geometry
-from pipeline.report.study import COLUMNS, SPLITS, Row, Spread, Study, mean
-from pipeline.report.table import html_table
+from pipeline.report.study import COLUMNS, SPLITS, Row, Study
 from pipeline.results.head_id import BASELINE
+from pipeline.results.mean_std import MeanStd, mean_std
+from pipeline.results.table import Cell, Column, Line, Table
+from pipeline.results.tables import TITLES
 
 Studies = Mapping[str, Study]
 SHOWN = ("many", "medium", "few", "all", "ece")
@@ -45,12 +47,12 @@ def compared(studies: Studies) -> tuple[str, list[Row]]:
             cells = {column: study.spread(kinds, "test", column) for column in SHOWN}
             row[key] = {c: s.mean if s else None for c, s in cells.items()}
             row[key] |= {f"{c}_std": s.std if s else None for c, s in cells.items()}
-            numbers.append((name if key == "start" else "", [head, *(_cell(s) for s in cells.values())]))
+            numbers.append((name if key == "start" else "", [head, *cells.values()]))
         rows.append(row)
     what = ["Network", "Parameters", "Data", "Classes", "Images", "Imbalance", "n"]
-    tables = html_table("Run", ["Head", *(c.upper() if c == "ece" else c.capitalize() for c in SHOWN)], numbers)
+    tables = _named(["Run", "Head", *(TITLES[c] for c in SHOWN)], numbers)
     note = "Test split in %, mean ± std; each head was selected without it. " + _differing(studies)
-    return f"{tables}<p class=note>{note}</p>{html_table('Run', what, facts)}", rows
+    return f"{tables}<p class=note>{note}</p>{_named(['Run', *what], facts)}", rows
 
 
 def _differing(studies: Studies) -> str:
@@ -69,8 +71,9 @@ def _differing(studies: Studies) -> str:
     return f"The runs differ in {' and '.join(several)}: a difference between them may be due to any of what differs."
 
 
-def _cell(value: Spread | None) -> str:
-    return "–" if value is None else str(value)
+def _named(titles: Sequence[str], lines: Sequence[tuple[str, Sequence[Cell]]]) -> str:
+    """Return a table of the page whose lines begin with a name."""
+    return Table([Column(title) for title in titles], [Line([name, *cells]) for name, cells in lines]).html()
 
 
 def draw_compared(studies: Studies) -> list[Drawing]:
@@ -131,7 +134,7 @@ def _class_difference(studies: Studies) -> Drawing | None:
             label, style = f"{name} less {first}", style_of(number)
             x, y = look.thinned(less)
             axes.plot(x, y, label=f"{label}: mean {np.nanmean(less):+.1f}".replace("-", "−"), markersize=4, **style)
-            told = [f"{row['name']}: {_shown(row[name])} less {_shown(row[first])} %" for row in table]
+            told = [f"{row['name']}: {MeanStd(row[name])} less {MeanStd(row[first])} %" for row in table]
             hover: Row = {"text": plain(told), "hovertemplate": "%{text} = %{y:.1f}<extra></extra>"}
             traces.append(trace(label, np.arange(1, len(order) + 1), less, style, **hover))
         ordered = [names[c] for c in order]
@@ -156,7 +159,10 @@ def _training(studies: Studies) -> Drawing | None:
         lines = [m for b in study.backbones for m in b.metrics]
         for epoch in sorted({m["epoch"] for m in lines}):
             mine = [m for m in lines if m["epoch"] == epoch]
-            means = {key: rounded(mean(m.get(key) for m in mine)) for key in ("loss", "train_accuracy", "val_accuracy")}
+            means = {
+                key: rounded(mean_std(m.get(key) for m in mine).mean)
+                for key in ("loss", "train_accuracy", "val_accuracy")
+            }
             table.append({"run": name, "epoch": epoch, "n": len(mine), **means})
     if not table:
         return None
@@ -193,7 +199,3 @@ def _training(studies: Studies) -> Drawing | None:
 def _points(table: Sequence[Row], name: str, key: str) -> tuple[list[int], list[float]]:
     known = [(row["epoch"], row[key]) for row in table if row["run"] == name and row[key] is not None]
     return [epoch for epoch, _ in known], [value for _, value in known]
-
-
-def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"

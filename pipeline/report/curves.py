@@ -10,6 +10,7 @@ from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED, SKY
 from pipeline.report.chart import chart, kept_apart, plain, trace
 from pipeline.report.drawing import Drawing
 from pipeline.report.study import COLUMNS, Row
+from pipeline.results.mean_std import measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +117,5 @@ def _chart(curves: Points, columns: Sequence[str], lams: Sequence[float]) -> Row
 
 
 def _told(label: str, point: Mapping[str, Any], column: str, *, level: bool) -> str:
-    std = point[f"{column}_std"]
-    value = f"{point[column]:.1f}" + (f" ± {std:.1f}" if std is not None else "")
     at = "" if level else f", λ = {point['lam']:g}{' (chosen)' if point['chosen'] else ''}"
-    return f"{label}{at}: {column} {value} % (n = {point['n']})"
+    return f"{label}{at}: {column} {measured(point, column)} % (n = {point['n']})"

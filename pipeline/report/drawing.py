@@ -1,7 +1,5 @@
 """What a figure of a report is: a picture, its caption and the numbers it shows; and how its lines are told apart."""
 
-import csv
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +7,7 @@ import numpy as np
 
 from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED
 from pipeline.report.study import Row, Study
+from pipeline.results.files import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,13 +36,7 @@ class Drawing:
     @property
     def csv(self) -> str:
         """The table as text, a column for every key that any row has."""
-        text = io.StringIO()
-        writer = csv.DictWriter(
-            text, list(dict.fromkeys(key for row in self.table for key in row)), lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows(self.table)
-        return text.getvalue()
+        return csv_text(self.table)
 
 
 def class_table(study: Study) -> list[Row]:

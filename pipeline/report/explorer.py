@@ -7,8 +7,9 @@ import numpy as np
 from pipeline.report import assets
 from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED
 from pipeline.report.chart import bars, chart, kept_apart, plain, trace
-from pipeline.report.sections import TITLES
 from pipeline.report.study import COLUMNS, SPLITS, Row, Study
+from pipeline.results.mean_std import MeanStd
+from pipeline.results.tables import TITLES
 
 GROUP_STYLES: dict[str, Row] = {
     "all": {"color": BLACK, "linestyle": "-", "marker": "o"},
@@ -161,6 +162,6 @@ def _number(table: Sequence[Row], split: str, column: str, **which: object) -> l
 
 
 def _told(row: Row, column: str) -> str:
-    value = f"{row['mean']:.1f}" + (f" ± {row['std']:.1f}" if row["std"] is not None else "")
+    value = MeanStd(row["mean"], row["std"])
     line = row["line"] if row["lam"] in (None, 0.0) else f"{row['line']}, λ = {row['lam']:g}"
     return f"{column}, {line}: {value} % (n = {row['n']})"

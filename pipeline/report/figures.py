@@ -16,8 +16,9 @@ from pipeline.report.geometry import feature_geometry
 from pipeline.report.norms import norm_against_size, weight_norms
 from pipeline.report.predictions import read_compared
 from pipeline.report.reliability import reliability_diagram
-from pipeline.report.study import COLUMNS, SPLITS, Row, Spread, Study, signed
+from pipeline.report.study import COLUMNS, SPLITS, Row, Study, signed
 from pipeline.results.head_id import BASELINE
+from pipeline.results.mean_std import MeanStd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -259,6 +260,6 @@ def _gain(study: Study) -> str:
     return f"{study.start[0].upper()}{study.start[1:]} → rebalanced ({at}), test: {', '.join(parts)}"
 
 
-def _numbers(split: str, column: str, line: str, lam: float | None, value: Spread) -> Row:
+def _numbers(split: str, column: str, line: str, lam: float | None, value: MeanStd) -> Row:
     known = {"mean": rounded(value.mean), "std": rounded(value.std), "n": value.n}
     return {"split": split, "classes": column, "line": line, "lam": lam, **known}

@@ -13,7 +13,8 @@ from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREY, RED
 from pipeline.report.chart import bars, chart, plain, trace
 from pipeline.report.drawing import Drawing, rounded
-from pipeline.report.study import Row, Spread, Study, spread
+from pipeline.report.study import Row, Study
+from pipeline.results.mean_std import MeanStd, mean_std
 from pipeline.seeds import derive
 
 if TYPE_CHECKING:
@@ -77,17 +78,19 @@ class Geometry:
                     found[name].append(values)
         return {name: of for name, of in found.items() if len(of) == len(self.study.backbones)}
 
-    def of_group(self, measure: str, group: str) -> Spread:
+    def of_group(self, measure: str, group: str) -> MeanStd:
         """Mean over the classes of a group; its spread is over backbones."""
-        return spread([_mean_of(values, class_groups(self.study.counts)[group]) for values in self.of_classes[measure]])
+        return mean_std(
+            [_mean_of(values, class_groups(self.study.counts)[group]) for values in self.of_classes[measure]]
+        )
 
-    def uncorrected(self, measure: str, group: str) -> Spread | None:
+    def uncorrected(self, measure: str, group: str) -> MeanStd | None:
         """As of_group, of the means as they are, to which few samples lie nearer than many."""
         split = {"training images": "train", "test images": "test"}.get(measure)
         if split is None:
             return None
         inside, found = class_groups(self.study.counts)[group], [b.directions[split] for b in self.study.backbones]
-        return spread([_mean_of(of.plain, inside) for of in found if of])
+        return mean_std([_mean_of(of.plain, inside) for of in found if of])
 
     @cached_property
     def map(self) -> Map | None:
@@ -251,7 +254,9 @@ def _lines(axes: "Axes", runs: Sequence[Geometry], group: str, *, first: bool) -
     """Dispersion of a group in every run, by imbalance factor."""
     place = np.arange(len(runs))
     for measure, style in MEASURES.items():
-        spreads = [run.of_group(measure, group) if measure in run.of_classes else Spread(None, None, 0) for run in runs]
+        spreads = [
+            run.of_group(measure, group) if measure in run.of_classes else MeanStd(None, None, 0) for run in runs
+        ]
         y = np.array([np.nan if s.mean is None else s.mean for s in spreads])
         error = np.array([s.std or 0.0 for s in spreads])
         drawn: Row = {key: style[key] for key in ("color", "linestyle", "marker")}

@@ -16,6 +16,7 @@ from pipeline.report.ablation import read_ablations
 from pipeline.report.classes import class_data, class_table
 from pipeline.report.explorer import explorer
 from pipeline.report.study import Row, Study, labels, read_study, results_files
+from pipeline.results.tables import ablation_row
 from pipeline.text import Shown
 
 if TYPE_CHECKING:
@@ -154,7 +155,6 @@ def write_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Repo
 
 def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> Part:
     """A run with its ablations, its figures written. below: the folder under figures/ that they go to."""
-    from pipeline.rebalance.ablation import table_row
     from pipeline.report.ablation import ablation_section, accuracy_figure
     from pipeline.report.figures import draw_all
     from pipeline.report.progress import of_run
@@ -176,7 +176,7 @@ def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> 
             inside += shown(replace(drawing, name=f"ablation-{name}"))
         ablations.append((f"Ablation {document['name']}", inside))
     if study is None:
-        rows = [table_row(row) | {"ablation": d["name"]} for d in documents for row in d["rows"]]
+        rows = [ablation_row(row) | {"ablation": d["name"]} for d in documents for row in d["rows"]]
         network = documents[0].get("network", {}).get("network", "network unknown")
         told = f"<p class=lead>{escape(network)}; each variant was chosen for itself, without the test split.</p>"
         return Part(run.resolve().name, told, ablations, figures, rows, "")

@@ -15,7 +15,9 @@ from pipeline.prepared import Prepared, Write, replaced_or_new
 from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED
 from pipeline.report.drawing import Drawing
-from pipeline.report.study import Row, Spread, labels, spread
+from pipeline.report.study import Row, labels
+from pipeline.results.mean_std import MeanStd, mean_std
+from pipeline.results.table import Column, Line, Table
 from pipeline.text import Shown
 
 if TYPE_CHECKING:
@@ -84,20 +86,19 @@ class Compared(Shown):
         return {"runs": list(self.rows), "figure": str(self.figure)}
 
     def __rich_console__(self, console, options):
-        from rich import box
-        from rich.table import Table
-
         less = f"less {self.rows[0]['run']}"
         for row in self.rows:
             held = "less_first" in row["std"]
             title = f"{row['run']}: {row['n']} training{'s' if row['n'] > 1 else ''}"
-            table = Table(title=title, title_justify="left", box=box.SIMPLE)
-            table.add_column("")
-            for name in ("over the epochs", *[less] * held, "last epoch", *[less] * held):
-                table.add_column(name, justify="right")
+            names = ["", "over the epochs", *[less] * held, "last epoch", *[less] * held]
+            lines = []
             for measure, meaning in MEASURES.items():
-                cells = [(_shown(of[measure]), _shown(of[measure].get("less_first"))) for of in (row, row["last"])]
-                table.add_row(meaning, *(text for pair in cells for text in pair[: 1 + held]))
+                cells = [
+                    (_number_text(of[measure]), _number_text(of[measure].get("less_first")))
+                    for of in (row, row["last"])
+                ]
+                lines.append(Line([meaning, *(text for pair in cells for text in pair[: 1 + held])]))
+            table = Table([Column(name, left=not name) for name in names], lines, title)
             yield table
         if self.note:
             yield self.note.strip()
@@ -232,7 +233,7 @@ def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
             accuracy.plot([], [], color=GREY, linestyle=line, label=kind)
         ratio.axhline(1, color=GREY, linewidth=1, linestyle=":")
         accuracy.set(title="Accuracy on clean training images", ylabel="accuracy [%]", ylim=(0, 102))
-        std.set(title="Spread of that accuracy over classes", ylabel="standard deviation [points]")
+        std.set(title="MeanStd of that accuracy over classes", ylabel="standard deviation [points]")
         gradient.set(title="Gradient at the features", ylabel="mean ‖∂L/∂z‖")
         ratio.set(title="Gradient of minor over major classes", ylabel="ratio")
         for axes in (std, gradient, ratio):
@@ -265,7 +266,7 @@ def _line(axes: "Axes", of: Sequence[Progress], measure: str, style: Row) -> Non
     y = np.array([np.mean(values[e]) for e in x])
     axes.plot(x, y, linewidth=1.8, markevery=max(1, len(x) // 8), **style)
     if len(of) > 1:
-        error = np.array([np.std(values[e], ddof=1) if len(values[e]) > 1 else 0.0 for e in x])
+        error = np.array([mean_std(values[e]).std or 0.0 for e in x])
         axes.fill_between(x, y - error, y + error, color=style["color"], alpha=0.15, linewidth=0)
 
 
@@ -290,21 +291,15 @@ def _pairs(of: Sequence[Progress], first: Sequence[Progress]) -> list[tuple[Prog
 
 def _spread_of(of: Sequence[Progress], pairs: Sequence[tuple[Progress, Progress]], measure: str, *, last: bool) -> Row:
     """Mean and standard deviation of a measure; less_first, those of its differences, where there are pairs."""
-    row = _numbers(spread([p.over_epochs(measure, last=last) for p in of]))
+    row: Row = mean_std(p.over_epochs(measure, last=last) for p in of).to_dict()
     if not pairs:
         return row
     both = [(p.over_epochs(measure, last=last), q.over_epochs(measure, last=last)) for p, q in pairs]
-    return row | {"less_first": _numbers(spread([a - b for a, b in both if a is not None and b is not None]))}
+    return row | {"less_first": mean_std(a - b for a, b in both if a is not None and b is not None).to_dict()}
 
 
-def _numbers(value: Spread) -> Row:
-    return {"mean": value.mean, "std": value.std}
-
-
-def _shown(value: Row | None) -> str:
-    if value is None or value["mean"] is None:
-        return "–"
-    return f"{value['mean']:.2f}".replace("-", "−") + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
+def _number_text(value: Row | None) -> str:
+    return "–" if value is None else MeanStd(value["mean"], value["std"]).text(2)
 
 
 def _mean(values: np.ndarray) -> float | None:

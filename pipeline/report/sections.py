@@ -8,27 +8,28 @@ from html import escape
 from typing import Any
 
 from pipeline.longtail import BOUNDS, class_groups
-from pipeline.report.study import COLUMNS, SPLITS, Row, Spread, Study, signed
-from pipeline.report.table import (
+from pipeline.report.study import COLUMNS, SPLITS, Row, Study, signed
+from pipeline.results.head_id import BASELINE, HeadId, chosen_text
+from pipeline.results.mean_std import MeanStd
+from pipeline.results.table import Column, Line, Table
+from pipeline.results.tables import (
     DIFFERENCES,
+    TITLES,
     difference,
     differences_caption,
-    html_table,
     labelled,
     network_text,
+    sentences,
 )
-from pipeline.results.head_id import BASELINE, HeadId, chosen_text
-
-TITLES = {"all": "All", "many": "Many", "medium": "Medium", "few": "Few", "ece": "ECE"}
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
+class SummaryRow:
     """One line of the main table."""
 
     name: str
     selected: bool
-    cells: dict[str, Spread]
+    cells: dict[str, MeanStd]
 
     def to_dict(self) -> Row:
         numbers = {column: cell.mean for column, cell in self.cells.items()}
@@ -36,7 +37,7 @@ class Line:
         return {"name": self.name, "selected": self.selected, "n": self.cells["all"].n, **numbers, **spreads}
 
 
-def summary(study: Study, also: HeadId | None = None) -> list[Line]:
+def summary(study: Study, also: HeadId | None = None) -> list[SummaryRow]:
     """The main table: stage 1, the loss alone, λ = 0, the selected head, `also`; on the test split."""
     lines: list[tuple[str, HeadId | Sequence[HeadId]]] = [
         (study.start.removeprefix("the "), BASELINE),
@@ -51,11 +52,11 @@ def summary(study: Study, also: HeadId | None = None) -> list[Line]:
         cells = {column: study.spread(kinds, "test", column) for column in (*COLUMNS, "ece")}
         known = {column: cell for column, cell in cells.items() if cell is not None}
         if known:
-            table.append(Line(name, kinds == study.selected, known))
+            table.append(SummaryRow(name, kinds == study.selected, known))
     return table
 
 
-def result(study: Study, lines: Sequence[Line]) -> str:
+def result(study: Study, lines: Sequence[SummaryRow]) -> str:
     """The main table, and what is to be known of it."""
     return _table(study, lines) + choice(study) + _near(study) + _norm_term(study)
 
@@ -69,7 +70,7 @@ def lead(study: Study) -> str:
     )
 
 
-def tiles(study: Study, lines: Sequence[Line]) -> str:
+def tiles(study: Study, lines: Sequence[SummaryRow]) -> str:
     """The selected head's numbers, large, with what they were before stage 2."""
     before, after, shown = lines[0], lines[-1], []
     for column in COLUMNS:
@@ -84,21 +85,17 @@ def tiles(study: Study, lines: Sequence[Line]) -> str:
     return f"<div class=tiles>{''.join(shown)}</div>"
 
 
-def _table(study: Study, lines: Sequence[Line]) -> str:
+def _table(study: Study, lines: Sequence[SummaryRow]) -> str:
     order = ("many", "medium", "few", "all", "ece")
     below = {column: study.classes_of(column) for column in order[:-1]} | {"ece": "calibration error"}
     shown = [c for c in order if any(line.cells[c].mean is not None for line in lines)]
-    head = "".join(f"<th>{TITLES[c]}<small>{below[c]}</small></th>" for c in shown)
-    body = []
-    for line in lines:
-        cells = "".join(f"<td>{_cell(line.cells[c])}</td>" for c in shown)
-        body.append(f"<tr{' class=chosen' if line.selected else ''}><th>{escape(line.name)}</th>{cells}</tr>")
+    columns = [Column("Head"), *(Column(TITLES[c], below[c]) for c in shown)]
+    table = Table(columns, [Line([row.name, *(row.cells[c] for c in shown)], strong=row.selected) for row in lines])
     note = "All numbers in %. Test split, evaluated after the choice was made; not selected on."
     if any(cell.std is not None for line in lines for cell in line.cells.values()):
         only = "" if len(study.backbones) > 1 else ", which says nothing of another training of the network"
         note += f" ± is one standard deviation over {escape(study.repeated)}{only}."
-    table = f"<table class=main><thead><tr><th>Head</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return f"<div class=scroll>{table}</div><p class=note>{note}</p>{_differences(study)}"
+    return f"{table.html()}<p class=note>{note}</p>{_differences(study)}"
 
 
 def _differences(study: Study) -> str:
@@ -108,10 +105,10 @@ def _differences(study: Study) -> str:
     shown = [c for c in DIFFERENCES if any(row[c] for _, row in rows)]
     if not rows:
         return ""
-    lines = [(f"less {label}", [difference(row[c]) for c in shown]) for label, row in rows]
-    table = html_table("The selected head", [TITLES[c] for c in shown], lines)
-    note = f"Points, with 95 % intervals. {differences_caption(found)}"
-    return f"{table}<p class=note>{note}</p>"
+    columns = [Column("Difference from"), *(Column(TITLES[c]) for c in shown)]
+    table = Table(columns, [Line([label, *(difference(row[c]) for c in shown)]) for label, row in rows])
+    note = f"The selected head less each of these, in points, with 95 % intervals. {differences_caption(found)}"
+    return f"{table.html()}<p class=note>{note}</p>"
 
 
 def choice(study: Study) -> str:
@@ -135,20 +132,17 @@ def choice(study: Study) -> str:
 def methods(study: Study) -> str:
     """What each tuned method was given and chose, and what that is worth on test."""
     shown = [c for c in DIFFERENCES if study.spread(BASELINE, "test", c)]
-    on = f"<th>All<small>on {escape(SPLITS[study.choosing_split])}</small></th>"
-    tested = "".join(f"<th>{TITLES[c]}<small>on test</small></th>" for c in shown)
-    head = f"<th>Trials</th><th>Chosen</th>{on}{tested}"
-    body = []
-    for c in study.document["chosen"]:
-        kinds = [replace(HeadId.of_row(c), lam=b.tuned_lam(HeadId.of_row(c).method)) for b in study.backbones]
-        cells = [str(c["trials"]), escape(chosen_text(c)), f"{c['score']:.1f}"]
-        cells += [_cell(spread) if (spread := study.spread(kinds, "test", column)) else "–" for column in shown]
-        mark = " class=chosen" if kinds == study.selected else ""
-        row = "".join(f"<td>{cell}</td>" for cell in cells)
-        body.append(f"<tr{mark}><th>{escape(c['method'])}</th>{row}</tr>")
-    notes = " ".join(f"{note[0].upper()}{note[1:]}." for note in study.document.get("notes", ()))
-    table = f"<table class=main><thead><tr><th>Method</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return f"<div class=scroll>{table}</div><p class=note>{escape(notes)} All trials are in trials.csv.</p>"
+    columns = [Column("Method"), Column("Trials"), Column("Chosen")]
+    columns += [Column("All", f"on {SPLITS[study.choosing_split]}"), *(Column(TITLES[c], "on test") for c in shown)]
+    lines = []
+    for row in study.document["chosen"]:
+        method = HeadId.of_row(row)
+        heads = [replace(method, lam=b.tuned_lam(method.method)) for b in study.backbones]
+        cells = [str(row["trials"]), chosen_text(row), f"{row['score']:.1f}"]
+        tested = (study.spread(heads, "test", column) for column in shown)
+        lines.append(Line([method.without_lam.name(), *cells, *tested], strong=heads == study.selected))
+    notes = " ".join(sentences(study.document.get("notes", ())))
+    return f"{Table(columns, lines).html()}<p class=note>{escape(notes)} All trials are in trials.csv.</p>"
 
 
 def _near(study: Study) -> str:
@@ -222,29 +216,19 @@ def every_head(study: Study) -> str:
     """All rows of all backbones, folded away."""
     names = ["backbone", "method", "loss", "λ", "seed", "split", "many", "medium", "few", "all", "ECE"]
     splits = SPLITS | {"test": "test, not selected on"}
-    body = []
+    lines = []
     for backbone in study.backbones:
         for row in backbone.rows:
             facts = [row["method"], row.get("loss"), row.get("lam"), row.get("seed"), splits.get(row["split"])]
-            told = ("–" if f is None else f"{f:g}" if isinstance(f, float) else str(f) for f in facts)
-            texts = [backbone.name, *told]
-            numbers = [row.get(column) for column in ("many", "medium", "few", "all", "ece")]
-            texts += ["–" if n is None else f"{n:.1f}" for n in numbers]
-            body.append(f"<tr>{''.join(f'<td>{escape(t)}</td>' for t in texts)}</tr>")
-    head = "".join(f"<th>{n}</th>" for n in names)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    summary = f"<summary>{len(body):,} rows, as in results.json</summary>"
-    return f"<details>{summary}<div class='scroll tall'>{table}</div></details>"
+            texts = [None if f is None else f"{f:g}" if isinstance(f, float) else str(f) for f in facts]
+            numbers = [MeanStd(row.get(column)) for column in ("many", "medium", "few", "all", "ece")]
+            lines.append(Line([backbone.name, *texts, *numbers]))
+    table = Table([Column(name) for name in names], lines).html("", scroll="scroll tall")
+    return f"<details><summary>{len(lines):,} rows, as in results.json</summary>{table}</details>"
 
 
 def _facts(lines: Iterable[tuple[str, Any]]) -> str:
     return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>' for k, v in lines if v)}</dl>"
-
-
-def _cell(value: Spread) -> str:
-    if value.mean is None:
-        return "–"
-    return f"{value.mean:.1f}" + (f"<small> ± {value.std:.1f}</small>" if value.std is not None else "")
 
 
 def _selected_name(study: Study) -> str:

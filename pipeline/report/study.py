@@ -18,25 +18,12 @@ from pipeline.paths import holds_runs, read_document
 from pipeline.report.dispersion import Directions, read_directions
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Linear, Scorer, read_scorers
+from pipeline.results.mean_std import MeanStd, mean_std
 
 COLUMNS = ("all", *GROUPS)
 SPLITS = {"val": "validation", "kfold": "held-out folds", "test": "test"}
 PRODUCTS_FOR_A_FIGURE = 2**40  # multiplications, seconds on a CPU; a figure is not worth more
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation of n repetitions; std None where n is 1, mean None for an empty group."""
-
-    mean: float | None
-    std: float | None
-    n: int
-
-    def __str__(self) -> str:
-        if self.mean is None:
-            return "–"
-        return f"{self.mean:.1f}" + (f" ± {self.std:.1f}" if self.std is not None else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,8 +221,8 @@ class Study:
         n = len({r["seed"] for r in self.first.rows if self.first.selected.matches(r)})
         return f"{n} batch orders of one backbone" if n > 1 else "one backbone, one batch order"
 
-    def spread(self, kinds: HeadId | Sequence[HeadId], split: str, column: str) -> Spread | None:
-        """Spread of one column of the table; a list gives each backbone its own kind; None where one lacks it."""
+    def spread(self, kinds: HeadId | Sequence[HeadId], split: str, column: str) -> MeanStd | None:
+        """MeanStd of one column of the table; a list gives each backbone its own kind; None where one lacks it."""
         wanted = [kinds] * len(self.backbones) if isinstance(kinds, HeadId) else kinds
         each = []
         for backbone, kind in zip(self.backbones, wanted, strict=True):
@@ -243,8 +230,7 @@ class Study:
             if not rows:
                 return None
             each.append([r.get(column) for r in rows])
-        values = each[0] if len(each) == 1 else [mean(v) for v in each]
-        return spread(values)
+        return mean_std(each[0] if len(each) == 1 else [mean_std(values).mean for values in each])
 
     @property
     def selected(self) -> list[HeadId]:
@@ -261,18 +247,6 @@ def signed(value: float) -> str:
 
 def classes(count: int) -> str:
     return f"{count:,} class{'' if count == 1 else 'es'}"
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None
-
-
-def spread(values: Sequence[float | None]) -> Spread:
-    """Mean and standard deviation (n − 1) of the values that exist."""
-    known = [v for v in values if v is not None]
-    std = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    return Spread(mean(known), std, len(known))
 
 
 def labels(runs: Sequence[Path]) -> list[str]:

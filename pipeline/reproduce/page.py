@@ -10,6 +10,8 @@ from cache import write_durably
 from pipeline.errors import DataError
 from pipeline.reproduce.paper import GROUPS
 from pipeline.reproduce.rows import METHODS, Row, merged
+from pipeline.results.mean_std import MeanStd
+from pipeline.results.table import Column, Line, Table
 
 LAMS_SHOWN = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1)
 TITLES = {
@@ -60,7 +62,7 @@ def section(rows: Sequence[Row], deviations: Sequence[str]) -> str:
     lines += [f"- {sentence}" for sentence in deviations]
     for table in sorted({r["table"] for r in rows}, key=[*TITLES].index):
         of_table = [r for r in rows if r["table"] == table]
-        lines += ["", f"### {TITLES[table]} ({network})", "", *_table(of_table)]
+        lines += ["", f"### {TITLES[table]} ({network})", "", _table(of_table).markdown()]
         lines += ["", _caption(of_table), *([NOTES[table]] if table in NOTES else [])]
         lines += [told] if (told := worth_of_selection(of_table)) else []
     return "\n".join(lines)
@@ -79,18 +81,15 @@ def worth_of_selection(rows: Sequence[Row]) -> str:
     return f"Had λ been chosen on the test split, which is no result: {'; '.join(told)} (All)." if told else ""
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[Row]) -> Table:
     compared = any(r["less_cb"] for r in rows)
-    columns = ["row", "chosen", "n", "Many", "Medium", "Few", "All", "paper", "ours − paper"]
-    columns += ["less", "Few", "All"] if compared else []
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    titles = ["row", "chosen", "n", "Many", "Medium", "Few", "All", "paper", "ours − paper"]
+    lines = []
     for r in (r for r in rows if _shown(r)):
-        cells = [_value(r["ours"][g], r["ours_std"][g]) for g in GROUPS]
-        far = [r.get("less_cb_of") or "–", *(_less(r, g) for g in ("few", "all"))] if compared else []
-        lines.append(
-            f"| {' | '.join([r['row'], _chosen(r['chosen']), str(r['n']), *cells, _paper(r), _apart(r), *far])} |"
-        )
-    return lines
+        cells = [MeanStd(r["ours"][g], r["ours_std"][g], r["n"]) for g in GROUPS]
+        less = [r.get("less_cb_of"), *(_less(r, g) for g in ("few", "all"))] if compared else []
+        lines.append(Line([r["row"], _chosen(r["chosen"]), str(r["n"]), *cells, _paper(r), _apart(r), *less]))
+    return Table([Column(title) for title in titles + ["less", "Few", "All"] * compared], lines)
 
 
 def _shown(r: Row) -> bool:
@@ -111,13 +110,9 @@ def _caption(rows: Sequence[Row]) -> str:
     )
 
 
-def _value(mean: float | None, std: float | None) -> str:
-    return "–" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
-
-
 def _chosen(chosen: Mapping[str, Any]) -> str:
     told = [f"{'λ' if k == 'lam' else k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in chosen.items()]
-    return ", ".join(told).replace("|", "\\|") or "–"
+    return ", ".join(told) or "–"
 
 
 def _paper(r: Row) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.reproduce.paper import GROUPS, Accuracies, Published, variant_accuracies
-from pipeline.results.rebalance_result import spread_of
+from pipeline.results.mean_std import mean_std, means_and_stds
 
 Row = dict[str, Any]
 METHODS = "methods"  # the table in which every method is tuned for itself
@@ -96,7 +96,7 @@ def method_rows(
                 table=METHODS,
                 name=name,
                 facts={**facts, "device": stage_1["device"]} if baseline else facts,
-                spread=spread_of(tested),
+                spread=means_and_stds(tested),
                 n=len(tested),
                 n_of=ONE_BACKBONE if trained else ONCE,
                 views="clean" if method in ("baseline", "iwb-la") or not trained else views,
@@ -147,7 +147,7 @@ def ablation_rows(
             tested = _tested(heads, setting)
             paper = published.lams.get(setting[2]) if published and with_cb else None
             name = f"{variant['name']}, λ {setting[2]:g}"
-            rows.append(row(**mine, name=name, spread=spread_of(tested), n=len(tested), chosen={}, paper=paper))
+            rows.append(row(**mine, name=name, spread=means_and_stds(tested), n=len(tested), chosen={}, paper=paper))
     return rows
 
 
@@ -164,9 +164,9 @@ def over_backbones(rows: Sequence[Sequence[Row]], *, command: str) -> list[Row]:
         if not all(key in of_one for of_one in each):
             continue
         mine = [of_one[key] for of_one in each]
-        ours = {g: [r["ours"][g] for r in mine if r["ours"][g] is not None] for g in GROUPS}
-        means = {g: _rounded(float(np.mean(v))) if v else None for g, v in ours.items()}
-        stds = {g: _rounded(float(np.std(v, ddof=1))) if len(v) > 1 else None for g, v in ours.items()}
+        ours = {g: mean_std(r["ours"][g] for r in mine) for g in GROUPS}
+        means = {g: _rounded(value.mean) for g, value in ours.items()}
+        stds = {g: _rounded(value.std) for g, value in ours.items()}
         chosen = {k: _joined([r["chosen"].get(k) for r in mine]) for k in first["chosen"]}
         merged.append(
             first

@@ -1,22 +1,18 @@
 """What `rebalance` returns and writes."""
 
-import csv
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipeline.metrics import Scores
+from pipeline.results.files import csv_text
 from pipeline.results.head_id import HeadId
+from pipeline.results.mean_std import means_and_stds
 from pipeline.text import Shown
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-MEASURES = ("all", "many", "medium", "few", "ece")
 
 
 @dataclass(frozen=True)
@@ -68,24 +64,14 @@ class RebalanceResult(Shown):
         return asdict(self)
 
     def __rich__(self) -> "Group":
-        from pipeline.report.table import results_tables
+        from pipeline.results.tables import results_tables
 
         return results_tables(self.to_dict())
 
 
-def mean_and_std(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Mean of every measure over rows, and NAME_std, the sample standard deviation; None where there is no value."""
-    return spread_of([asdict(row) for row in rows])
-
-
-def spread_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """mean_and_std of rows as dictionaries."""
-    found: dict[str, float | None] = {}
-    for measure in MEASURES:
-        values = [v for v in (row[measure] for row in rows) if v is not None]
-        found[measure] = float(np.mean(values)) if values else None
-        found[f"{measure}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return found
+def over_seeds(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Return the mean of every measure over rows, and NAME_std."""
+    return means_and_stds([asdict(row) for row in rows])
 
 
 def rows_csv(rows: Sequence[Row]) -> str:
@@ -109,12 +95,3 @@ def per_class_csv(scored: Sequence[tuple[HeadId, int | None, str, Scores]], clas
 def trials_csv(trials: Sequence[dict[str, Any]]) -> str:
     """trials.csv: one line for each setting that was tried, its parameters as JSON."""
     return csv_text([trial | {"parameters": json.dumps(trial["parameters"])} for trial in trials])
-
-
-def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A CSV file of lines with the same keys; an empty field for None."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()

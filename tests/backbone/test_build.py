@@ -12,7 +12,7 @@ from pipeline.data.dataset import Split
 from pipeline.data.files import FileNames
 from pipeline.data.transform import Loader, Transform
 from pipeline.errors import ConfigError
-from pipeline.report.table import caption
+from pipeline.results.tables import caption
 
 
 def parameters(model):

@@ -21,8 +21,8 @@ from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import load
 from pipeline.rebalance.prepare import prepare_rebalance
 from pipeline.report.study import read_heads
-from pipeline.report.table import results_table
 from pipeline.results.differences import paired_difference
+from pipeline.results.tables import results_table
 
 REAL = Path(__file__).parents[3] / "shared/data/features/cifar100_lt_if100_resnet32.npz"
 COUNTS = np.array([120, 60, 8])
@@ -459,7 +459,7 @@ def test_the_table_says_what_it_is(swept):
     narrow = Console(width=80, file=io.StringIO())
     narrow.print(results_table(swept.to_dict()))
     assert "◀ selected" in narrow.file.getvalue()
-    names = list(results_table(swept.to_dict()).columns[0].cells)
+    names = list(results_table(swept.to_dict()).__rich__().columns[0].cells)
     assert names[:4] == [
         "stage 1",
         "CB loss only",

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.report.study import read_heads, read_study, signed, spread
+from pipeline.report.study import read_heads, read_study, signed
 from pipeline.results.head_id import BASELINE, HeadId
+from pipeline.results.mean_std import mean_std
 from tests.small_run import COUNTS, made_run
 
 
@@ -132,5 +133,5 @@ def test_heads_that_are_none_are_refused(tmp_path):
 
 def test_numbers_as_people_read_them():
     assert [signed(v) for v in (1.25, -0.31, -0.04, 0.0)] == ["+1.2", "−0.3", "0.0", "0.0"]
-    assert str(spread([40.0, 42.0])) == "41.0 ± 1.4"
-    assert (str(spread([None, None])), str(spread([3.0]))) == ("–", "3.0")
+    assert str(mean_std([40.0, 42.0])) == "41.0 ± 1.4"
+    assert (str(mean_std([None, None])), str(mean_std([3.0]))) == ("–", "3.0")

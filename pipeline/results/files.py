@@ -1,0 +1,34 @@
+"""The writers of JSON and CSV that every artefact goes through."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cache import write_durably
+
+
+def json_text(document: Any) -> str:
+    """Return a document as JSON, an entry a line; numbers that JSON does not know are refused with ValueError."""
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, document: Any) -> Path:
+    """Write a document as JSON, whole or not at all."""
+    return write_durably(path, json_text(document))
+
+
+def csv_line(cells: Iterable[Any]) -> str:
+    """Return one line of CSV without its end; None is an empty cell, text with a line break of any kind is quoted."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\r\n").writerow(cells)  # Python 3.11 quotes only what is in the line's end
+    return text.getvalue()[:-2]
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a CSV file of rows, a column for every key that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines: list[list[Any]] = [columns, *([row.get(column) for column in columns] for row in rows)]
+    return "".join(f"{csv_line(line)}\n" for line in lines)
