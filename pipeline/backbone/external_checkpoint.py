@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from pipeline.backbone.cifar import takes_width
 from pipeline.backbone.match_weights import LinearHead, match_weights
 from pipeline.backbone.pretrained import encoder_path, load_encoder
 from pipeline.backbone.weights import find_tensors, read_file, read_key_map, rename_tensors, weights_file
-from pipeline.config import RESERVED_MODEL_ARGS, BackboneConfig, Config
+from pipeline.backbone.weights_metadata import WeightsMetadata, own_metadata, read_metadata
+from pipeline.config import BackboneConfig, Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.transform import Transform
 from pipeline.distributed import Ranks
@@ -26,25 +26,6 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.provenance import provenance
 
 OWN_KEYS = {"format", "model", "config", "transform"}  # keys of what `pipeline train-backbone` writes
-
-
-@dataclass(frozen=True)
-class WeightsMetadata:
-    """The facts that stand beside weights, or in a checkpoint of this program; None or empty where there are none.
-
-    Arguments:
-        origin: the file that states them.
-        input: mean, std, input_size, … as in timm's pretrained_cfg.
-        weights: the name of the file of the weights.
-    """
-
-    origin: str = ""
-    model: str | None = None
-    model_args: Mapping[str, Any] | None = None
-    width: float = 1.0
-    input: Mapping[str, Any] | None = None
-    class_names: tuple[str, ...] = ()
-    weights: str | None = None
 
 
 def load_external(
@@ -78,7 +59,7 @@ def load_external(
     file = weights_file(path, metadata.weights)
     content = read_file(file)
     if isinstance(content, Mapping) and content.keys() >= OWN_KEYS:
-        metadata = _own_metadata(content, file)
+        metadata = own_metadata(content, file)
     settings, notes = _settings(config.backbone, metadata, model)
     network = build_model(settings, num_classes=len(dataset.class_names))
     stored = find_tensors(content, file)
@@ -277,60 +258,6 @@ def _identity(backbone: Checkpoint) -> dict[str, str]:
         "head": "linear probe" if backbone.probe else "the checkpoint's own",
         "transform": json.dumps(backbone.transform.to_dict(), sort_keys=True),
     }
-
-
-def read_metadata(path: Path) -> WeightsMetadata:
-    """Return the facts in timm's config.json beside weights, or in a folder of weights; empty where there is none.
-
-    Raises: DataError: names the field that makes no sense.
-    """
-    origin = (path if path.is_dir() else path.parent) / "config.json"
-    if not origin.is_file():
-        return WeightsMetadata()
-    try:
-        tree = json.loads(origin.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{origin}: not readable JSON ({error}); mend it, or move it away and name the network"
-        ) from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("architecture"), str):
-        return WeightsMetadata()  # another program's
-    saved_args = tree.get("model_args") or {}
-    input_facts = dict(tree.get("pretrained_cfg") or {})
-    names = tree.get("class_names") or tree.get("label_names") or input_facts.get("label_names") or ()
-    for key, shape in (("mean", 3), ("std", 3), ("input_size", 3)):
-        value = input_facts.get(key)
-        valid = (
-            isinstance(value, list | tuple) and len(value) == shape and all(isinstance(v, int | float) for v in value)
-        )
-        if value is not None and not valid:
-            raise DataError(f"{origin}: pretrained_cfg.{key} is {value!r}, expected {shape} numbers")
-    if not isinstance(saved_args, dict) or not isinstance(names, list | tuple):
-        raise DataError(f"{origin}: model_args has to be a mapping and class names a list")
-    model_args = {key: value for key, value in saved_args.items() if key not in RESERVED_MODEL_ARGS}
-    return WeightsMetadata(
-        origin=str(origin),
-        model=tree["architecture"],
-        model_args=model_args or None,
-        width=float(saved_args.get("width", 1.0)),
-        input=input_facts or None,
-        class_names=tuple(map(str, names)),
-        weights=tree.get("weights"),
-    )
-
-
-def _own_metadata(state: Mapping[str, Any], file: Path) -> WeightsMetadata:
-    """Return the facts in a checkpoint of `pipeline train-backbone`."""
-    backbone, transform = state["config"]["backbone"], state["transform"]
-    input_facts = {key: transform[key] for key in ("mean", "std", "crop_pct", "interpolation")}
-    return WeightsMetadata(
-        origin=str(file),
-        model=backbone["model"],
-        model_args=backbone.get("model_args"),
-        width=backbone["width"],
-        input=input_facts | {"input_size": (3, *transform["size"])},
-        class_names=tuple(state["class_names"]),
-    )
 
 
 def _settings(config: BackboneConfig, metadata: WeightsMetadata, model: str | None) -> tuple[BackboneConfig, list[str]]:

@@ -15,8 +15,9 @@ NAMED = {"train": "training", "val": "validation"}
 
 def checkpoint(path: Path) -> Artefact:
     """A checkpoint of a training here, else of anybody's network."""
-    from pipeline.backbone.external_checkpoint import OWN_KEYS, read_metadata
+    from pipeline.backbone.external_checkpoint import OWN_KEYS
     from pipeline.backbone.weights import find_tensors, read_file, weights_file
+    from pipeline.backbone.weights_metadata import read_metadata
 
     file = weights_file(path, read_metadata(path).weights if path.is_dir() else None)
     if file.name in NAMES and not path.is_dir():
