@@ -102,7 +102,7 @@ def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
             raise click.UsageError(
                 f"{run} is a feature store: it goes --to npy or safetensors, without --lam or --method"
             )
-        prepared = prepare_store_export(run, to=kind or "npy", out=out)
+        prepared: Any = prepare_store_export(run, to=kind or "npy", out=out)
     elif kind == "npy":
         raise click.UsageError(f"npy is of a feature store, such as {run_folder(run) / 'features.zarr'}")
     else:
