@@ -74,7 +74,7 @@ class BareLoop:
         self.arithmetic = training_arithmetic(model, size, Ranks(0, 1, device), setting=settings.precision)
         self.arithmetic.arrange_weights(model)
         self.batches = [(self.arithmetic.arrange(pixels), labels) for pixels, labels in batches]
-        self.learner = ImageClassifier(model).train()
+        self.classifier = ImageClassifier(model).train()
         self.optimiser = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
@@ -85,7 +85,7 @@ class BareLoop:
         for pixels, labels in self.batches:
             self.optimiser.zero_grad(set_to_none=True)
             with self.arithmetic.autocast(self.device):
-                logits = self.learner(pixels)
+                logits = self.classifier(pixels)
             F.cross_entropy(logits.float(), labels).backward()
             self.optimiser.step()
         return seconds_since(started, self.device)

@@ -29,12 +29,12 @@ def test_the_bare_loop_does_what_the_trainer_does(tmp_path):
     config, data = loops.training("cifar_resnet8", **TINY, **{"data.augment": "none"}), loops.images(100, 10)
     batches = loops.ready(config, data, device=CPU)
     drive, bare = driven(config, data, tmp_path), loops.BareLoop(config, batches, classes=100, device=CPU)
-    before = {name: weight.clone() for name, weight in bare.learner.named_parameters()}
+    before = {name: weight.clone() for name, weight in bare.classifier.named_parameters()}
     for _ in range(2):
         drive.steps()
         bare.steps()
     theirs = dict(drive.trainer.classifier.named_parameters())
-    for name, weight in bare.learner.named_parameters():
+    for name, weight in bare.classifier.named_parameters():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-5)
         assert not torch.equal(weight, before[name])
 
