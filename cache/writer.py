@@ -66,6 +66,10 @@ class Writer:
         return self._root.layout
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        return dict(self._root.provenance)
+
+    @property
     def chunks(self) -> list[Chunk]:
         return self.layout.chunks()
 

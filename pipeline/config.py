@@ -275,7 +275,18 @@ class DumpConfig(Section):
 
     views: int = Field(11, ge=1, description="Views of each training image: one clean, the others augmented.")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="Precision of the stored features.")
-    batch_size: int = Field(256, ge=1, description="Images per forward pass of the encoder.")
+    batch_size: int = Field(256, ge=1, description="Images that are read and augmented at a time.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the encoder's products; auto takes what is fastest in a timed trial on a CPU."
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
+        "auto", description="Of images and weights; auto takes what is fastest in a timed trial on a CPU."
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Images that the encoder takes at a time [default: by a timed trial on a CPU, else all].",
+    )
     seed: int = Field(0, ge=0, description="Seed of the augmented views.")
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="Treatment of an unreadable image, in training too: end the work, or leave the image out."

@@ -141,7 +141,9 @@ def _dump(prepared: PreparedDump, signals: Signals, *, report: Report, started: 
         ranks.together(lambda: save_external(backbone, source.keep_in) if source.keep_in and ranks.first else None)
         missing = missing_chunks(writer, ranks, skipping=config.dump.on_error == "skip")
         share = [missing[i] for i in owned_chunks(chunks=len(missing), rank=ranks.rank, world=ranks.world)]
-        encoded = encoded_chunks(Encoder(backbone, ranks.device), share, dataset, backbone, config, signals)
+        encoded = encoded_chunks(
+            Encoder(backbone, ranks.device, prepared.arithmetic), share, dataset, backbone, config, signals
+        )
         ranks.together(
             lambda: write_chunks(writer, encoded, share, dataset=dataset, ranks=ranks, kill=kill, report=report)
         )

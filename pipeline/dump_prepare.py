@@ -14,9 +14,10 @@ import torch
 
 import cache
 from cache import CacheError, Foreseen, Layout, chunk_rows, is_url
-from pipeline.backbone.arithmetic import encoding_arithmetic
+from pipeline.backbone.arithmetic import Arithmetic, computes_bfloat16
 from pipeline.backbone.build import classifier
 from pipeline.backbone.checkpoint import Checkpoint, checkpoint_bytes
+from pipeline.backbone.encoder import encoding_arithmetic
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.distributed import Ranks, planned_ranks
@@ -43,6 +44,7 @@ class PreparedDump:
     Arguments:
         store: the arguments of `cache.create_store`; empty on ranks other than the first.
         ranks: the processes that encode, or would.
+        arithmetic: the formats in which they do, the same on all of them.
     """
 
     source: Source
@@ -50,6 +52,7 @@ class PreparedDump:
     store: dict[str, Any]
     ranks: Ranks
     overwrite: bool
+    arithmetic: Arithmetic
 
     @functools.cached_property
     def description(self) -> Prepared:
@@ -66,14 +69,9 @@ class PreparedDump:
         if source.keep_in and not (source.keep_in / "last.pt").is_file():
             saved_backbone = (Write(source.keep_in / "last.pt", checkpoint_bytes(source.backbone.model), "new"),)
         return _description(
-            config,
-            self.dataset,
-            store,
-            out=source.out,
-            ranks=self.ranks,
-            network=source.backbone.network,
-            extra_writes=saved_backbone,
-        )
+            config, self.dataset, store, out=source.out, ranks=self.ranks, network=source.backbone.network,
+            precision=self.arithmetic.precision_name, arithmetic=str(self.arithmetic), extra_writes=saved_backbone,
+        )  # fmt: skip
 
 
 def prepare_dump(
@@ -113,10 +111,27 @@ def prepare_dump(
         lambda: source.images or load_dataset(source.config.data, resize=not source.config.backbone.frozen)
     )
     running.together(lambda: refuse_misfit(dataset, source.backbone))
-    store = running.together(
-        lambda: _store_arguments(source, dataset, ranks=planned, overwrite=overwrite) if running.first else {}
+    proposal = running.together(
+        lambda: _arithmetic(source, planned.device, overwrite=overwrite) if running.first else None
     )
-    return PreparedDump(source, dataset, store, planned, overwrite)
+    arithmetic = running.gathered(proposal)[0]  # a trial on every rank could end differently
+    assert arithmetic is not None
+    store = running.together(
+        lambda: (
+            _store_arguments(source, dataset, arithmetic, ranks=planned, overwrite=overwrite) if running.first else {}
+        )
+    )
+    return PreparedDump(source, dataset, store, planned, overwrite, arithmetic)
+
+
+def _arithmetic(source: Source, device: torch.device, *, overwrite: bool) -> Arithmetic:
+    """Return the formats in which the dump computes: those that the store was begun with, else what is fastest here."""
+    try:
+        recorded = None if overwrite else cache.open_writer(source.out).provenance
+    except CacheError:  # who makes or continues the store says why
+        recorded = None
+    backbone = source.backbone
+    return encoding_arithmetic(backbone.model, backbone.transform.size, device, source.config.dump, recorded=recorded)
 
 
 def describe_unmade(
@@ -140,7 +155,13 @@ def describe_unmade(
     else:
         state = "new"
     store = Foreseen("new", layout, tuple(layout.chunks()))
-    return _description(config, dataset, store, out=out, ranks=ranks, network=network, state=state)
+    precision = "float32"
+    if computes_bfloat16(ranks.device):
+        precision = "bfloat16" if ranks.device.type == "cuda" else "float32 or bfloat16, by a timed trial"
+    return _description(
+        config, dataset, store, out=out, ranks=ranks, network=network, precision=precision, arithmetic=precision,
+        state=state,
+    )  # fmt: skip
 
 
 def _description(
@@ -151,12 +172,15 @@ def _description(
     out: Path | str,
     ranks: Ranks,
     network: dict[str, Any],
+    precision: str,
+    arithmetic: str,
     state: str = "",
     extra_writes: tuple[Write, ...] = (),
 ) -> Prepared:
     """Return the description of a dump.
 
     Arguments:
+        precision, arithmetic: of the encoder; the latter with memory format and images a forward pass.
         state: of the store, by default the one that was found.
         others: files that would be written beside the store.
     """
@@ -167,7 +191,6 @@ def _description(
     total = len(layout.chunks())
     present = f": {total - len(store.missing):,} of {total:,} chunks are there" if not entire and images else ""
     batches = sum(ceil(chunk.rows / config.dump.batch_size) for chunk in store.missing)
-    precision = encoding_arithmetic(ranks.device).precision_name
     return Prepared(
         command="dump-features",
         config=config.model_dump(mode="json", include={"name", "data", "dump"}),
@@ -176,7 +199,7 @@ def _description(
             "network": f"{network['network']}, {network['parameters']:,} parameters",
             "encodes": f"{images:,} images ({layout.views('train')} training view(s)) in {batches:,} batches of "
             f"{config.dump.batch_size}; {layout.width} features each, {layout.dtype}, {len(store.missing):,} chunks",
-            "on": device_text(ranks, precision),
+            "on": device_text(ranks, arithmetic),
         },
         numbers={
             "dataset": dataset.summary(),
@@ -230,7 +253,9 @@ def refuse_misfit(dataset: Dataset, backbone: Checkpoint) -> None:
             raise DataError(f"{backbone.path}: trained on {trained} images, {name} has {present}; set data.image_size")
 
 
-def _store_arguments(source: Source, dataset: Dataset, *, ranks: Ranks, overwrite: bool) -> dict[str, Any]:
+def _store_arguments(
+    source: Source, dataset: Dataset, arithmetic: Arithmetic, *, ranks: Ranks, overwrite: bool
+) -> dict[str, Any]:
     """Return the arguments of `cache.create_store`; raise DataError where skipped images may not be skipped again."""
     backbone, config, out = source.backbone, source.config, source.out
     head = classifier(backbone.model)
@@ -252,7 +277,9 @@ def _store_arguments(source: Source, dataset: Dataset, *, ranks: Ranks, overwrit
             command="dump-features",
             config=config.model_dump(mode="json"),
             device=str(ranks.device),
-            precision=encoding_arithmetic(ranks.device).precision_name,
+            precision=arithmetic.precision_name,
+            memory_format=arithmetic.memory_format,
+            micro_batch=arithmetic.micro_batch,
             ranks=ranks.world,
             threads=torch.get_num_threads(),
             seed=config.dump.seed,

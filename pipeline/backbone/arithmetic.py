@@ -29,15 +29,21 @@ class Arithmetic:
     Arguments:
         precision: of the matrix products and convolutions; weights and their updates stay float32.
         memory_format: of images and weights, a key of `MEMORY_FORMATS`.
+        micro_batch: images of one forward pass when a frozen encoder computes; None for all of a batch.
     """
 
     precision: torch.dtype
     memory_format: str = "contiguous"
+    micro_batch: int | None = None
 
     @property
     def precision_name(self) -> str:
         """Return `bfloat16` for torch.bfloat16."""
         return str(self.precision).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        size = f", {self.micro_batch} images at a time" if self.micro_batch else ""
+        return f"{self.precision_name}, {self.memory_format}{size}"
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """Return the context in which the device computes a forward pass in this precision."""
@@ -56,13 +62,6 @@ class Arithmetic:
     def gradient_scaler(self, device: torch.device) -> torch.amp.GradScaler:
         """Return the scaler that keeps float16 gradients from vanishing; it does nothing in other precisions."""
         return torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-
-
-def encoding_arithmetic(device: torch.device) -> Arithmetic:
-    """Return the formats in which a frozen encoder computes: bfloat16 and channels_last where a GPU has bfloat16 units."""
-    if device.type != "cuda":
-        return Arithmetic(torch.float32)
-    return Arithmetic(torch.bfloat16 if computes_bfloat16(device) else torch.float32, "channels_last")
 
 
 def training_arithmetic(
@@ -125,13 +124,16 @@ def computes_bfloat16(device: torch.device) -> bool:
     return any(ask() for ask in supported if ask is not None)
 
 
-def choose_precision(setting: str, device: torch.device, *, operations: int | None = None) -> torch.dtype:
-    """Return the data type of the matrix products in training.
+def choose_precision(
+    setting: str, device: torch.device, *, operations: int | None = None, key: str = "backbone.precision"
+) -> torch.dtype:
+    """Return the data type of the matrix products of a network.
 
     Arguments:
         setting: `auto`, `float32`, `bfloat16` or `float16`, as `backbone.precision` takes them.
         operations: floating-point operations of one image's forward pass (`forward_operations`), or None if unknown.
             On a CPU `auto` takes float32 for a network below `SMALL_NETWORK`.
+        key: of the configuration, which says `setting`.
 
     Raises:
         ConfigError: for a precision that this device only emulates.
@@ -144,10 +146,10 @@ def choose_precision(setting: str, device: torch.device, *, operations: int | No
         small = operations is None or operations < SMALL_NETWORK
         return torch.float32 if small or not computes_bfloat16(device) else torch.bfloat16
     if setting == "float16":
-        raise ConfigError("backbone.precision=float16: only GPUs compute in it; on a CPU take auto")
+        raise ConfigError(f"{key}=float16: only GPUs compute in it; on a CPU take auto")
     if setting == "bfloat16" and not computes_bfloat16(device):
         raise ConfigError(
-            "backbone.precision=bfloat16: this CPU has no bfloat16 units (AVX-512 BF16 or AMX) and would emulate them "
+            f"{key}=bfloat16: this CPU has no bfloat16 units (AVX-512 BF16 or AMX) and would emulate them "
             "very slowly; take float32 or auto"
         )
     return getattr(torch, setting)

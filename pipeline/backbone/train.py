@@ -37,7 +37,7 @@ from pipeline.errors import DataError, Diverged, Elsewhere, PipelineError, Termi
 from pipeline.killpoint import KillPoint
 from pipeline.metrics import group_means, sampling_error
 from pipeline.provenance import provenance
-from pipeline.resources import peak_memory_mb
+from pipeline.resources import keep_freed_memory, peak_memory_mb
 from pipeline.schedule import learning_rate
 from pipeline.seeds import derive, seed_torch
 
@@ -128,6 +128,8 @@ class Trainer:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.benchmark = True
+        else:
+            keep_freed_memory()
         self.model = build_model(settings, num_classes=classes).to(device)
         self.objective = Objective(settings, self.dataset.counts, device=device)
         self.optimiser = torch.optim.SGD(

@@ -16,7 +16,7 @@ from torch import nn
 from cache import Split, Writer, chunk_rows, create_store
 from pipeline.backbone.build import build_model, classifier
 from pipeline.backbone.checkpoint import Checkpoint
-from pipeline.backbone.encoder import Encoder
+from pipeline.backbone.encoder import Encoder, encoding_arithmetic
 from pipeline.bench.measure import Measure, Seconds, all_seconds, busy, interleaved, medians
 from pipeline.config import BackboneConfig, Config, make_config
 from pipeline.data import load_dataset
@@ -110,7 +110,9 @@ def _dump(config: Config, checkpoint: Checkpoint, place: Path, device: torch.dev
 def _forward(config: Config, checkpoint: Checkpoint, device: torch.device) -> Callable[[], None]:
     """Return the encoder alone, run as often as in a dump, on the batches of view 1: decoded, augmented, on its device."""
     dataset = load_dataset(config.data)
-    encoder = Encoder(checkpoint, device)
+    encoder = Encoder(
+        checkpoint, device, encoding_arithmetic(checkpoint.model, checkpoint.transform.size, device, config.dump)
+    )
     images = Loader(dataset.train, checkpoint.transform, device=device).batches(
         _batches(config), augmentation_key(config.dump.seed, 1)
     )

@@ -22,6 +22,7 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.longtail import class_groups
 from pipeline.paths import STAGE1_HEAD
 from pipeline.report.study import Backbone, read_study
+from pipeline.resources import keep_freed_memory
 from pipeline.results.heads import Linear, Scorer, scorer_of
 
 RESULTS = ("results.json", "rebalance/results.json", "seed-*/rebalance/results.json")  # of a run
@@ -131,6 +132,8 @@ def _network(config: dict[str, Any], weights: Path) -> nn.Module:
 
 def _torch_runner(model: EncoderAndHead, device: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     target = choose_device(device)
+    if target.type == "cpu":
+        keep_freed_memory()
     model = model.to(target)
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
