@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.dump import DumpResult, dump_features
     from pipeline.dump_prepare import PreparedDump, prepare_dump
     from pipeline.errors import PipelineError
+    from pipeline.import_features import ImportResult, prepare_import, store_from_arrays
     from pipeline.info import Artefact, Verified, describe, verify
     from pipeline.prepared import Prepared
     from pipeline.rebalance.ablation import AblationResult, ablate
@@ -67,6 +68,7 @@ _PUBLIC = {
     "pipeline.deploy.exported": ("ExportedModel",),
     "pipeline.deploy.run_head": ("rebalanced_head",),
     "pipeline.deploy.store_export": ("prepare_store_export",),
+    "pipeline.import_features": ("ImportResult", "prepare_import", "store_from_arrays"),
     "pipeline.info": ("Artefact", "Verified", "describe", "verify"),
     "pipeline.prepared": ("Prepared",),
     "pipeline.backbone.prepare": ("PreparedTraining", "prepare_training"),

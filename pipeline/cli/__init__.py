@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli import artefacts, bench, completion, config, features, reproduce, stages
+from pipeline.cli import artefacts, bench, completion, config, features, import_features, reproduce, stages
 from pipeline.cli.exit_codes import exit_code
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -43,7 +43,7 @@ def cli() -> None:
     """
 
 
-for _group in (stages, features, artefacts, config, reproduce, bench, completion):
+for _group in (stages, import_features, features, artefacts, config, reproduce, bench, completion):
     for _command in _group.COMMANDS:
         cli.add_command(_command)
 
