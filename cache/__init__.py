@@ -9,8 +9,8 @@ torch nor zarr.
 from cache.create import Foreseen, Split, create_store, foresee_store
 from cache.files import refuse_unwritable, write_durably
 from cache.layout import CacheError, Chunk, Layout, Otherwise, Unlockable, chunk_rows, owned_chunks
+from cache.locate import is_url, locate
 from cache.lock import Lock
-from cache.place import is_url, locate
 from cache.plain import Exported, export
 from cache.reader import Cache, open_cache
 from cache.stream import stream_order

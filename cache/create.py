@@ -13,9 +13,10 @@ from cache import store
 from cache.chunks import Torn, checksum, read_chunk
 from cache.files import refuse_unwritable
 from cache.layout import STORED, CacheError, Chunk, Layout, Otherwise, canonical, chunk_rows
+from cache.local import Local
+from cache.locate import locate
 from cache.lock import Lock
-from cache.objects import ABSENT, LEASE, Objects
-from cache.place import Local, Place, locate
+from cache.place import ABSENT, LEASE, Place
 from cache.root import Root, read_root, reopened
 from cache.verify import counts_agree, damaged_metadata, damages
 from cache.writer import Writer
@@ -63,7 +64,7 @@ def create_store(
     )  # fmt: skip
     if place.occupied() and not overwrite:
         return _continue(place, root, contents, retry or {})
-    if isinstance(place, Objects):
+    if not isinstance(place, Local):
         return _make_of_objects(place, root, contents, overwrite)
     with place.refusals():
         place.remove()
@@ -194,7 +195,7 @@ def _make(building: Local, root: Root, contents: Mapping[str, NDArray]) -> None:
     _restore_small(building, root, contents)
 
 
-def _make_of_objects(place: Objects, root: Root, contents: Mapping[str, NDArray], overwrite: bool) -> Writer:
+def _make_of_objects(place: Place, root: Root, contents: Mapping[str, NDArray], overwrite: bool) -> Writer:
     """The writer of a new open store: its root comes first, since it makes all else a part of a store to be finished."""
     lock = place.lock().take()
     try:
@@ -209,7 +210,7 @@ def _make_of_objects(place: Objects, root: Root, contents: Mapping[str, NDArray]
     return Writer(place, root, lock)
 
 
-def _vacated(place: Objects, root: Root) -> Any:
+def _vacated(place: Place, root: Root) -> Any:
     """The tag a new root has to replace, once nothing else is there.
 
     A store that is removed is marked as such first: after a kill half-way its chunks must not pass for another's.
@@ -251,7 +252,7 @@ def _continue(
     if isinstance(place, Local):
         place.refuse_removal()
     there = read_root(place)
-    if isinstance(place, Objects) and there.state == REMOVING:
+    if not isinstance(place, Local) and there.state == REMOVING:
         return _make_of_objects(place, wanted, contents, overwrite=False)
     _refuse_other(place, there, wanted, contents)
     if there.sealed and not _to_open(place, there, contents, retry):

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from cache.layout import CacheError
-from cache.objects import ABSENT, LEASE, Changed, Objects
+from cache.place import ABSENT, LEASE, Changed, Place
 
 SECONDS = float(os.environ.get("CACHE_LEASE_SECONDS", 60))
 
@@ -24,7 +24,7 @@ log = logging.getLogger("cache")
 class Lease:
     """The right to write a store, from `take` to `release`; a thread renews it three times in its length."""
 
-    def __init__(self, place: Objects):
+    def __init__(self, place: Place):
         self._place = place
         self._tag: dict[str, Any] | None = None  # of our own last version, None while we have no lease
         self._renewed = 0.0

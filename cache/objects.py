@@ -14,9 +14,10 @@ from typing import Any
 from urllib.parse import quote
 
 from cache.layout import CacheError
+from cache.lease import Lease
+from cache.place import ABSENT, LEASE, Changed
 
 SCHEMES = ("s3", "gs", "az")
-ABSENT: dict[str, Any] = {}  # the tag of an object that must not be there yet
 PIECE = 1 << 20
 
 # an endpoint that does not answer ends a command within about half a minute; 16 MiB may take that long one way
@@ -26,10 +27,6 @@ _RETRIES: Any = {
     "retry_timeout": timedelta(seconds=20),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=3), "base": 2},
 }
-
-
-class Changed(CacheError):
-    """An object is not, or no longer, the one that was to be replaced."""
 
 
 class Objects:
@@ -49,8 +46,8 @@ class Objects:
         return self.url
 
     @property
-    def where(self) -> str:
-        """What people are told, and what `locate` makes this of."""
+    def location(self) -> str:
+        """Return what names it to people, and what `locate` makes this of."""
         return self.url
 
     @cached_property
@@ -143,9 +140,7 @@ class Objects:
 
         return WholeObjects(self._store)
 
-    def lock(self) -> Any:
-        from cache.lease import Lease
-
+    def lock(self) -> Lease:
         return Lease(self)
 
     @contextlib.contextmanager
@@ -158,9 +153,6 @@ class Objects:
             if type(error).__module__.partition(".")[0] != "obstore" and "NoSuchBucket" not in said:
                 raise
             raise CacheError(f"{self}: {_explained(said, self.bucket)}") from error
-
-
-LEASE = ".lock"
 
 
 def _library(place: Objects) -> Any:

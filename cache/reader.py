@@ -10,10 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from cache.chunks import Torn
 from cache.layout import CacheError, Chunk
+from cache.locate import locate
 from cache.numbers import NUMBERS, decode
-from cache.place import Place, locate
+from cache.place import Place
 from cache.root import Root, read_root
-from cache.stream import Block, stream, stream_order, stream_window, wanted_rows
+from cache.stream import Block, stream, stream_order, stream_window
 from cache.verify import checked_read, damaged_metadata, padding_bytes, unfinished
 
 
@@ -42,7 +43,7 @@ class Cache:
     @property
     def path(self) -> Path | str:
         """The folder, or the URL as text."""
-        return self._place.where
+        return self._place.location
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -130,14 +131,14 @@ class Cache:
 
         Chunks that hold any of them are read whole, one at a time. Raises IndexError for a row that is not there.
         """
-        wanted = np.asarray(rows, np.int64)
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.rows(split):
-            raise IndexError(f"rows reach from {wanted.min()} to {wanted.max()}; {split} has {self.rows(split)} rows")
-        out = np.empty((len(wanted), self.width), NUMBERS[self.dtype])
+        rows = np.asarray(rows, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.rows(split):
+            raise IndexError(f"rows reach from {rows.min()} to {rows.max()}; {split} has {self.rows(split)} rows")
+        out = np.empty((len(rows), self.width), NUMBERS[self.dtype])
         for chunk in self.chunks(split, view):
-            here = np.flatnonzero((chunk.start <= wanted) & (wanted < chunk.stop))
-            if len(here):
-                out[here] = self.read_chunk(chunk)[wanted[here] - chunk.start]
+            inside = np.flatnonzero((chunk.start <= rows) & (rows < chunk.stop))
+            if len(inside):
+                out[inside] = self.read_chunk(chunk)[rows[inside] - chunk.start]
         return out
 
     def stream(
@@ -153,17 +154,19 @@ class Cache:
     ) -> Iterator[Block]:
         """Blocks (rows (n,) int64, features (n, D) as `read` gives them) of one epoch, in shuffled order.
 
-        Every row that has features comes exactly once. views: the epoch sees views[epoch % len(views)]. rows: those
-        wanted, None for all. n is a multiple of multiple_of in every block but the last, so batches can be cut from
+        Every row that has features comes exactly once. views: the epoch sees views[epoch % len(views)]. rows: those that
+        come, None for all. n is a multiple of multiple_of in every block but the last, so batches can be cut from
         blocks as they come. The order is that of `stream_order`: a function of seed, epoch, the store's layout and
         memory_bytes, within which it is the better mixed the larger they are (cache/stream.py says how well).
         At most memory_bytes are held, the block given out included, and twice multiple_of rows.
         Raises CacheError where memory_bytes is too small for a pool of chunks (it names the least), or as `read` does.
         """
         window = stream_window(self._root.layout, split, memory_bytes=memory_bytes)
-        of_epochs = np.atleast_1d(views)
-        view = int(of_epochs[epoch % len(of_epochs)])
-        return stream(self, split, view=view, window=window, seed=seed, epoch=epoch, multiple_of=multiple_of, rows=rows)
+        sequence = np.atleast_1d(views)
+        return stream(
+            self.read_chunk, self.chunks(split, int(sequence[epoch % len(sequence)])), width=self.width, dtype=self.dtype,
+            window=window, seed=seed, epoch=epoch, multiple_of=multiple_of, only=self._selection(split, rows),
+        )  # fmt: skip
 
     def stream_order(
         self, split: str, *, seed: int, epoch: int, memory_bytes: int, rows: ArrayLike | None = None
@@ -171,8 +174,16 @@ class Cache:
         """The rows (N,) in the order in which `stream` with the same arguments gives them; no features are read."""
         layout = self._root.layout
         window = stream_window(layout, split, memory_bytes=memory_bytes)
-        per_chunk, only = layout.features(split).chunk[1], wanted_rows(self, split, rows)
+        per_chunk, only = layout.features(split).chunk[1], self._selection(split, rows)
         return stream_order(self.rows(split), per_chunk, window=window, seed=seed, epoch=epoch, only=only)
+
+    def _selection(self, split: str, rows: ArrayLike | None) -> NDArray[np.bool_] | None:
+        """Return (N,) True for those of the rows (None: all) that have features; None where that is every row."""
+        if rows is None:
+            return self.valid(split) if len(self.skipped(split)) else None
+        only = np.zeros(self.rows(split), bool)
+        only[np.asarray(rows, np.int64)] = True
+        return only & self.valid(split)
 
     def skipped(self, split: str) -> NDArray[np.int64]:
         """Rows, ascending, of the samples that have no features because their images could not be read."""

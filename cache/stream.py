@@ -15,16 +15,13 @@ shuffled one after the other, in the same memory: 16, 45, 85 and 130). So give i
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cache.layout import STORED, CacheError, Chunk, Layout
 from cache.numbers import NUMBERS, decode
-
-if TYPE_CHECKING:
-    from cache.reader import Cache
 
 SMALLEST = 2  # chunks in a pool; from 8 on neighbours in the store are hardly neighbours in the stream
 SLOT = 48  # bytes of row numbers and draws that go with each row in the pool
@@ -35,73 +32,68 @@ Block = tuple[NDArray[np.int64], NDArray]
 def stream_order(
     rows: int, chunk_rows: int, *, window: int, seed: int, epoch: int, only: NDArray[np.bool_] | None = None
 ) -> NDArray[np.int64]:
-    """The order (N,) in which a stream gives the rows of a view cut into chunks of chunk_rows, with window in its pool.
+    """Return the order (N,) in which a stream gives the rows of a view cut into chunks of chunk_rows, with window in its pool.
 
-    A function of its arguments alone. only (N,): which rows are wanted, None for all. A window of the whole view gives
-    a uniformly random permutation.
+    It is a function of its arguments alone. only (N,): True for the rows that come, None for all. A window of the whole view
+    gives a uniformly random permutation.
     """
-    wanted = _wanted(rows, chunk_rows, only)
-    held = np.empty(_slots(rows, chunk_rows, window), np.int64)
+    rows_of = _rows_by_chunk(rows, chunk_rows, only)
+    pool = np.empty(_slots(rows, chunk_rows, window), np.int64)
     order = [np.empty(0, np.int64)]
-    for step in _steps(wanted, -(-rows // chunk_rows), slots=len(held), seed=seed, epoch=epoch):
-        held[step.into] = step.rows
-        order.append(held[step.leaving])
+    for step in _steps(rows_of, -(-rows // chunk_rows), slots=len(pool), seed=seed, epoch=epoch):
+        pool[step.into] = step.rows
+        order.append(pool[step.leaving])
     return np.concatenate(order)
 
 
 def stream_window(layout: Layout, split: str, *, memory_bytes: int) -> int:
-    """How many chunks of a split the pool of a stream may hold within memory_bytes; CacheError where it is too few.
+    """Return the number of chunks of a split that the pool of a stream may hold within memory_bytes.
 
-    Beside the pool there are a chunk being read and, each a quarter of it: rows being copied, the block that the caller
-    has, and the next one.
+    Memory also holds a chunk being read and, each a quarter of it: rows being copied, the block that the caller has, and the
+    next one. Raises CacheError where fewer than SMALLEST fit.
     """
     array = layout.features(split)
     stored, number = np.dtype(array.stored).itemsize, np.dtype(NUMBERS[array.dtype]).itemsize
     rows, width = array.chunk[1:]
-    pooled, beside = (
-        rows * (width * stored + SLOT),
-        rows * width * stored + _piece(rows) * width * (stored + 2 * number),
-    )
-    window = (memory_bytes - beside) // pooled
+    pooled = rows * (width * stored + SLOT)
+    extra = rows * width * stored + _piece(rows) * width * (stored + 2 * number)
+    window = (memory_bytes - extra) // pooled
     if window < SMALLEST:
-        needed = beside + SMALLEST * pooled
+        needed = extra + SMALLEST * pooled
         raise CacheError(
             f"streaming {split} within {memory_bytes:,} bytes: a pool of {SMALLEST} chunks of {rows:,} rows needs "
-            f"{needed:,} bytes ({needed / 2**20:.1f} MiB); give it at least that, better {beside + 8 * pooled:,}"
+            f"{needed:,} bytes ({needed / 2**20:.1f} MiB); give it at least that, better {extra + 8 * pooled:,}"
         )
     return window
 
 
 def stream(
-    cache: "Cache",
-    split: str,
+    read: Callable[[Chunk, NDArray], NDArray],
+    chunks: Sequence[Chunk],
     *,
-    view: int,
+    width: int,
+    dtype: str,
     window: int,
     seed: int,
     epoch: int,
     multiple_of: int = 1,
-    rows: ArrayLike | None = None,
+    only: NDArray[np.bool_] | None = None,
 ) -> Iterator[Block]:
-    """What `Cache.stream` says, of one view and with a pool of window chunks."""
+    """Yield the blocks of `Cache.stream` for one view.
+
+    Arguments:
+        read: fills an array (n, D) with a chunk as stored and returns it.
+        chunks: all of the view, in row order.
+        dtype: of the store, a key of STORED.
+        window: chunks that the pool holds.
+        only: (N,) True for the rows that come; None for all.
+    """
     if multiple_of < 1:
         raise ValueError(f"multiple_of is {multiple_of}; it must be 1 or more")
-    chunks = cache.chunks(split, view)
-    n, per_chunk = cache.rows(split), max((chunk.rows for chunk in chunks), default=1)
-    slots, wanted = _slots(n, per_chunk, window), _wanted(n, per_chunk, wanted_rows(cache, split, rows))
-    return _blocks(cache, chunks, _steps(wanted, len(chunks), slots=slots, seed=seed, epoch=epoch), slots, multiple_of)
-
-
-def wanted_rows(cache: "Cache", split: str, rows: ArrayLike | None) -> NDArray[np.bool_] | None:
-    """(N,) which rows a stream gives: those asked for, None for all, that have features; None where that is every row."""
-    if rows is None and not len(cache.skipped(split)):
-        return None
-    valid = cache.valid(split)
-    if rows is None:
-        return valid
-    only = np.zeros(len(valid), bool)
-    only[np.asarray(rows)] = True
-    return only & valid
+    rows, chunk_rows = sum(chunk.rows for chunk in chunks), max((chunk.rows for chunk in chunks), default=1)
+    slots = _slots(rows, chunk_rows, window)
+    steps = _steps(_rows_by_chunk(rows, chunk_rows, only), len(chunks), slots=slots, seed=seed, epoch=epoch)
+    return _blocks(read, chunks, steps, slots=slots, block=_Carried(width, dtype, multiple_of))
 
 
 class _Step(NamedTuple):
@@ -114,52 +106,57 @@ class _Step(NamedTuple):
 
 
 def _steps(
-    wanted: Callable[[int], NDArray[np.int64]], chunks: int, *, slots: int, seed: int, epoch: int
+    rows_of: Callable[[int], NDArray[np.int64]], chunks: int, *, slots: int, seed: int, epoch: int
 ) -> Iterator[_Step]:
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(chunks).tolist()
-    used = np.zeros(slots, bool)
+    occupied = np.zeros(slots, bool)
     for chunk, following in itertools.zip_longest(order, order[1:]):
-        rows = wanted(chunk)
-        into = np.flatnonzero(~used)[: len(rows)]
-        used[into] = True
-        full = np.flatnonzero(used)
+        rows = rows_of(chunk)
+        into = np.flatnonzero(~occupied)[: len(rows)]
+        occupied[into] = True
+        full = np.flatnonzero(occupied)
         if following is None:
             leaving = rng.permutation(full)
         else:
-            too_many = len(full) + len(wanted(following)) - slots
+            too_many = len(full) + len(rows_of(following)) - slots
             leaving = rng.choice(full, too_many, replace=False) if too_many > 0 else full[:0]
-        used[leaving] = False
+        occupied[leaving] = False
         yield _Step(chunk, rows, into, leaving)
 
 
 def _blocks(
-    cache: "Cache", chunks: Sequence[Chunk], steps: Iterator[_Step], slots: int, multiple_of: int
+    read: Callable[[Chunk, NDArray], NDArray],
+    chunks: Sequence[Chunk],
+    steps: Iterator[_Step],
+    *,
+    slots: int,
+    block: "_Carried",
 ) -> Iterator[Block]:
-    """Does what the steps say; a thread reads the next chunk while the caller works on a block."""
-    per_chunk = max((chunk.rows for chunk in chunks), default=0)
-    held, pool = np.empty(slots, np.int64), np.empty((slots, cache.width), STORED[cache.dtype])
-    staged = np.empty((per_chunk, cache.width), pool.dtype)
-    piece = _piece(per_chunk)
-    block = _Carried(cache.width, cache.dtype, multiple_of)
+    """Carry out the steps; a thread reads the next chunk while the caller works on a block."""
+    chunk_rows = max((chunk.rows for chunk in chunks), default=0)
+    width = block.features.shape[1]
+    numbers, pool = np.empty(slots, np.int64), np.empty((slots, width), STORED[block.dtype])
+    staging = np.empty((chunk_rows, width), pool.dtype)
+    piece = _piece(chunk_rows)
 
-    def read(step: _Step) -> NDArray:
+    def read_step(step: _Step) -> NDArray:
         chunk = chunks[step.chunk]
-        return cache.read_chunk(chunk, staged[: chunk.rows])
+        return read(chunk, staging[: chunk.rows])
 
     with ThreadPoolExecutor(1, "stream") as reader:
         step = next(steps, None)
-        reading = reader.submit(read, step) if step else None
+        reading = reader.submit(read_step, step) if step else None
         while step and reading:
-            got = reading.result()
-            held[step.into] = step.rows
+            features = reading.result()
+            numbers[step.into] = step.rows
             for part in _parts(len(step.rows), piece):
-                pool[step.into[part]] = got[step.rows[part] - chunks[step.chunk].start]
+                pool[step.into[part]] = features[step.rows[part] - chunks[step.chunk].start]
             following = next(steps, None)
-            reading = reader.submit(read, following) if following else None
+            reading = reader.submit(read_step, following) if following else None
             for part in _parts(len(step.leaving), piece):
                 leaving = step.leaving[part]
-                yield from block.add(held[leaving], pool, leaving)
+                yield from block.add(numbers[leaving], pool, leaving)
             step = following
     yield from block.rest()
 
@@ -173,32 +170,32 @@ class _Carried:
         self.features = np.empty((0, width), NUMBERS[dtype])
 
     def add(self, rows: NDArray[np.int64], pool: NDArray, slots: NDArray[np.int64]) -> Iterator[Block]:
-        before = len(self.rows)
+        carried = len(self.rows)
         rows = np.concatenate([self.rows, rows])
         features = np.empty((len(rows), pool.shape[1]), self.features.dtype)
-        features[:before] = self.features
+        features[:carried] = self.features
         if self.dtype == "bfloat16":
-            decode(pool[slots], self.dtype, features[before:])
+            decode(pool[slots], self.dtype, features[carried:])
         else:
-            np.take(pool, slots, axis=0, out=features[before:], mode="clip")  # any other mode copies through a buffer
-        whole = len(rows) // self.multiple_of * self.multiple_of
-        self.rows, self.features = rows[whole:], features[whole:].copy()
-        if whole:
-            yield rows[:whole], features[:whole]
+            np.take(pool, slots, axis=0, out=features[carried:], mode="clip")  # any other mode copies through a buffer
+        size = len(rows) // self.multiple_of * self.multiple_of
+        self.rows, self.features = rows[size:], features[size:].copy()
+        if size:
+            yield rows[:size], features[:size]
 
     def rest(self) -> Iterator[Block]:
         if len(self.rows):
             yield self.rows, self.features
 
 
-def _wanted(rows: int, chunk_rows: int, only: NDArray[np.bool_] | None) -> Callable[[int], NDArray[np.int64]]:
-    """Chunk number → the rows of it that are wanted."""
+def _rows_by_chunk(rows: int, chunk_rows: int, only: NDArray[np.bool_] | None) -> Callable[[int], NDArray[np.int64]]:
+    """Return a function of a chunk's number that gives its rows that come."""
 
-    def of(chunk: int) -> NDArray[np.int64]:
+    def rows_of(chunk: int) -> NDArray[np.int64]:
         start, stop = chunk * chunk_rows, min(rows, (chunk + 1) * chunk_rows)
         return np.arange(start, stop) if only is None else start + np.flatnonzero(only[start:stop])
 
-    return of
+    return rows_of
 
 
 def _piece(chunk_rows: int) -> int:

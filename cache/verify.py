@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from cache import store
 from cache.chunks import Torn, checksum, read_chunk
 from cache.layout import Array, CacheError, Chunk
+from cache.locate import locate
 from cache.numbers import absent_rows
-from cache.place import Place, locate
+from cache.place import Place
 from cache.root import Manifest, Root, read_root
 
 T = TypeVar("T")

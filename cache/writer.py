@@ -16,10 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from cache import store
 from cache.chunks import Torn
 from cache.layout import LARGEST, CacheError, Chunk, Layout, canonical, owned_chunks
-from cache.lease import Lease
-from cache.lock import Lock
+from cache.locate import locate
 from cache.numbers import decode, encode
-from cache.place import Place, locate
+from cache.place import Place, WriteLock
 from cache.root import Root, read_root
 from cache.verify import checked_read, inspect, metadata_checksums, survey
 
@@ -36,7 +35,7 @@ def open_writer(path: Path | str) -> "Writer":
 class Writer:
     """Writes whole chunks of features into an open store, each durable when `write` returns."""
 
-    def __init__(self, place: Place, root: Root, lock: Lock | Lease | None):
+    def __init__(self, place: Place, root: Root, lock: WriteLock | None):
         self.place = place
         self._root = root
         self._lock = lock

@@ -7,6 +7,8 @@ import pytest
 import zarr
 
 from cache import CacheError, open_cache, verify
+from cache.chunks import checksum
+from cache.layout import canonical
 
 
 def flip(path, position=3):
@@ -130,6 +132,38 @@ def test_edited_attributes_are_found(small, key, value):
         open_cache(small.path)
     with pytest.raises(CacheError, match="damaged"):
         verify(small.path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"comment": "added by hand"},
+        {"must_understand": False},
+        {"zarr_format": 2},
+        {"zarr_format": None},
+        {"node_type": "array"},
+        {"node_type": None},
+    ],
+)
+def test_a_root_with_other_fields_than_a_group_of_zarr_3_is_refused(small, change):
+    """The checksum covers the attributes alone; what stands beside them decides how other zarr clients read the store."""
+    file = small.sealed() / "zarr.json"
+    document = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
+    for use in (open_cache, verify, lambda path: small.create()):
+        with pytest.raises(CacheError, match=r"the metadata in zarr\.json is damaged; dump again"):
+            use(small.path)
+
+
+def test_a_root_without_a_field_is_damaged_though_its_checksum_holds(small):
+    file = small.sealed() / "zarr.json"
+    document = json.loads(file.read_text())
+    for name in ("layout", "class_names", "counts", "fingerprint", "provenance", "state", "manifest", "metadata"):
+        attributes = {key: value for key, value in document["attributes"].items() if key not in (name, "check")}
+        attributes["check"] = checksum(canonical(attributes))
+        file.write_text(json.dumps(document | {"attributes": attributes}))
+        with pytest.raises(CacheError, match=r"the metadata in zarr\.json is damaged"):
+            open_cache(small.path)
 
 
 def test_another_format_version_is_named(small, monkeypatch):

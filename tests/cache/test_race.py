@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cache import CacheError, open_cache, open_writer, verify
+from cache.local import Local
 from cache.lock import Lock
-from cache.place import Local
 from tests.cache.conftest import Small
 
 _context = multiprocessing.get_context("forkserver")

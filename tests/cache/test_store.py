@@ -307,8 +307,8 @@ def test_everything_is_on_the_disk_before_its_name_and_before_the_seal(small, mo
 
 
 def test_a_kill_while_a_store_is_made_leaves_nothing_under_its_name(small):
-    code = "import os; from pathlib import Path; from tests.cache.conftest import Small; import cache.place\n"
-    code += "cache.place.fsync_tree = lambda path: os.kill(os.getpid(), 9)\n"
+    code = "import os; from pathlib import Path; from tests.cache.conftest import Small; import cache.local\n"
+    code += "cache.local.fsync_tree = lambda path: os.kill(os.getpid(), 9)\n"
     code += f"Small(Path({str(small.path)!r})).create()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert [p.suffix for p in small.path.parent.iterdir()] == [".building"]

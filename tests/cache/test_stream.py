@@ -89,7 +89,8 @@ def test_only_the_rows_that_are_asked_for(small):
     np.testing.assert_array_equal(features, cache.read("train")[rows])
 
 
-def test_rows_without_features_do_not_come(small):
+@pytest.mark.parametrize("rows", [None, [5, 6, 7, 20], [6], [], [22, 0, 6]])
+def test_rows_without_features_do_not_come_also_where_rows_are_named(small, rows):
     with small.create() as writer:
         for chunk in writer.missing():
             features = small.features(chunk.split, chunk.view)[chunk.start : chunk.stop]
@@ -97,8 +98,14 @@ def test_rows_without_features_do_not_come(small):
             writer.write(chunk, features, absent=[6 - chunk.start] if holds_it else [])
         writer.seal()
     cache = open_cache(small.path)
-    rows = np.concatenate([rows for rows, _ in cache.stream("train", seed=0, epoch=0, memory_bytes=ENOUGH)])
-    np.testing.assert_array_equal(np.sort(rows), np.delete(np.arange(23), 6))
+    expected = sorted(set(range(23) if rows is None else rows) - {6})
+    settings = {"seed": 0, "epoch": 0, "rows": rows}
+    for memory in (ENOUGH, least(cache)):
+        blocks = list(cache.stream("train", memory_bytes=memory, **settings))
+        order = [row for rows, _ in blocks for row in rows.tolist()]
+        assert sorted(order) == expected
+        assert order == cache.stream_order("train", memory_bytes=memory, **settings).tolist()
+        assert all(np.isfinite(features).all() for _, features in blocks)
 
 
 def test_an_empty_split_gives_nothing(small):
