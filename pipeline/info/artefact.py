@@ -1,11 +1,11 @@
 """One artefact as it is told: what it is, its key facts, what made it; and how facts become text."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
+from pipeline.results import documents
 from pipeline.text import Shown, columns, size, wrapped
 
 EXPECTED = (
@@ -101,9 +101,9 @@ def text_of(value: Any) -> str:
 def read_json(path: Path, kind: type = dict) -> Any:
     """The document in a file; DataError where it is none, or not of the kind expected."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable JSON ({error}); expected {EXPECTED}") from error
+        document = documents.read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}; expected {EXPECTED}") from error
     if not isinstance(document, kind):
         raise DataError(f"{path}: not an artefact of this program; expected {EXPECTED}")
     return document

@@ -8,8 +8,8 @@ from pipeline.errors import DataError
 from pipeline.info.artefact import Artefact, Facts, accuracies_of, beside, prefixed, read_json, try_json
 from pipeline.info.trained import checkpoint
 from pipeline.method_names import start_name
-from pipeline.paths import STAGE1_HEAD, read_document
-from pipeline.report.study import read_results
+from pipeline.paths import STAGE1_HEAD
+from pipeline.results.documents import read_ablation, read_choice, read_results, read_sweep
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import read_scorers
 
@@ -37,7 +37,7 @@ def results(path: Path) -> Artefact:
 
 def choice(path: Path) -> Artefact:
     """selection.json: what was chosen, on what, before the test split was read; of an ablation, of each variant."""
-    found = read_json(path, object)
+    found = read_choice(path)
     if isinstance(found, list):
         chosen: Facts = {f"  {one['name']}": _scored(one, one) for one in found}
     else:
@@ -106,7 +106,7 @@ def _hits(path: Path) -> Artefact | None:
 
 def ablation(path: Path) -> Artefact:
     """ablation.json: what each variant chose, and its accuracy."""
-    found = read_document(read_json(path), path.parent)
+    found = read_ablation(path)
     most = max(row["n"] for row in found["rows"])
     rows = {f"  {row['name']}": f"{_chosen(row)}: {accuracies_of(row)}" for row in found["rows"]}
     facts = {
@@ -123,7 +123,7 @@ def ablation(path: Path) -> Artefact:
 
 def tries(path: Path) -> Artefact:
     """tries.json of `train-backbone --try`."""
-    found = read_json(path)
+    found = read_sweep(path)
     chosen, seeds = found["selected"], found["seeds"]
     rows = {f"  {row['name']}": accuracies_of(row) for row in found["tries"]}
     facts = {

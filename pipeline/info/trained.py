@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.errors import DataError
 from pipeline.info.artefact import Artefact, Facts, classes_of, read_json
 from pipeline.method_names import PROBE
+from pipeline.results.documents import read_export
 
 EXTERNAL_BACKBONE = "backbone brought along"
 NAMES = ("last.pt", "best.pt", "previous.pt")  # what a training calls its own
@@ -138,6 +139,7 @@ def exported(path: Path) -> Artefact:
     document = read_json(path / "config.json")
     if "head" not in document:
         return checkpoint(path)
+    document = read_export(path / "config.json")
     facts = {
         "network": document["architecture"],
         "weights": document["weights"],

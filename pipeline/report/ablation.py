@@ -1,17 +1,16 @@
 """An ablation as a person reads it: the table of its variants, and their accuracy against λ; in a terminal and a page."""
 
-import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from cache import write_durably
-from pipeline.errors import DataError
 from pipeline.report.axes import png
 from pipeline.report.curves import accuracy_curves
 from pipeline.report.drawing import Drawing, rounded
 from pipeline.report.study import SPLITS
+from pipeline.results.documents import read_ablation
 from pipeline.results.head_id import HeadId
 from pipeline.results.mean_std import mean_std
 from pipeline.results.tables import ablation_tables
@@ -79,14 +78,7 @@ def read_ablations(folder: Path) -> list[Row]:
     places = ("ablation.json", "*/ablation.json", "ablations/*/ablation.json", "seed-*/ablations/*/ablation.json")
     found = []
     for path in dict.fromkeys(p for place in places for p in sorted(folder.glob(place))):
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if missing := {"name", "rows", "heads", "against"} - document.keys():
-                raise ValueError(f"no {', '.join(sorted(missing))}")
-        except (OSError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"{path}: not a readable ablation ({error}); run `pipeline rebalance --config` again"
-            ) from error
+        document = read_ablation(path)
         seed = next((part for part in path.relative_to(folder).parts if part.startswith("seed-")), None)
         found.append(document | ({"name": f"{seed}/{document['name']}"} if seed else {}))
     return found

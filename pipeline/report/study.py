@@ -1,8 +1,7 @@
 """What a report is made from: one run folder, or the seed-N folders of several backbones, read into arrays."""
 
 import csv
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +13,9 @@ from cache import Cache, CacheError, is_url, open_cache
 from pipeline.errors import DataError
 from pipeline.longtail import GROUPS, class_groups
 from pipeline.method_names import PROBE, start_name
-from pipeline.paths import holds_runs, read_document
+from pipeline.paths import holds_runs
 from pipeline.report.dispersion import Directions, read_directions
+from pipeline.results.documents import read_epochs, read_record, read_results
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Linear, Scorer, read_scorers
 from pipeline.results.mean_std import MeanStd, mean_std
@@ -277,7 +277,7 @@ def read_study(run: Path) -> Study:
             raise DataError(
                 f"{other.results_path}: has other classes than {backbones[0].results_path}; report them apart"
             )
-    stages = _json_or_empty(run / "run.json").get("stages", {})
+    stages = read_record(run / "run.json").get("stages", {})
     return Study(run, backbones, joint or backbones[0].results, stages)
 
 
@@ -302,44 +302,12 @@ def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
     own = {c.method: c.lam for c in map(HeadId.of_row, results.get("chosen", ()))}  # λ as this backbone tuned it
     selected = HeadId.of_row(chosen)
     selected = replace(selected, lam=selected.lam or own.get(selected.method, selected.lam))
-    metrics = folder / "backbone" / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    training = _json_or_empty(folder / "backbone" / "run.json")
-    made = _json_or_empty(path.with_name("run.json"))
-    return Backbone(folder.name, path, results, selected, store, _json_lines(lines), training, made)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """The document `pipeline rebalance` wrote; DataError if it is unreadable or something else."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable results.json ({error}); run `pipeline rebalance` again") from error
-    missing = {"store", "baseline", "selected", "results"} - (document.keys() if isinstance(document, dict) else set())
-    if missing:
-        raise DataError(f"{path}: not written by `pipeline rebalance`: no {', '.join(sorted(missing))}")
-    return read_document(document, path.parent)
+    epochs = read_epochs(folder / "backbone" / "metrics.jsonl")
+    training, rebalancing = read_record(folder / "backbone" / "run.json"), read_record(path.with_name("run.json"))
+    return Backbone(folder.name, path, results, selected, store, epochs, training, rebalancing)
 
 
 def read_heads(path: Path) -> tuple[list[Row], np.ndarray, np.ndarray]:
     """(method, loss, lam, seed of each linear head; weight (H, C, D); bias (H, C)). DataError if it is missing or other."""
     linear = [(what, head) for what, head in read_scorers(path) if isinstance(head, Linear)]
     return [what for what, _ in linear], np.stack([h.weight for _, h in linear]), np.stack([h.bias for _, h in linear])
-
-
-def _json_lines(lines: Iterable[str]) -> list[Row]:
-    """The whole lines; a last one torn by a kill is left out."""
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
-def _json_or_empty(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.longtail import GROUPS, group_index
+from pipeline.results.documents import HeadEntry, checked
 from pipeline.results.head_id import HeadId
 from pipeline.seeds import derive
 
@@ -87,7 +88,8 @@ def read_hits(path: Path) -> Hits:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            heads, labels = json.loads((file.metadata() or {})["heads"]), file.get_tensor("labels")
+            entries, labels = json.loads((file.metadata() or {})["heads"]), file.get_tensor("labels")
+            heads = checked(path, entries, list[HeadEntry], "run `pipeline rebalance` again")
             hit = np.unpackbits(file.get_tensor("hit"), axis=1, count=len(labels)).astype(bool)
             return Hits(heads, hit, labels, file.get_tensor("counts"))
     except (OSError, SafetensorError, KeyError, ValueError) as error:

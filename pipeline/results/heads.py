@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.results.documents import HeadEntry, checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,7 +141,10 @@ def read_scorers(path: Path) -> list[tuple[dict[str, Any], Scorer]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            linear, gated = json.loads(metadata["heads"]), json.loads(metadata.get("gated", "[]"))
+            linear, gated = (
+                checked(path, json.loads(text), list[HeadEntry], "run `pipeline rebalance` again")
+                for text in (metadata["heads"], metadata.get("gated", "[]"))
+            )
             weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
             found: list[tuple[dict[str, Any], Scorer]] = [
                 (what, Linear(w, b)) for what, w, b in zip(linear, weight, bias, strict=True)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from pipeline.deploy.export import export_model
 from pipeline.deploy.predict import predict
-from pipeline.report.study import read_results, read_study
+from pipeline.report.study import read_study
+from pipeline.results.documents import read_results
 from tests.small_run import digits_run
 
 

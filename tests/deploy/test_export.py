@@ -19,7 +19,8 @@ from pipeline.deploy.run_head import rebalanced_head, requested_head
 from pipeline.errors import ConfigError, DataError
 from pipeline.rebalance import rebalance
 from pipeline.report import write_report
-from pipeline.report.study import read_heads, read_results, read_study
+from pipeline.report.study import read_heads, read_study
+from pipeline.results.documents import read_results
 from pipeline.results.head_id import HeadId
 from tests.small_run import COUNTS, digits_run, made_store
 

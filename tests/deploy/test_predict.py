@@ -20,7 +20,8 @@ from pipeline.deploy.inference_model import load_model
 from pipeline.deploy.predict import find_images, label, predict
 from pipeline.deploy.prediction import ChangedAnswers, Guess, Prediction, csv_lines, json_lines, table_lines
 from pipeline.errors import ConfigError, DataError
-from pipeline.report.study import read_heads, read_results
+from pipeline.report.study import read_heads
+from pipeline.results.documents import read_results
 from tests.conftest import digits_tree
 from tests.small_run import digits_run
 

@@ -158,7 +158,7 @@ def test_an_ablation_is_a_page_and_a_section_of_its_run(ablations, tmp_path):
     shutil.copytree(ablations / "ablations", run / "ablations")
     assert "Ablation mine" in text_of(write_report(run))
     (run / "ablations" / "mine" / "ablation.json").write_text('{"rows": []}')
-    with pytest.raises(DataError, match=r"ablation\.json: not a readable ablation \(no against, heads, name\)"):
+    with pytest.raises(DataError, match=r"ablation\.json: name: field required"):
         write_report(run)
 
 

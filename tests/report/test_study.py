@@ -107,7 +107,7 @@ def damage(folder, what):
     [
         ("store", "feature store"),
         ("json", "not a readable"),
-        ("keys", "no baseline"),
+        ("keys", "baseline: field required"),
         ("all", "run `pipeline rebalance"),
     ],
 )

@@ -1,0 +1,237 @@
+"""The shape of every JSON document and of the metadata of every safetensors file, checked when one is read."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from pipeline.errors import DataError
+from pipeline.method_names import RENAMED
+from pipeline.paths import read_document
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Shape(BaseModel):
+    """Fields that readers rely on; a document may hold others."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, defer_build=True)
+
+
+class HeadShape(Shape):
+    method: str
+    loss: str | None = None
+    lam: Number | None = None
+
+
+class HeadEntry(HeadShape):
+    """An entry of heads.safetensors or test_hits.safetensors."""
+
+    seed: int | None = None
+
+
+class MeasuredShape(Shape):
+    """Percentages; None for an empty group."""
+
+    all: Number | None = None
+    many: Number | None = None
+    medium: Number | None = None
+    few: Number | None = None
+    ece: Number | None = None
+
+
+class RowShape(HeadShape, MeasuredShape):
+    seed: int | None = None
+    split: str
+
+
+class SelectedShape(HeadShape, MeasuredShape):
+    chosen_on: str | None = None
+    n: int
+
+
+class TunedShape(HeadShape):
+    parameters: dict[str, Any]
+    trials: int
+    score: Number | None
+    border: list[str]
+
+
+class ResultsShape(Shape):
+    """results.json"""
+
+    store: str | list[str]
+    baseline: MeasuredShape
+    selected: SelectedShape
+    results: list[RowShape]
+    candidates: list[HeadShape] = []
+    within_one_se: list[HeadShape] = []
+    chosen: list[TunedShape] = []
+    notes: list[str] = []
+
+
+class ChoiceShape(Shape):
+    """selection.json of a run"""
+
+    selected: HeadShape
+    score: Number | None = None
+    standard_error: Number | None = None
+    within_one_se: list[HeadShape]
+
+
+class VariantChoice(HeadShape):
+    """An entry of the selection.json of an ablation."""
+
+    name: str
+    score: Number | None = None
+    standard_error: Number | None = None
+    within_one_se: list[HeadShape]
+
+
+class VariantShape(HeadShape, MeasuredShape):
+    name: str
+    n: int
+    chosen_on: str | None
+    paper: dict[str, Number]
+    less_alone: dict[str, dict[str, Number] | None] | None
+
+
+class VariantRow(RowShape):
+    variant: str
+
+
+class AblationShape(Shape):
+    """ablation.json"""
+
+    name: str
+    store: str
+    against: str | None
+    bootstrap: dict[str, Any]
+    rows: Annotated[list[VariantShape], Field(min_length=1)]
+    heads: list[VariantRow]
+
+
+class SweepShape(Shape):
+    """tries.json"""
+
+    seeds: list[int]
+    tries: list[dict[str, Any]]
+    selected: dict[str, Any]
+    notes: list[str]
+
+
+class RunShape(Shape):
+    """run.json"""
+
+    argv: list[str]
+    config: dict[str, Any] | None = None
+    stages: dict[str, Any] = {}
+
+
+class ExportShape(Shape):
+    """config.json of an exported model"""
+
+    architecture: str
+    weights: str
+    num_classes: int
+    class_names: list[str]
+    counts: list[int]
+    head: HeadShape
+    transform: dict[str, Any]
+
+
+class EpochShape(Shape):
+    """A line of metrics.jsonl"""
+
+    epoch: int
+    loss: Number
+    train_accuracy: Number | None = None
+    val_accuracy: Number | None = None
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON document in a file; DataError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable JSON file ({error})") from error
+
+
+def checked(path: Path, document: Any, shape: Any, advice: str) -> Any:
+    """Return the document, with methods of format 0.1 under their names of today.
+
+    Arguments:
+        shape: a subclass of Shape, or a type made of them such as list[HeadEntry].
+        advice: the command to type next.
+    Raises: DataError: the file and the field that is missing or wrong.
+    """
+    try:
+        TypeAdapter(shape).validate_python(document)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(map(str, problem["loc"])) or "the document"
+        raise DataError(f"{path}: {field}: {problem['msg'][0].lower()}{problem['msg'][1:]}; {advice}") from error
+    return _renamed(document)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return the document that `pipeline rebalance` wrote; DataError where it is damaged or something else."""
+    again = "run `pipeline rebalance` again"
+    document = checked(path, read_json(path), ResultsShape, again)
+    return read_document(document, path.parent)
+
+
+def read_ablation(path: Path) -> dict[str, Any]:
+    """Return the document of an ablation; DataError where it is damaged or something else."""
+    document = checked(path, read_json(path), AblationShape, "run `pipeline rebalance --config` again")
+    return read_document(document, path.parent)
+
+
+def read_choice(path: Path) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return selection.json of a run, or of an ablation, which has an entry for each variant."""
+    return checked(path, read_json(path), ChoiceShape | list[VariantChoice], "run `pipeline rebalance` again")
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """Return tries.json; DataError where it is damaged or something else."""
+    return checked(path, read_json(path), SweepShape, "run `pipeline train-backbone --try …` again")
+
+
+def read_export(path: Path) -> dict[str, Any]:
+    """Return config.json of an exported model; DataError where it is damaged or something else."""
+    return checked(path, read_json(path), ExportShape, "run `pipeline export` again")
+
+
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, none where there is no file; a last one that a kill cut off is left out."""
+    if not path.is_file():
+        return []
+    *lines, last = path.read_text(encoding="utf-8").splitlines() or [""]
+    with contextlib.suppress(ValueError):
+        lines += [last] * bool(json.loads(last))
+    try:
+        epochs = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise DataError(f"{path}: a line is not JSON ({error}); train again with --overwrite") from error
+    return checked(path, epochs, list[EpochShape], "train again with --overwrite")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the run.json that says what made the files beside it; empty where there is none or it is damaged."""
+    try:
+        document = read_json(path)
+    except DataError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _renamed(value: Any) -> Any:
+    """Give methods that were renamed since format 0.1 their names of today, wherever a row names one."""
+    if isinstance(value, Mapping):
+        method = value.get("method")
+        row = {key: _renamed(item) if isinstance(item, dict | list) else item for key, item in value.items()}
+        return row | {"method": RENAMED[method]} if isinstance(method, str) and method in RENAMED else row
+    return [_renamed(item) for item in value] if isinstance(value, list) else value
