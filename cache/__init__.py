@@ -6,7 +6,7 @@ zarr makes and writes the files; chunks are read straight into the caller's memo
 torch nor zarr.
 """
 
-from cache.create import Foreseen, Split, create_store, foresee_store
+from cache.create import Foreseen, StoreSplit, create_store, foresee_store
 from cache.files import refuse_unwritable, write_durably
 from cache.layout import CacheError, Chunk, Layout, Otherwise, Unlockable, chunk_rows, owned_chunks
 from cache.locate import is_url, locate
@@ -27,7 +27,7 @@ __all__ = [
     "Layout",
     "Lock",
     "Otherwise",
-    "Split",
+    "StoreSplit",
     "Unlockable",
     "Writer",
     "chunk_rows",

@@ -24,7 +24,7 @@ from cache.writer import Writer
 REMOVING = "removing"  # the state of a store that --overwrite is taking out of a bucket
 
 
-class Split(NamedTuple):
+class StoreSplit(NamedTuple):
     """One split as `create_store` wants it: views V, labels (N,) in [0, C), ids (N,) of the dataset."""
 
     views: int
@@ -35,7 +35,7 @@ class Split(NamedTuple):
 def create_store(
     path: Path | str,
     *,
-    splits: Mapping[str, Split],
+    splits: Mapping[str, StoreSplit],
     width: int,
     dtype: str,
     weight: ArrayLike | None,
@@ -137,7 +137,7 @@ def _foreseen(
 def _wanted(
     path: Path | str,
     *,
-    splits: Mapping[str, Split],
+    splits: Mapping[str, StoreSplit],
     width: int,
     dtype: str,
     weight: ArrayLike | None,
@@ -171,7 +171,7 @@ def _wanted(
 
 
 def _contents(
-    layout: Layout, splits: Mapping[str, Split], weight: ArrayLike | None, bias: ArrayLike | None
+    layout: Layout, splits: Mapping[str, StoreSplit], weight: ArrayLike | None, bias: ArrayLike | None
 ) -> dict[str, NDArray]:
     """Array name → values of everything that is known before the first image is encoded."""
     if (weight is None) != (bias is None):

@@ -208,14 +208,14 @@ def _run_store() -> str:
     """A store written, sealed, verified and read back."""
     import numpy as np
 
-    from cache import Split, create_store, open_cache, verify
+    from cache import StoreSplit, create_store, open_cache, verify
 
     features = np.arange(60, dtype=np.float32).reshape(20, 3)
     labels = np.arange(20) % 2
     head = {"weight": np.eye(2, 3), "bias": np.zeros(2), "class_names": ["a", "b"], "counts": [10, 10]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features.zarr"
-        splits = {"train": Split(1, labels, np.arange(20))}
+        splits = {"train": StoreSplit(1, labels, np.arange(20))}
         made = {"fingerprint": {"doctor": 1}, "provenance": {}}
         with create_store(path, splits=splits, width=3, dtype="float16", rows_per_chunk=8, **head, **made) as writer:  # type: ignore[arg-type]
             for chunk in writer.missing():

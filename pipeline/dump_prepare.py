@@ -263,7 +263,7 @@ def _store_arguments(
     skipped = {} if overwrite else skipped_before(out, dataset)
     return {
         "splits": {
-            name: cache.Split(config.dump.views if name == "train" else 1, split.labels, split.ids)
+            name: cache.StoreSplit(config.dump.views if name == "train" else 1, split.labels, split.ids)
             for name, split in dataset.splits.items()
         },
         "width": head.in_features,

@@ -218,7 +218,9 @@ def _store_arguments(
     }
 
 
-def _checked_split(arrays: Mapping[str, ArrayLike], split: str, classes: int, width: int, origin: str) -> cache.Split:
+def _checked_split(
+    arrays: Mapping[str, ArrayLike], split: str, classes: int, width: int, origin: str
+) -> cache.StoreSplit:
     """Return one split for `cache.create_store`; raise DataError naming the array that does not fit."""
     for kind in ("features", "labels"):
         if f"{split}_{kind}" not in arrays:
@@ -238,7 +240,7 @@ def _checked_split(arrays: Mapping[str, ArrayLike], split: str, classes: int, wi
     ids = np.asarray(arrays.get(f"{split}_index", np.arange(len(labels))))
     if not len(labels) == features.shape[1] == len(ids) or not np.issubdtype(ids.dtype, np.integer):
         raise DataError(f"{origin}: {split} has {features.shape[1]} features, {len(labels)} labels and {len(ids)} ids")
-    return cache.Split(len(features), labels, ids.astype(np.int64))
+    return cache.StoreSplit(len(features), labels, ids.astype(np.int64))
 
 
 def _with_views(features: ArrayLike) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import Split, create_store
+from cache import StoreSplit, create_store
 
 COUNTS = (150, 60, 30, 12, 5)  # all three groups
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -74,7 +74,9 @@ def made_store(
     labels |= {split: np.repeat(np.arange(len(counts)), 12) for split in splits}
     with create_store(
         path,
-        splits={split: Split(views if split == "train" else 1, y, np.arange(len(y))) for split, y in labels.items()},
+        splits={
+            split: StoreSplit(views if split == "train" else 1, y, np.arange(len(y))) for split, y in labels.items()
+        },
         width=8,
         dtype="float16",
         weight=centres * (np.array(counts) ** 0.25)[:, None] / 2,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cache import Split, Writer, chunk_rows, create_store
+from cache import StoreSplit, Writer, chunk_rows, create_store
 from pipeline.backbone.build import build_model, classifier
 from pipeline.backbone.checkpoint import Checkpoint
 from pipeline.backbone.encoder import Encoder, encoding_arithmetic
@@ -154,7 +154,7 @@ def empty_store(path: Path, rows: int, width: int, dtype: str, *, chunks: int = 
     labels = np.arange(rows) % CLASSES
     return create_store(
         path,
-        splits={"train": Split(1, labels, np.arange(rows))},
+        splits={"train": StoreSplit(1, labels, np.arange(rows))},
         width=width,
         dtype=dtype,
         weight=np.zeros((CLASSES, width)),

@@ -137,7 +137,7 @@ class Dataset:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class DataSource:
     """Splits as found: `train` is the pool that a subset and missing splits are drawn from."""
 
     class_names: tuple[str, ...]

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.config import DataConfig, nearest
 from pipeline.data.arrow import ArrowColumn, ArrowRows, read_table
-from pipeline.data.dataset import Source, Split, check_labels, listed_names
+from pipeline.data.dataset import DataSource, Split, check_labels, listed_names
 from pipeline.errors import ConfigError, DataError
 
 SPLITS = {"train": ("train", "training"), "val": ("validation", "val", "valid", "dev"), "test": ("test", "testing")}
@@ -27,7 +27,7 @@ class Rows:
     features: Mapping[str, Any]
 
 
-def huggingface(config: DataConfig) -> Source:
+def huggingface(config: DataConfig) -> DataSource:
     """The data set at data.path or, named data.hub, on the Hub; what is no Arrow file becomes one in the library's cache.
 
     Columns of images and labels are found by their types or named by data.image_column and data.label_column. No image is
@@ -60,7 +60,7 @@ def huggingface(config: DataConfig) -> Source:
         reader = ArrowColumn(found[name].files, image, f"{origin}, {name}", root if root.is_dir() else root.parent)
         rows = np.arange(len(labels))
         splits[s] = Split(labels=labels, ids=rows, stored=ArrowRows(reader, rows))
-    return Source(class_names=classes, train=splits["train"], val=splits.get("val"), test=splits.get("test"))
+    return DataSource(class_names=classes, train=splits["train"], val=splits.get("val"), test=splits.get("test"))
 
 
 def choose_splits(there: tuple[str, ...], asked: Mapping[str, str | None], origin: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.dataset import Source, Split, check_labels, listed_names
+from pipeline.data.dataset import DataSource, Split, check_labels, listed_names
 from pipeline.data.files import FileNames
 from pipeline.data.images import EXTENSIONS
 from pipeline.errors import DataError
@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
-def digits(config: DataConfig) -> Source:
+def digits(config: DataConfig) -> DataSource:
     """scikit-learn's 1,797 handwritten digits, 8×8 grey: 40 test and 20 validation images a class, the rest a pool."""
     from sklearn.datasets import load_digits
 
@@ -33,10 +33,10 @@ def digits(config: DataConfig) -> Source:
         for name, rows in zip(parts, np.split(order, [40, 60]), strict=True):
             parts[name].append(rows)
     train, val, test = (_rows(images, labels, np.concatenate(parts[name])) for name in ("train", "val", "test"))
-    return Source(class_names=tuple("0123456789"), train=train, val=val, test=test)
+    return DataSource(class_names=tuple("0123456789"), train=train, val=val, test=test)
 
 
-def cifar(config: DataConfig) -> Source:
+def cifar(config: DataConfig) -> DataSource:
     """CIFAR-10 or CIFAR-100 from torchvision's files under data.path (default ./data), downloaded when asked."""
     from torchvision import datasets
 
@@ -55,10 +55,10 @@ def cifar(config: DataConfig) -> Source:
             f"{config.source}: the download into {root} failed ({error}); fetch the files by hand and set data.path"
         ) from error
     every = [_rows(s.data, np.array(s.targets, dtype=np.int64), np.arange(len(s.data))) for s in (train, test)]
-    return Source(class_names=tuple(train.classes), train=every[0], test=every[1])
+    return DataSource(class_names=tuple(train.classes), train=every[0], test=every[1])
 
 
-def npz(config: DataConfig) -> Source:
+def npz(config: DataConfig) -> DataSource:
     """Arrays in one .npz: train_images, train_labels, optional val_*, test_*, class_names; or images, labels.
 
     Images uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W). `train_index` and the like become the ids where present.
@@ -107,10 +107,10 @@ def npz(config: DataConfig) -> Source:
     }
     if len(shapes) > 1:
         raise DataError(f"{path}: splits differ in image size: {sorted(shapes)}; save them at one size")
-    return Source(class_names=names, train=train, val=split("val_"), test=split("test_"))
+    return DataSource(class_names=names, train=train, val=split("val_"), test=split("test_"))
 
 
-def folder(config: DataConfig) -> Source:
+def folder(config: DataConfig) -> DataSource:
     """PATH/train/CLASS/*.jpg and the like, with optional val and test; or PATH/CLASS/*.jpg, to be split."""
     root = _required(config.path)
     if not root.is_dir():
@@ -128,10 +128,12 @@ def folder(config: DataConfig) -> Source:
     notes: list[str] = []
     splits = {s: _class_folders(root, place, names, notes) if place else None for s, place in places.items()}
     assert splits["train"] is not None
-    return Source(class_names=names, train=splits["train"], val=splits["val"], test=splits["test"], notes=tuple(notes))
+    return DataSource(
+        class_names=names, train=splits["train"], val=splits["val"], test=splits["test"], notes=tuple(notes)
+    )
 
 
-def image_list(config: DataConfig) -> Source:
+def image_list(config: DataConfig) -> DataSource:
     """Lines `relative/path label` (ImageNet-LT, iNaturalist2018, Places-LT), paths relative to data.path or the list's folder."""
     lists = {"train": config.train_list, "val": config.val_list, "test": config.test_list}
     found = {
@@ -143,7 +145,7 @@ def image_list(config: DataConfig) -> Source:
         names = listed_names(config.class_names)
     for s, split in found.items():
         check_labels(split.labels, len(names), str(lists[s]))
-    return Source(class_names=names, train=found["train"], val=found.get("val"), test=found.get("test"))
+    return DataSource(class_names=names, train=found["train"], val=found.get("val"), test=found.get("test"))
 
 
 def as_rgb(images: np.ndarray, origin: str) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from cache import Cache, CacheError, open_cache
 from pipeline.config import RebalanceConfig
 from pipeline.errors import DataError
-from pipeline.rebalance.engine.features import Features, Split, check_finite, check_head_and_labels
+from pipeline.rebalance.engine.features import Features, FeatureSplit, check_finite, check_head_and_labels
 from pipeline.rebalance.engine.streamed import StreamedViews
 
 
@@ -56,9 +56,9 @@ class Loaded:
     store: Cache
     features: Features
     views: StoredViews | StreamedViews
-    val: Split | None
+    val: FeatureSplit | None
 
-    def test(self) -> Split:
+    def test(self) -> FeatureSplit:
         return read_split(self.store, "test")
 
 
@@ -108,11 +108,11 @@ def view_bytes(store: Cache) -> int:
     return store.rows("train") * store.width * (2 if store.dtype == "float16" else 4)
 
 
-def read_split(store: Cache, name: str) -> Split:
+def read_split(store: Cache, name: str) -> FeatureSplit:
     """Return the clean features and labels of a split; raise DataError where they are damaged, not finite or empty."""
     refuse_empty(store, name)
     try:
-        split = Split(_read(store, name, 0), _labels(store, name))
+        split = FeatureSplit(_read(store, name, 0), _labels(store, name))
     except CacheError as error:
         raise DataError(str(error)) from error
     check_finite(split.features, f"{store.path}: {name} features")

@@ -12,7 +12,7 @@ from pipeline.distributed import Ranks
 from pipeline.errors import PipelineError
 from pipeline.metrics import Scores, scores_of
 from pipeline.rebalance.candidates import ENGINE, head_of, is_trained, schedule_of
-from pipeline.rebalance.engine.features import Features, Split
+from pipeline.rebalance.engine.features import Features, FeatureSplit
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.folds import stratified_folds
 from pipeline.rebalance.methods import RIVALS, Free
@@ -39,7 +39,7 @@ class Sweep:
     """
 
     features: Features
-    val: Split | None
+    val: FeatureSplit | None
     config: RebalanceConfig
     ranks: Ranks
     folds: bool
@@ -189,7 +189,7 @@ class Sweep:
         }
 
 
-def score(fitted: Fitted, split: Split, counts: np.ndarray, device: torch.device) -> Scored:
+def score(fitted: Fitted, split: FeatureSplit, counts: np.ndarray, device: torch.device) -> Scored:
     """Scores of every head on a split."""
     inputs = _inputs(split.features, device)
     return {key: scores_of(*predict(head, inputs), split.labels, counts) for key, head in fitted.items()}

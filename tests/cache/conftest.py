@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import Split, Writer, create_store
+from cache import StoreSplit, Writer, create_store
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Small:
     def create(self, **other) -> Writer:
         given = {
             "splits": {
-                "train": Split(3, self.labels, np.arange(100, 123)),
-                "val": Split(1, np.zeros(7, int), np.arange(7)),
-                "test": Split(1, [], []),
+                "train": StoreSplit(3, self.labels, np.arange(100, 123)),
+                "val": StoreSplit(1, np.zeros(7, int), np.arange(7)),
+                "test": StoreSplit(1, [], []),
             },
             "width": 5,
             "dtype": self.dtype,

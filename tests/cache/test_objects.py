@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import CacheError, Split, locate, objects, open_cache, open_writer, verify
+from cache import CacheError, StoreSplit, locate, objects, open_cache, open_writer, verify
 from cache.lease import Lease
 from cache.objects import Objects
 from tests.cache.conftest import Small
@@ -336,7 +336,7 @@ def test_a_large_chunk_is_one_request(moto_bucket, monkeypatch):
     with network.open() as watched:
         for name, value in watched.environment.items():
             monkeypatch.setenv(name, value)
-        split = Split(1, np.zeros(3300, int), np.arange(3300))
+        split = StoreSplit(1, np.zeros(3300, int), np.arange(3300))
         given = {"splits": {"train": split}, "width": 1024, "weight": np.zeros((3, 1024)), "counts": [3300, 0, 0]}
         with Small(moto_bucket.url("large")).create(**given, rows_per_chunk=9999) as writer:
             (chunk,) = writer.missing()

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from cache import CacheError, Split, create_store, export, open_cache, verify
+from cache import CacheError, StoreSplit, create_store, export, open_cache, verify
 
 DOCS = Path(__file__).parents[2] / "docs" / "cache.md"
 
@@ -154,7 +154,7 @@ print(resident("VmHWM") - before)
 def test_an_export_takes_the_memory_of_a_few_chunks(tmp_path, format):
     rows, width = 65_536, 1024
     head = {"weight": np.zeros((1, width)), "bias": [0], "class_names": ["a"], "counts": [rows]}
-    splits = {"train": Split(1, np.zeros(rows, int), np.arange(rows))}
+    splits = {"train": StoreSplit(1, np.zeros(rows, int), np.arange(rows))}
     with create_store(
         tmp_path / "f.zarr", splits=splits, width=width, dtype="float16", fingerprint={}, provenance={}, **head
     ) as writer:

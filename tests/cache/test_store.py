@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import CacheError, Split, create_store, open_cache, open_writer, verify
+from cache import CacheError, StoreSplit, create_store, open_cache, open_writer, verify
 from cache.numbers import decode, encode
 
 
@@ -126,7 +126,7 @@ def test_numbers_the_store_cannot_hold_are_refused(small, dtype, value, message)
 
 def test_a_chunk_of_nothing_but_the_fill_value_is_written_too(small):
     ids = np.full(23, -1)
-    with small.create(splits={"train": Split(1, small.labels, ids), "test": Split(1, [], [])}) as writer:
+    with small.create(splits={"train": StoreSplit(1, small.labels, ids), "test": StoreSplit(1, [], [])}) as writer:
         small.fill(writer)
         writer.seal()
     np.testing.assert_array_equal(open_cache(small.path).ids("train"), ids)

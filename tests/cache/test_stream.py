@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from cache import CacheError, Split, create_store, open_cache, stream_order, verify
+from cache import CacheError, StoreSplit, create_store, open_cache, stream_order, verify
 from cache.stream import SLOT
 
 ENOUGH = 1 << 20
@@ -185,7 +185,7 @@ def test_memory_stays_within_what_is_given(tmp_path, dtype):
     """Of a view four times as large; 8 MiB more for the threads, the allocator and what a first call imports."""
     rows, width = 60_000, 512 if dtype == "float32" else 1024
     head = {"weight": np.zeros((1, width)), "bias": [0], "class_names": ["a"], "counts": [rows]}
-    splits = {"train": Split(1, np.zeros(rows, int), np.arange(rows))}
+    splits = {"train": StoreSplit(1, np.zeros(rows, int), np.arange(rows))}
     made = {"splits": splits, "fingerprint": {}, "provenance": {}, "rows_per_chunk": 1024}
     with create_store(tmp_path / "f.zarr", width=width, dtype=dtype, **head, **made) as writer:
         for chunk in writer.missing():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from cache import Split, create_store, open_cache
+from cache import StoreSplit, create_store, open_cache
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import ranks
 from pipeline.longtail import class_groups
@@ -58,7 +58,7 @@ def made_store(path: Path) -> Path:
     labels = {split: arrays[f"{split}_labels"].astype(np.int64) for split in ("train", "val", "test")}
     with create_store(
         path,
-        splits={split: Split(1, y, np.arange(len(y))) for split, y in labels.items()},
+        splits={split: StoreSplit(1, y, np.arange(len(y))) for split, y in labels.items()},
         width=arrays["weight"].shape[1],
         dtype="float16",
         weight=arrays["weight"],

@@ -214,7 +214,7 @@ def store_with(path, *, labels, counts):
     of = {"train": (2, labels), "val": (1, np.arange(5)), "test": (1, np.arange(5))}
     return cache.create_store(
         path,
-        splits={name: cache.Split(views, y, np.arange(len(y))) for name, (views, y) in of.items()},
+        splits={name: cache.StoreSplit(views, y, np.arange(len(y))) for name, (views, y) in of.items()},
         width=8,
         dtype="float16",
         weight=np.eye(5, 8),

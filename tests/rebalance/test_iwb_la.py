@@ -5,7 +5,7 @@ import numpy as np
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks, choose_device
 from pipeline.rebalance.candidates import head_of, is_trained, schedule_of
-from pipeline.rebalance.engine.features import Features, Split
+from pipeline.rebalance.engine.features import Features, FeatureSplit
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.formulation import penalty
 from pipeline.rebalance.methods.iwb_la import with_means
@@ -54,7 +54,7 @@ def test_it_is_tuned_with_as_many_trials_as_others_and_finds_the_small_classes()
     assert is_comparison(config)
     other = features(2)
     sweep = Sweep(
-        features(1), Split(other.views[0], other.labels), config, Ranks(0, 1, choose_device("cpu")), folds=False
+        features(1), FeatureSplit(other.views[0], other.labels), config, Ranks(0, 1, choose_device("cpu")), folds=False
     )
     tried, best = [], None
     while new := next_trials("iwb-la", config, tried, best):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from cache import Split, create_store
+from cache import StoreSplit, create_store
 from pipeline.config import RebalanceConfig
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.engine.features import Features
@@ -83,8 +83,8 @@ def sealed(path: Path) -> Path:
     """A store of the same features with a validation and a test split."""
     known, random = features(), np.random.default_rng(1)
     held = {name: np.repeat(np.arange(5), 6) for name in ("val", "test")}
-    splits = {"train": Split(3, known.labels, np.arange(len(known.labels)))}
-    splits |= {name: Split(1, labels, np.arange(len(labels))) for name, labels in held.items()}
+    splits = {"train": StoreSplit(3, known.labels, np.arange(len(known.labels)))}
+    splits |= {name: StoreSplit(1, labels, np.arange(len(labels))) for name, labels in held.items()}
     head = {"weight": known.weight, "bias": known.bias, "class_names": list("abcde"), "counts": COUNTS}
     with create_store(path, splits=splits, width=6, dtype="float32", fingerprint={}, provenance={}, **head) as writer:
         for chunk in writer.missing():

@@ -50,7 +50,7 @@ def read_csv(path):
 
 
 def write_arrays(path, data, weight, bias, counts=COUNTS, **facts):
-    splits = {name: cache.Split(len(f), labels, np.arange(len(labels))) for name, (f, labels) in data.items()}
+    splits = {name: cache.StoreSplit(len(f), labels, np.arange(len(labels))) for name, (f, labels) in data.items()}
     names = [f"class {c}" for c in range(len(weight))]
     facts = {
         "fingerprint": {"network": "tiny"},

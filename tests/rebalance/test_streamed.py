@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache import Split, create_store, open_cache
+from cache import StoreSplit, create_store, open_cache
 from pipeline.config import RebalanceConfig, parse_bytes
 from pipeline.errors import DataError
 from pipeline.rebalance.engine.c_backend import instruction_sets
@@ -21,7 +21,7 @@ def sealed(path, absent=()):
     """A store of chunks of ten rows, each holding its own number and view; absent: rows without features."""
     labels = np.arange(ROWS) % 4
     head = {"weight": np.ones((4, WIDTH)), "bias": np.zeros(4), "class_names": list("abcd")}
-    splits = {"train": Split(VIEWS, labels, np.arange(ROWS)), "test": Split(1, [0], [0])}
+    splits = {"train": StoreSplit(VIEWS, labels, np.arange(ROWS)), "test": StoreSplit(1, [0], [0])}
     made = {"counts": np.bincount(labels), "fingerprint": {}, "provenance": {}, "rows_per_chunk": 10}
     with create_store(path, splits=splits, width=WIDTH, dtype="float16", **head, **made) as writer:
         for chunk in writer.missing():
@@ -115,7 +115,7 @@ def test_a_number_that_is_not_finite_is_named(store, tmp_path):
     labels = np.zeros(4, int)
     made = {"counts": [4], "class_names": ["a"], "fingerprint": {}, "provenance": {}, "rows_per_chunk": 1}
     head = {"weight": np.ones((1, 1)), "bias": [0]}
-    splits = {"train": Split(1, labels, labels)}
+    splits = {"train": StoreSplit(1, labels, labels)}
     with create_store(tmp_path / "f.zarr", splits=splits, width=1, dtype="float16", **head, **made) as writer:
         for chunk in writer.missing():
             writer.write(chunk, np.ones((1, 1), np.float32))

@@ -19,7 +19,7 @@ class Views(Protocol):
 
 
 @dataclass(frozen=True)
-class Split:
+class FeatureSplit:
     """Features (M, D) of the evaluation transform with their labels (M,)."""
 
     features: np.ndarray
