@@ -57,7 +57,7 @@ def settings_of(method: str, config: RebalanceConfig) -> list[HeadId]:
         return [HeadId(method, config.loss, lam) for lam in sorted(lams, key=lambda lam: lam != middle)]
     if method == "iwb-la":
         return [HeadId(method, "la", lam, values=(("means", share),)) for lam, share in TRIALS]
-    return [HeadId(method, values=tuple(own.items())) for own in RIVALS[method].own]
+    return [HeadId(method, values=tuple(values.items())) for values in RIVALS[method].grid]
 
 
 def centre_of(method: str, config: RebalanceConfig) -> float:

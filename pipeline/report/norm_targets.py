@@ -106,10 +106,10 @@ def maxnorm(backbone: Backbone) -> Other | None:
     assert rule.lr is not None
     features = Features([train.features], train.labels, backbone.store.counts, *backbone.store.classifier)
     schedule = Schedule(epochs=EPOCHS, lr=rule.lr, batch_size=rule.batch, augmented=False)
-    [[head]] = fit(rule, [Trial(rule.lr, rule.own[0])], features, seeds=(0,), schedule=schedule)
+    [[head]] = fit(rule, [Trial(rule.lr, rule.grid[0])], features, seeds=(0,), schedule=schedule)
     told = (
         f"MaxNorm: fitted for this picture on the clean view at the literature's settings (weight decay "
-        f"{rule.own[0]['weight_decay']:g}, learning rate {rule.lr:g}, batches of {rule.batch}, {EPOCHS} epochs, class-balanced "
+        f"{rule.grid[0]['weight_decay']:g}, learning rate {rule.lr:g}, batches of {rule.batch}, {EPOCHS} epochs, class-balanced "
         "loss, one batch order): not tuned, and in no table."
     )
     return Other("MaxNorm (fitted for this picture)", np.linalg.norm(head.arrays[0].astype(np.float64), axis=1), told)

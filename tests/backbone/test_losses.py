@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.longtail import class_balanced_weights, inverse_prior_weights, ldam_margins
 from pipeline.rebalance.engine.objective import classification_loss
 from pipeline.rebalance.methods import losses
-from pipeline.rebalance.methods.api import Given
+from pipeline.rebalance.methods.api import Stage1
 
 CPU = torch.device("cpu")
 COUNTS = np.array([80, 15, 5])
@@ -91,7 +91,7 @@ def test_stage_2_computes_the_same(loss):
     made = objective(loss, drw_start=0)
     found = made.terms(z, y, epoch=0).sum() / made.denominator(y.numpy(), epoch=0)
     sizes = torch.tensor(COUNTS, dtype=torch.float64)
-    given = Given(sizes, torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    given = Stage1(sizes, torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
     ldam = losses.ldam(z / SCALE, y, ldam_margins(given.counts, 0.5), SCALE)
     v = class_balanced_weights(sizes)[y]
     rho = inverse_prior_weights(given.counts, 1.2)[y]

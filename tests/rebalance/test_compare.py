@@ -65,7 +65,7 @@ def test_trials_are_as_many_for_all_and_never_of_the_test_split(run):
     for method in METHODS:
         mine = of(result.trials, method=method)
         if method in FREE_NAMES:
-            assert len(mine) == len(RIVALS[method].own)
+            assert len(mine) == len(RIVALS[method].grid)
         elif method != "baseline":
             assert len(mine) == 4
             assert all(t["parameters"]["lr"] for t in mine)

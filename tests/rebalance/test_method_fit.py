@@ -13,7 +13,7 @@ from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Schedule
 from pipeline.rebalance.engine.streamed import StreamedViews
 from pipeline.rebalance.methods import RIVALS, TRAINED, Free
-from pipeline.rebalance.methods.fit import Trial, bytes_of_one, class_balanced_order, fit, given_of, passes, solve
+from pipeline.rebalance.methods.fit import Trial, bytes_of_one, class_balanced_order, fit, passes, solve, stage1_of
 from pipeline.rebalance.methods.trained import deferred_weight
 from pipeline.results.heads import Gated, Linear, predict
 from pipeline.seeds import derive
@@ -219,7 +219,7 @@ def test_the_documented_example_of_a_new_method_works():
     names: dict = {}
     exec(example, names)
     rule = names["SOFT_MARGIN"]
-    [[head]] = fit(rule, [Trial(0.3, rule.own[1])], FEATURES, seeds=(7,), schedule=ONE, dtype=torch.float64)
+    [[head]] = fit(rule, [Trial(0.3, rule.grid[1])], FEATURES, seeds=(7,), schedule=ONE, dtype=torch.float64)
     x, y = FEATURES.views[0], FEATURES.labels
 
     def loss(p):
@@ -230,7 +230,7 @@ def test_the_documented_example_of_a_new_method_works():
 
 
 def test_deferred_weights_begin_late_in_each_trial_at_its_own_time():
-    given = given_of(FEATURES, torch.device("cpu"), torch.float64)
+    given = stage1_of(FEATURES, torch.device("cpu"), torch.float64)
     own = {"defer": torch.tensor([[0.5], [0.8]], dtype=torch.float64)}
     found = deferred_weight(given, own, 0.6)
     np.testing.assert_allclose(found[0], CB * 3 / CB.sum(), rtol=1e-6)
@@ -239,10 +239,10 @@ def test_deferred_weights_begin_late_in_each_trial_at_its_own_time():
 
 @pytest.mark.parametrize("rule", TRAINED, ids=lambda rule: rule.name)
 def test_fitted_together_or_alone_a_trial_is_the_same(rule):
-    trials = [Trial(lr, own) for own in rule.own for lr in (0.01, 0.1)]
+    trials = [Trial(lr, own) for own in rule.grid for lr in (0.01, 0.1)]
     schedule = Schedule(epochs=3, batch_size=4)
     together = fit(rule, trials, FEATURES, seeds=(0, 3), schedule=schedule, dtype=torch.float64)
-    given = given_of(FEATURES, torch.device("cpu"), torch.float64)
+    given = stage1_of(FEATURES, torch.device("cpu"), torch.float64)
     little = bytes_of_one(rule, given, 4)
     split = fit(rule, trials, FEATURES, seeds=(0, 3), schedule=schedule, dtype=torch.float64, memory_bytes=little)
     for t, trial in enumerate(trials):
@@ -269,7 +269,7 @@ def test_cores_share_large_operations_alone_and_are_given_back(shared, cores, mo
 
 
 def test_what_does_not_fit_is_split_and_what_cannot_fit_is_said():
-    given = given_of(FEATURES, torch.device("cpu"), torch.float32)
+    given = stage1_of(FEATURES, torch.device("cpu"), torch.float32)
     rule, trials = RIVALS["grw"], [Trial(0.1, {"rho": 1.0})] * 5
     one = bytes_of_one(rule, given, 8)
     assert passes(rule, trials, given, (0, 1), 8, 100 * one) == [([0, 1, 2, 3, 4], (0, 1))]
@@ -318,7 +318,7 @@ def test_only_the_rows_given_are_seen():
         view[[0, 9]] = np.nan
     for name in ("crt", "ldam-drw", "balanced-softmax"):
         rule = RIVALS[name]
-        [[head]] = fit(rule, [Trial(0.1, rule.own[0])], spoiled, seeds=(0,), schedule=Schedule(epochs=2), rows=rows)
+        [[head]] = fit(rule, [Trial(0.1, rule.grid[0])], spoiled, seeds=(0,), schedule=Schedule(epochs=2), rows=rows)
         assert np.isfinite(head.weight).all()
     assert np.isfinite(solve(RIVALS["ncm"], [{}], spoiled, rows=rows)[0].weight).all()
 
@@ -350,9 +350,9 @@ def test_small_classes_gain(long_tail, name):
     features, x, y = long_tail
     rule = RIVALS[name]
     if isinstance(rule, Free):
-        heads = solve(rule, rule.own, features)
+        heads = solve(rule, rule.grid, features)
     else:
-        trials = [Trial(lr, own) for own in rule.own for lr in (0.001, 0.01, 0.1)]
+        trials = [Trial(lr, own) for own in rule.grid for lr in (0.001, 0.01, 0.1)]
         schedule = Schedule(epochs=10, batch_size=32)
         heads = [h for of in fit(rule, trials, features, seeds=(0,), schedule=schedule) for h in of]
     before = scores_of(*predict(Linear(features.weight, features.bias), x), y, features.counts).summary
@@ -368,4 +368,4 @@ def test_a_view_that_memory_cannot_hold_is_refused_with_what_to_set(tmp_path, na
     features = Features(views, store.labels("train"), store.counts, *store.classifier)
     rule = RIVALS[name]
     with pytest.raises(DataError, match=r"features\.zarr: .* rows of features at once .* --set rebalance\.memory="):
-        fit(rule, [Trial(0.1, rule.own[0])], features, seeds=(0,), schedule=ONE)
+        fit(rule, [Trial(0.1, rule.grid[0])], features, seeds=(0,), schedule=ONE)

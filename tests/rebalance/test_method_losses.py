@@ -8,11 +8,11 @@ import torch
 
 from pipeline.longtail import inverse_prior_weights, ldam_margins
 from pipeline.rebalance.methods import losses
-from pipeline.rebalance.methods.api import Given
+from pipeline.rebalance.methods.api import Stage1
 from pipeline.rebalance.methods.training_free import iif, logit_adjust, nearest_mean, tau_norm
 
 COUNTS = torch.tensor([80.0, 15.0, 5.0], dtype=torch.float64)
-GIVEN = Given(
+GIVEN = Stage1(
     COUNTS,
     torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]], dtype=torch.float64),
     torch.tensor([0.5, 0.0, -0.5], dtype=torch.float64),

@@ -19,7 +19,7 @@ from pipeline.rebalance.methods import Free
 def scaled(given, samples, own):
     return given.weight * own["factor"], given.bias
 
-METHOD = Free("scaled", scaled, own=({"factor": 1.0}, {"factor": 2.0}, {"factor": 50.0}))
+METHOD = Free("scaled", scaled, grid=({"factor": 1.0}, {"factor": 2.0}, {"factor": 50.0}))
 """
 
 

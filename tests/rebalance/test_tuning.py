@@ -60,7 +60,7 @@ def test_everything_trained_has_as_many_trials(method, trials, wanted):
 
 @pytest.mark.parametrize("rule", TRAINED, ids=lambda rule: rule.name)
 def test_the_literature_setting_is_among_the_trials(rule):
-    literature = HeadId(rule.name, None, None, rule.lr or 0.04, tuple(rule.own[0].items()))
+    literature = HeadId(rule.name, None, None, rule.lr or 0.04, tuple(rule.grid[0].items()))
     assert literature in next_trials(rule.name, RebalanceConfig(batch_size=rule.batch, lr=0.04))
     assert next_trials(rule.name, RebalanceConfig(batch_size=rule.batch, lr=0.04, trials=1)) == [literature]
 

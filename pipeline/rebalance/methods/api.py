@@ -1,7 +1,7 @@
-"""What a method is: a few pure functions of tensors, and the settings that are tried.
+"""A method of stage 2: a few pure functions of tensors, and the grid of hyperparameters that is tried.
 
-Parameters carry leading dimensions (S, T): S batch orders, T trials that differ in learning rate and in numbers of their
-own. Such a number is a tensor (T, 1), so that it broadcasts with what is per sample (…, B) and per class (…, C).
+Parameters have leading dimensions (S, T): S batch orders, T trials that differ in learning rate and in numbers of the
+method. Such a number is a tensor (T, 1), so that it broadcasts with values per sample (…, B) and per class (…, C).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,16 +15,21 @@ from torch import Tensor
 from pipeline.longtail import log_prior
 
 Params = dict[str, Tensor]
-Own = Mapping[str, Any]
-Head = tuple[Tensor, ...]  # weight (…, C, D), bias (…, C); of a gated head two of each, and its gate (…, D+1)
+Values = Mapping[str, Any]  # hyperparameters of one trial by name
+HeadTensors = tuple[Tensor, ...]  # weight (…, C, D), bias (…, C); of a gated head two of each, and its gate (…, D+1)
 Samples = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 Sampling = Literal["instance", "class-balanced"]
 
 
 @dataclass(frozen=True)
-class Given:
-    """What there is before training: counts (C,) of training images, the stage-1 head weight (C, D) and bias (C,),
-    and length, the mean |x| of the training features.
+class Stage1:
+    """The head and the class sizes that every method starts from.
+
+    Arguments:
+        counts: (C,) training images of each class.
+        weight: (C, D).
+        bias: (C,).
+        length: mean |x| of the training features.
     """
 
     counts: Tensor
@@ -39,22 +44,22 @@ class Given:
 
     @property
     def norms(self) -> Tensor:
-        """|W_c| (C,) of the stage-1 head."""
+        """|W_c| (C,)."""
         return self.weight.norm(dim=1).clamp_min(torch.finfo(self.weight.dtype).tiny)
 
 
-def from_stage_1(given: Given, random: np.random.Generator) -> Params:
-    """Weight and bias of the stage-1 head."""
-    return {"weight": given.weight, "bias": given.bias}
+def from_stage_1(stage1: Stage1, random: np.random.Generator) -> Params:
+    """Return weight and bias of the stage-1 head as the start."""
+    return {"weight": stage1.weight, "bias": stage1.bias}
 
 
-def as_it_is(params: Params, given: Given, own: Own) -> Head:
-    """The trained weight and bias."""
+def trained_layer(params: Params, stage1: Stage1, values: Values) -> HeadTensors:
+    """Return the trained weight and bias as the head."""
     return params["weight"], params["bias"]
 
 
-def unweighted(given: Given, own: Own, progress: float) -> Tensor | None:
-    """Every class counts the same."""
+def unweighted(stage1: Stage1, values: Values, progress: float) -> Tensor | None:
+    """Return None: every class has the same weight."""
     return None
 
 
@@ -62,43 +67,52 @@ def unweighted(given: Given, own: Own, progress: float) -> Tensor | None:
 class Trained:
     """A method with a loss.
 
-    loss(params, x, y, given, own): of every sample (…, B), for x (…, B, D) and y (…, B). head: what is deployed.
-    class_weight(given, own, progress): weights (T, C) or (1, C) that make the batch's loss Σ w_y·l / Σ w_y; progress
-    runs from 0 to 1 over the epochs. project: changes the parameters in place after each step. prior_in_loss: the loss
-    itself makes up for the class sizes.
-
-    own: the values tried. lr at batch: the literature's, on which the grid is centred, scaled in proportion to the batch;
-    None: the configuration's. weight_decay None: the configuration's, or own["weight_decay"].
+    Arguments:
+        loss: loss(params, x, y, stage1, values) of every sample (…, B), for x (…, B, D) and y (…, B).
+        start: start(stage1, random), the parameters before training.
+        head: head(params, stage1, values), the linear or gated layer that is deployed.
+        class_weight: class_weight(stage1, values, progress), weights w (T, C) or (1, C); the loss of a batch is
+            Σ w_y·l / Σ w_y. progress runs from 0 to 1 over the epochs.
+        project: project(params, stage1, values) changes the parameters in place after each step.
+        prior_in_loss: the loss itself compensates for the class sizes.
+        grid: hyperparameters that are tried, those of the literature first.
+        lr: learning rate of the literature at `batch`, the centre of the learning rates that are tried, scaled in
+            proportion to the batch; None for the configuration's.
+        weight_decay: None for the configuration's, or values["weight_decay"].
     """
 
     name: str
-    loss: Callable[[Params, Tensor, Tensor, Given, Own], Tensor]
-    start: Callable[[Given, np.random.Generator], Params] = from_stage_1
-    head: Callable[[Params, Given, Own], Head] = as_it_is
-    class_weight: Callable[[Given, Own, float], Tensor | None] = unweighted
-    project: Callable[[Params, Given, Own], None] | None = None
+    loss: Callable[[Params, Tensor, Tensor, Stage1, Values], Tensor]
+    start: Callable[[Stage1, np.random.Generator], Params] = from_stage_1
+    head: Callable[[Params, Stage1, Values], HeadTensors] = trained_layer
+    class_weight: Callable[[Stage1, Values, float], Tensor | None] = unweighted
+    project: Callable[[Params, Stage1, Values], None] | None = None
     sampling: Sampling = "instance"
     prior_in_loss: bool = False
-    own: tuple[dict[str, Any], ...] = ({},)
+    grid: tuple[dict[str, Any], ...] = ({},)
     lr: float | None = None
     batch: int = 128
     weight_decay: float | None = None
 
     @property
     def weights_classes(self) -> bool:
-        """Whether its loss weighs samples by their class."""
+        """True where the loss weighs samples by their class."""
         return self.class_weight is not unweighted
 
 
 @dataclass(frozen=True)
 class Free:
-    """A method without training. solve(given, samples, own) gives weight (C, D) and bias (C,); samples() goes once over the
-    clean training features, in blocks (x (n, D), y (n,)).
+    """A method without training.
+
+    Arguments:
+        solve: solve(stage1, samples, values) returns weight (C, D) and bias (C,); samples() yields the clean training
+            features once, in blocks (x (n, D), y (n,)).
+        grid: hyperparameters that are tried, those of the literature first.
     """
 
     name: str
-    solve: Callable[[Given, Samples, Own], tuple[Tensor, Tensor]]
-    own: tuple[dict[str, Any], ...] = ({},)
+    solve: Callable[[Stage1, Samples, Values], tuple[Tensor, Tensor]]
+    grid: tuple[dict[str, Any], ...] = ({},)
 
 
 Rule = Trained | Free

@@ -17,22 +17,25 @@ TRIALS = ((0.3, 0.25), (0.6, 0.25), (1.0, 0.25), (0.6, 0.5))  # λ, share of mea
 
 
 def iwb_la_head(lam: float) -> Head:
-    """What the engine fits: the logit-adjusted loss at τ = 1 and the paper's penalty."""
+    """Return what the engine fits: the logit-adjusted loss at τ = 1 with the paper's penalty."""
     return Head("ce", lam, penalty("paper"), tau=1.0)
 
 
 def iwb_la_schedule(schedule: Schedule) -> Schedule:
-    """The clean view alone: what augmentation adds here is noise."""
+    """Return the schedule on the clean view; augmentation adds only noise here."""
     return replace(schedule, augmented=False)
 
 
 def with_means(
     weight: np.ndarray, bias: np.ndarray, means: np.ndarray, offset: np.ndarray, share: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A head (C, D), (C,) with `share` times its mean norm of the nearest-mean classifier added.
+    """Return a head to which the nearest-mean classifier is added, times `share` and the mean norm of the head.
 
-    means (C, D): unit means of the centred, normalised features of each class; offset (C,): −means·(mean feature). Both
-    classifiers are linear, so their sum is.
+    Arguments:
+        weight: (C, D) of the head.
+        bias: (C,).
+        means: (C, D) unit means of the centred, normalised features of each class.
+        offset: (C,) −means·(mean feature).
     """
     scale = np.float32(share * np.linalg.norm(weight, axis=1).mean())
     return weight + scale * means, bias + scale * offset

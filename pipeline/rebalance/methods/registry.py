@@ -1,4 +1,4 @@
-"""Methods that are not ours: made known to this process by a program, or by a Python file that `--method` names."""
+"""Methods of users: added by a program, or by a Python file that `--method` names."""
 
 import runpy
 from functools import cache
@@ -15,9 +15,9 @@ SHIPPED = frozenset(METHODS)
 
 
 def add_method(rule: Rule) -> None:
-    """From now on `rule` is a method like every other: by its name in RebalanceConfig.method, and one of `all`.
+    """Add a method, so that RebalanceConfig.method can name it and `all` includes it; one added before is replaced.
 
-    ConfigError where its name is that of a shipped method; one of your own is replaced.
+    Raises: ConfigError: a shipped method has its name.
     """
     if rule.name in SHIPPED:
         raise ConfigError(f"a method called {rule.name} is there already; give yours another name")
@@ -26,9 +26,9 @@ def add_method(rule: Rule) -> None:
 
 
 def methods_in(path: Path) -> tuple[str, ...]:
-    """Runs a Python file, once as long as it does not change, adds every Trained and Free in it, and returns their names.
+    """Run a Python file, add every Trained and Free in it, and return their names; a file runs again only if it changed.
 
-    ConfigError where the file is missing, fails or has none.
+    Raises: ConfigError: the file is missing, fails or defines no method.
     """
     try:
         return _added(path.resolve(), path.stat().st_mtime_ns)
@@ -39,15 +39,15 @@ def methods_in(path: Path) -> tuple[str, ...]:
 @cache
 def _added(path: Path, changed: int) -> tuple[str, ...]:
     try:
-        found = runpy.run_path(str(path))
-    except Exception as error:  # anything may be in it
+        definitions = runpy.run_path(str(path))
+    except Exception as error:  # of whatever the file does
         raise ConfigError(f"--method {path}: it ends with {type(error).__name__}: {error}") from error
-    rules = {id(value): value for value in found.values() if isinstance(value, Trained | Free)}
-    mine = [rule for rule in rules.values() if rule not in (*TRAINED, *FREE)]
-    if not mine:
+    rules = {id(value): value for value in definitions.values() if isinstance(value, Trained | Free)}
+    new_rules = [rule for rule in rules.values() if rule not in (*TRAINED, *FREE)]
+    if not new_rules:
         raise ConfigError(
             f"--method {path}: defines no method; it needs a Trained(…) or Free(…), see docs/own-method.md"
         )
-    for rule in mine:
+    for rule in new_rules:
         add_method(rule)
-    return tuple(rule.name for rule in mine)
+    return tuple(rule.name for rule in new_rules)
