@@ -90,17 +90,17 @@ def method_names(names: Sequence[str]) -> tuple[str, ...]:
 
     Raises: ConfigError: unknown name, or none.
     """
-    listed = [method for name in names for method in (methods_in(Path(name)) if name.endswith(".py") else (name,))]
-    listed = [RENAMED.get(name, name) for name in listed]
-    for name in listed:
+    methods = [method for name in names for method in (methods_in(Path(name)) if name.endswith(".py") else (name,))]
+    methods = [RENAMED.get(name, name) for name in methods]
+    for name in methods:
         if name not in (*METHODS, "all"):
             valid = ", ".join(METHODS)
             raise ConfigError(
                 f"--method {name}: unknown; known: {valid}, all, FILE.py{nearest(name, (*METHODS, 'all'))}"
             )
-    if not listed:
+    if not methods:
         raise ConfigError(f"no method; known: {', '.join(METHODS)}, all")
-    return tuple(METHODS) if "all" in listed else tuple(dict.fromkeys(listed))
+    return tuple(METHODS) if "all" in methods else tuple(dict.fromkeys(methods))
 
 
 def candidates(config: RebalanceConfig, lams: Sequence[float] | None = None) -> list[HeadId]:

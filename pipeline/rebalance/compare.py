@@ -55,7 +55,7 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
             found.chosen.append(_chosen(best, sweep, split, len(tried), border))
             report(_line(found.chosen[-1], found.trials[-len(tried) :]))
         curve = [s for s in tried if method == "iwb" and s.lr == best.lr and s not in sweep.diverged]
-        sweep.keep_only([best, *curve, BASELINE], of=tried)
+        sweep.keep_only([best, *curve, BASELINE], trials=tried)
     sweep.add([HeadId("iwb", config.loss, 0.0, rates.get("iwb", rates["cb"]))])
     at_border = [c["method"] for c in found.chosen if c["border"]]
     if at_border:

@@ -11,15 +11,15 @@ CAVEAT = (
 
 
 def stratified_folds(labels: np.ndarray, *, folds: int = 5) -> np.ndarray:
-    """The fold (N,) of each sample; −1 for the sample of a class that has only one, which is never held out.
+    """Return the fold (N,) of each sample, a function of the labels alone; −1 for the only sample of a class.
 
-    Every class is spread over the folds as evenly as can be, each class beginning at another fold. A function of the
-    labels alone.
+    Every class is spread evenly over the folds, beginning at another fold than the class before. A fold of −1 is never
+    held out.
     """
     fold = np.full(len(labels), -1)
     for c in np.unique(labels):
-        mine = np.flatnonzero(labels == c)
-        if len(mine) > 1:
-            shuffled = np.random.default_rng(derive(0, "fold", int(c))).permutation(mine)
-            fold[shuffled] = (np.arange(len(mine)) + c) % folds
+        rows = np.flatnonzero(labels == c)
+        if len(rows) > 1:
+            shuffled = np.random.default_rng(derive(0, "fold", int(c))).permutation(rows)
+            fold[shuffled] = (np.arange(len(rows)) + c) % folds
     return fold

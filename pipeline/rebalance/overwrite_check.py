@@ -19,8 +19,8 @@ def replacement_note(out: Path, config: RebalanceConfig, digest: str) -> str | N
     """
     try:
         results, run = (json.loads((out / name).read_text(encoding="utf-8")) for name in ("results.json", "run.json"))
-        same = _settings(run["config"]) == _settings(config.model_dump(mode="json"))
-        if same and results["digest"] == digest:
+        unchanged = _settings(run["config"]) == _settings(config.model_dump(mode="json"))
+        if unchanged and results["digest"] == digest:
             return None
         methods, heads = len({row["method"] for row in results["results"]}), results["timing"]["heads"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

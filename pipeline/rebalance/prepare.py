@@ -142,7 +142,7 @@ def _prepare(
         count_lam(single.lam), method_names(single.method)
         refuse_double_balancing(single)
     opened, notes = open_store(store)
-    plans = tuple(plan_fit(single, opened, beside=file == "results.json") for single in configs)
+    plans = tuple(plan_fit(single, opened, with_references=file == "results.json") for single in configs)
     try:
         refuse_unwritable(out)
     except OSError as error:
@@ -176,11 +176,11 @@ def _prepare(
     return PreparedRebalance(description, opened, config, plans, out, ranks, notes)
 
 
-def plan_fit(config: RebalanceConfig, store: Cache, *, beside: bool = True) -> FitPlan:
+def plan_fit(config: RebalanceConfig, store: Cache, *, with_references: bool = True) -> FitPlan:
     """Return the heads of one configuration on a store.
 
     Arguments:
-        beside: fit the reference rows too.
+        with_references: fit the reference rows too.
     Raises: ConfigError: views, λ or a choice that are not possible on this store.
     """
     if config.views == "augmented" and store.views("train") == 1:
@@ -198,7 +198,7 @@ def plan_fit(config: RebalanceConfig, store: Cache, *, beside: bool = True) -> F
             "--select-on kfold, or give a single λ such as --lam 0.1"
         )
     chosen_on = config.select_on if needs_choice(config, heads) else None
-    return FitPlan(config, tuple(references(config)) if beside else (), tuple(heads), chosen_on)
+    return FitPlan(config, tuple(references(config)) if with_references else (), tuple(heads), chosen_on)
 
 
 def needs_choice(config: RebalanceConfig, heads: Sequence[HeadId] | None = None) -> bool:
@@ -216,9 +216,8 @@ def describe_unmade(
         width: features of a sample.
         state: one phrase on what is in `out` now.
     """
-    beside = not config.variants
     plans = [
-        FitPlan(single, tuple(references(single)) if beside else (), tuple(candidates(single)), None)
+        FitPlan(single, () if config.variants else tuple(references(single)), tuple(candidates(single)), None)
         for single in variants_of(config)
     ]
     numbers = _numbers(plans, rows=rows, views=views)

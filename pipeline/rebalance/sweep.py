@@ -1,4 +1,4 @@
-"""All heads of one run: fitted together, scored on what may choose among them. The test split does not come in here."""
+"""All heads of one run: fitted together and scored on what selects among them, which the test split is not."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -31,11 +31,13 @@ Scored = dict[Key, Scores]
 
 @dataclass
 class Sweep:
-    """Grows by `add`; heads of every setting and seed.
+    """The fitted heads of every setting and seed; `add` fits more.
 
-    ranks: who shares the work, each with the same sweep; all get the same heads.
-    scored: by split, `val` where there is one and `kfold` (out-of-fold training samples) where folds are asked for.
-    diverged: settings with a learning rate of their own at which fitting diverged; they have no heads and no scores.
+    Arguments:
+        ranks: processes that share the work; each has the same sweep and gets the same heads.
+        folds: score out-of-fold training samples too.
+        scored: scores by split: `val` where there is one, `kfold` with folds.
+        diverged: trials at whose learning rate fitting diverged; they have no heads and no scores.
     """
 
     features: Features
@@ -57,7 +59,7 @@ class Sweep:
         return self.config.seeds if is_trained(setting) else (None,)
 
     def add(self, settings: Sequence[HeadId]) -> None:
-        """Fits and scores the settings that are not there yet, in every batch order."""
+        """Fit and score the settings that are not fitted yet, in every batch order."""
         new = [s for s in dict.fromkeys(settings) if (s, self.seeds_of(s)[0]) not in self.heads]
         if new:
             fitted = self._fit(new, None)
@@ -65,42 +67,42 @@ class Sweep:
             self.fitted += len(fitted)
             self._score(fitted)
 
-    def keep_only(self, settings: Collection[HeadId], *, of: Sequence[HeadId]) -> None:
-        """Drops the heads and scores of those that are not to be kept."""
-        dropped = set(of) - set(settings)
+    def keep_only(self, settings: Collection[HeadId], *, trials: Sequence[HeadId]) -> None:
+        """Drop the heads and scores of all trials that are not among the settings."""
+        dropped = set(trials) - set(settings)
         self.heads = {key: head for key, head in self.heads.items() if key[0] not in dropped}
         for split, rows in self.scored.items():
             self.scored[split] = {key: scores for key, scores in rows.items() if key[0] not in dropped}
 
     def choose(self, settings: Sequence[HeadId], split: str) -> Choice:
-        """The best of the settings on a split that has been scored."""
-        found = self.scored[split]
+        """Return the choice among the settings by their scores on a split."""
+        scored = self.scored[split]
         seeds = self.config.seeds
-        each = [[found[s, seed if is_trained(s) else None] for seed in seeds] for s in settings]
-        means = np.array([[scores.summary["all"] for scores in of] for of in each], np.float64)
-        errors = [float(np.mean([s.standard_error for s in of])) for of in each]
+        scores = [[scored[s, seed if is_trained(s) else None] for seed in seeds] for s in settings]
+        means = np.array([[single.summary["all"] for single in of_seeds] for of_seeds in scores], np.float64)
+        errors = [float(np.mean([single.standard_error for single in of_seeds])) for of_seeds in scores]
         return select(means, sampling_error=errors, methods=[s.method for s in settings])
 
     def _fit(self, settings: Sequence[HeadId], rows: np.ndarray | None) -> Fitted:
         started = time.perf_counter()
         shared = [s for s in settings if s.method in ENGINE and self.config.spread == "rows"]
         spread = [s for s in settings if s not in shared]
-        mine = spread[self.ranks.rank :: self.ranks.world]
-        parts = self.ranks.gathered(self.ranks.together(lambda: self._fit_here(mine, rows, None)))
+        share = spread[self.ranks.rank :: self.ranks.world]
+        parts = self.ranks.gathered(self.ranks.together(lambda: self._fit_here(share, rows, None)))
         parts += [self._fit_here(shared, rows, self.ranks)]
-        found = {key: head for part in parts for key, head in part.items()}
-        fitted = {(s, seed): found[s, seed] for s in settings for seed in self.seeds_of(s)}
+        heads = {key: head for part in parts for key, head in part.items()}
+        fitted = {(s, seed): heads[s, seed] for s in settings for seed in self.seeds_of(s)}
         self.fit_seconds += time.perf_counter() - started
-        lost = dict.fromkeys(s for (s, _), head in fitted.items() if not is_finite(head))
-        if told := [str(s) for s in lost if s.lr is None]:
+        diverged = dict.fromkeys(s for (s, _), head in fitted.items() if not is_finite(head))
+        if names := [str(s) for s in diverged if s.lr is None]:
             raise PipelineError(
-                f"{', '.join(told)}: fitting diverged; lower the learning rate: --lr {self.config.lr / 10:g}"
+                f"{', '.join(names)}: fitting diverged; lower the learning rate: --lr {self.config.lr / 10:g}"
             )
-        self.diverged.update(lost)
-        return {key: head for key, head in fitted.items() if key[0] not in lost}
+        self.diverged.update(diverged)
+        return {key: head for key, head in fitted.items() if key[0] not in diverged}
 
     def _fit_here(self, settings: Sequence[HeadId], rows: np.ndarray | None, ranks: Ranks | None) -> Fitted:
-        """The heads of the settings, found by this rank alone or by all ranks that share their batches."""
+        """Return the heads of the settings, fitted by this rank alone or by all ranks that share their batches."""
         fitted: Fitted = {}
         schedules: dict[Schedule, list[HeadId]] = {}  # the engine fits what has one schedule
         rivals: dict[str, list[HeadId]] = {}  # a rival brings all of its trials
@@ -119,20 +121,20 @@ class Sweep:
         self, schedule: Schedule, settings: Sequence[HeadId], rows: np.ndarray | None, ranks: Ranks | None
     ) -> Fitted:
         heads: list[Head] = list(dict.fromkeys(head_of(s, self.config) for s in settings))
-        seeds, where = self.config.seeds, self.ranks.device
+        seeds, device = self.config.seeds, self.ranks.device
         weight, bias = fit_heads(
-            self.features, heads, seeds=seeds, schedule=schedule, rows=rows, device=where, ranks=ranks
+            self.features, heads, seeds=seeds, schedule=schedule, rows=rows, device=device, ranks=ranks
         )
         shares = [dict(s.values).get("means", 0.0) for s in settings]
-        means = solve(NEAREST_MEAN, [{}], self.features, rows=rows, device=where)[0] if any(shares) else None
+        means = solve(NEAREST_MEAN, [{}], self.features, rows=rows, device=device)[0] if any(shares) else None
         fitted: Fitted = {}
         for s, share in zip(settings, shares, strict=True):
             k = heads.index(head_of(s, self.config))
             for i, seed in enumerate(seeds):
-                found = weight[i, k], bias[i, k]
+                head = weight[i, k], bias[i, k]
                 if means is not None and share:
-                    found = with_means(*found, means.weight, means.bias, float(share))
-                fitted[s, seed] = Linear(*found)
+                    head = with_means(*head, means.weight, means.bias, float(share))
+                fitted[s, seed] = Linear(*head)
         return fitted
 
     def _fit_rival(self, method: str, settings: Sequence[HeadId], rows: np.ndarray | None) -> Fitted:
@@ -153,8 +155,8 @@ class Sweep:
         )
         return {
             (s, seed): head
-            for s, of in zip(settings, heads, strict=True)
-            for seed, head in zip(config.seeds, of, strict=True)
+            for s, of_seeds in zip(settings, heads, strict=True)
+            for seed, head in zip(config.seeds, of_seeds, strict=True)
         }
 
     def _score(self, fitted: Fitted) -> None:
@@ -165,7 +167,7 @@ class Sweep:
             self.scored.setdefault("kfold", {}).update(self._out_of_fold(list(fitted)))
 
     def _out_of_fold(self, keys: Sequence[Key]) -> Scored:
-        """Scores of every training sample by a head that was fitted without it."""
+        """Return scores on every training sample by heads that were fitted without it."""
         features, labels = self.features.views[0], self.features.labels
         fold = stratified_folds(labels)
         settings = [s for s in dict.fromkeys(setting for setting, _ in keys) if s != BASELINE]
@@ -179,10 +181,13 @@ class Sweep:
             for key in keys:
                 if key[0] not in self.diverged:
                     answers[key].append(predict(fitted[key], inputs))
-        seen = labels[np.concatenate(held_out)]
+        held_out_labels = labels[np.concatenate(held_out)]
         return {
             key: scores_of(
-                np.concatenate([p for p, _ in a]), np.concatenate([c for _, c in a]), seen, self.features.counts
+                np.concatenate([p for p, _ in a]),
+                np.concatenate([c for _, c in a]),
+                held_out_labels,
+                self.features.counts,
             )
             for key, a in answers.items()
             if key[0] not in self.diverged
@@ -190,7 +195,7 @@ class Sweep:
 
 
 def score(fitted: Fitted, split: FeatureSplit, counts: np.ndarray, device: torch.device) -> Scored:
-    """Scores of every head on a split."""
+    """Return the scores of every head on a split."""
     inputs = _inputs(split.features, device)
     return {key: scores_of(*predict(head, inputs), split.labels, counts) for key, head in fitted.items()}
 

@@ -1,7 +1,7 @@
-"""The settings that are tried for each method when methods compete: everything trained gets the same number of them.
+"""The trials of each method when methods compete: every trained method has the same number of them.
 
-A trial is a learning rate with one of the method's own values; λ is an own value of iwb. Methods without training try as many
-values as they like, since a trial costs them one evaluation and they have no learning rate to get wrong.
+A trial is a learning rate with one point of the method's grid; λ is in the grid of iwb. Methods without training try their
+whole grid, since a trial costs one evaluation and there is no learning rate to tune.
 """
 
 import math
@@ -19,34 +19,38 @@ LAMS = (0.05, 0.15, 0.5)  # of `--lam auto`
 
 
 def is_comparison(config: RebalanceConfig) -> bool:
-    """Whether each method is tuned: where that is asked for, and wherever a rival competes."""
+    """Return true where each method is tuned: where `tune` is set, and wherever a method competes that is always tuned."""
     return config.tune or any(method in RIVALS or method == "iwb-la" for method in method_names(config.method))
 
 
 def next_trials(
-    method: str, config: RebalanceConfig, tried: Sequence[HeadId] = (), best: HeadId | None = None
+    method: str, config: RebalanceConfig, trials: Sequence[HeadId] = (), best: HeadId | None = None
 ) -> list[HeadId]:
-    """The settings to try next for one method, after those tried, of which `best` is the best; none once it is tuned.
+    """Return the next trials of one method, none once it is tuned.
 
-    Half of the trials go to a ladder of learning rates with the first of the method's own values, which are the
-    literature's; then the other values get one at the best rate each, and what is left goes to rates around the best, beyond
-    the ladder where it lies at an end. A method without training gets all its values at once.
+    Half of the trials are a ladder of learning rates with the first point of the grid, which is the literature's; then
+    every other point has one trial at the best rate, and the remaining trials are rates around the best, beyond the ladder
+    where it lies at an end. A method without training tries its whole grid at once.
+
+    Arguments:
+        trials: those before.
+        best: the best of them.
     """
     if best is None:
         ladder = learning_rates(centre_of(method, config), -(-config.trials // 2))
-        first, *others = settings_of(method, config)
-        return [replace(first, lr=lr) for lr in ladder] if is_trained(first) else [first, *others]
-    left = config.trials - len(tried)
+        first, *rest = settings_of(method, config)
+        return [replace(first, lr=lr) for lr in ladder] if is_trained(first) else [first, *rest]
+    left = config.trials - len(trials)
     if not is_trained(best) or left <= 0:
         return []
-    known = {replace(s, lr=None) for s in tried}
-    if others := [replace(s, lr=best.lr) for s in settings_of(method, config) if s not in known]:
-        return others[:left]
-    return [replace(best, lr=lr) for lr in rates_around(best, tried, left)]
+    points = {replace(trial, lr=None) for trial in trials}
+    if rest := [replace(s, lr=best.lr) for s in settings_of(method, config) if s not in points]:
+        return rest[:left]
+    return [replace(best, lr=lr) for lr in rates_around(best, trials, left)]
 
 
 def settings_of(method: str, config: RebalanceConfig) -> list[HeadId]:
-    """A method with each of its own values, λ among them, and no learning rate yet; the literature's come first."""
+    """Return a method at every point of its grid, λ included, without a learning rate; the literature's point first."""
     if method == "baseline":
         return [BASELINE]
     if method in ("ce", "cb"):
@@ -61,7 +65,7 @@ def settings_of(method: str, config: RebalanceConfig) -> list[HeadId]:
 
 
 def centre_of(method: str, config: RebalanceConfig) -> float:
-    """The literature's learning rate, scaled in proportion to the batch; the configuration's where it names none."""
+    """Return the literature's learning rate, scaled in proportion to the batch; the configuration's where there is none."""
     rule = RIVALS.get(method)
     if method == "iwb-la":
         return config.lr * RATE
@@ -71,24 +75,22 @@ def centre_of(method: str, config: RebalanceConfig) -> float:
 
 
 def learning_rates(centre: float, how_many: int) -> tuple[float, ...]:
-    """A ladder around `centre`, ascending, a factor of 4 apart, less where there are more than six; an odd one out lies
-    below.
-    """
+    """Return a ladder around `centre`, ascending, a factor of 4 apart, less where it has more than six rungs."""
     factor = _factor(how_many)
     return tuple(_rounded(centre * factor**i) for i in range(-(how_many // 2), how_many - how_many // 2))
 
 
-def rates_around(best: HeadId, tried: Sequence[HeadId], how_many: int) -> list[float]:
-    """New learning rates near the best: one factor beyond it where it is the last of all tried, else ever finer."""
+def rates_around(best: HeadId, trials: Sequence[HeadId], how_many: int) -> list[float]:
+    """Return new learning rates near the best: one factor beyond it where it lies at an end, else ever finer."""
     assert best.lr is not None
-    rates, factor = {s.lr for s in tried if s.lr is not None}, _factor(-(-(len(tried) + how_many) // 2))
+    rates, factor = {s.lr for s in trials if s.lr is not None}, _factor(-(-(len(trials) + how_many) // 2))
     beyond = (best.lr == max(rates)) - (best.lr == min(rates))
     parts = [n / 2**level for level in range(1, 12) for n in range(1, 2**level, 2)]
     steps = [step for part in parts for step in (part, -part)]
     if beyond:
         steps[:0] = [beyond, beyond / 2, 2 * beyond]
-    found = dict.fromkeys(_rounded(best.lr * factor**step) for step in steps)
-    return [lr for lr in found if lr not in rates][:how_many]
+    nearby = dict.fromkeys(_rounded(best.lr * factor**step) for step in steps)
+    return [lr for lr in nearby if lr not in rates][:how_many]
 
 
 def _factor(how_many: int) -> float:
@@ -100,34 +102,30 @@ def _rounded(lr: float) -> float:
 
 
 def lams_of(config: RebalanceConfig) -> tuple[float, ...]:
-    """About √trials of the λ asked for, from the middle of as many equal parts of them: λ and learning rate share the
-    trials.
-    """
-    asked = parse_lam(config.lam) or LAMS
-    most = max(1, min(len(asked), math.isqrt(config.trials)))
-    return tuple(asked[(2 * i + 1) * len(asked) // (2 * most)] for i in range(most))
+    """Return about √trials of the configured λ, evenly spread, because λ and learning rate share the trials."""
+    lams = parse_lam(config.lam) or LAMS
+    most = max(1, min(len(lams), math.isqrt(config.trials)))
+    return tuple(lams[(2 * i + 1) * len(lams) // (2 * most)] for i in range(most))
 
 
-def edges(chosen: HeadId, tried: Sequence[HeadId]) -> list[str]:
-    """What lies at the border of its grid: `lr 0.32 (0.00016 … 0.32)`. A grid of fewer than three values has none."""
-    found = []
-    for name, value in numbers(chosen).items():
-        values = sorted({numbers(t)[name] for t in tried if t.loss == chosen.loss and _kind(t) == _kind(chosen)})
+def edges(head: HeadId, trials: Sequence[HeadId]) -> list[str]:
+    """Return the values of a head at the border of the trials: `lr 0.32 (0.00016 … 0.32)`, of three values or more."""
+    texts = []
+    for name, value in numbers(head).items():
+        values = sorted({numbers(t)[name] for t in trials if t.loss == head.loss and _kind(t) == _kind(head)})
         if len(values) > 2 and value in (values[0], values[-1]):
-            found.append(f"{name} {value:g} ({values[0]:g} … {values[-1]:g})")
-    return found
+            texts.append(f"{name} {value:g} ({values[0]:g} … {values[-1]:g})")
+    return texts
 
 
 def numbers(setting: HeadId) -> dict[str, float]:
-    """λ, lr and own values that are numbers."""
-    told = {"λ": setting.lam, "lr": setting.lr} | dict(setting.values)
-    return {name: value for name, value in told.items() if isinstance(value, float)}
+    """Return λ, lr and the hyperparameters that are numbers."""
+    values = {"λ": setting.lam, "lr": setting.lr} | dict(setting.values)
+    return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
 def refuse_double_balancing(config: RebalanceConfig) -> None:
-    """ConfigError where class sizes would be made up for twice: by two of the loss's prior, its class weights and the
-    sampling.
-    """
+    """Raise ConfigError where two of the loss's prior, its class weights and the sampling compensate for class sizes."""
     if config.sampling is None and config.weighting is None:
         return
     for method in method_names(config.method):
@@ -139,18 +137,18 @@ def refuse_double_balancing(config: RebalanceConfig) -> None:
             )
         if rule is None or isinstance(rule, Free) or config.force_double_balancing:
             continue
-        ways = ["a loss with the class prior in it"] if rule.prior_in_loss else []
+        remedies = ["a loss with the class prior in it"] if rule.prior_in_loss else []
         if config.weighting == "class-balanced" or (config.weighting is None and rule.weights_classes):
-            ways.append("class weights")
+            remedies.append("class weights")
         if (config.sampling or rule.sampling) == "class-balanced":
-            ways.append("class-balanced sampling")
-        if len(ways) > 1:
+            remedies.append("class-balanced sampling")
+        if len(remedies) > 1:
             raise ConfigError(
-                f"{method}: {' and '.join(ways)} together make up for the class sizes twice; leave one away, or insist "
+                f"{method}: {' and '.join(remedies)} together make up for the class sizes twice; leave one away, or insist "
                 "with --force-double-balancing"
             )
 
 
 def _kind(setting: HeadId) -> tuple:
-    """Own values that are no numbers; grids of different kinds have borders of their own."""
+    """Return the hyperparameters that are no numbers; grids of different kinds have separate borders."""
     return tuple(item for item in setting.values if isinstance(item[1], str))
