@@ -25,9 +25,12 @@ from pipeline.text import Shown
 
 @dataclass(frozen=True)
 class EvaluateResult(Shown):
-    """Heads of a file on a split of a store; settings: mean and std of every measure over the seeds of a setting.
+    """The heads of a file on a split of a store.
 
-    left_out: samples without features, because their images could not be read; start: what the baseline is (start_name).
+    Arguments:
+        settings: mean and NAME_std of every measure over the seeds of a head.
+        left_out: samples without features, because their images could not be read.
+        start: the name of the baseline (start_name).
     """
 
     store: str
@@ -46,10 +49,11 @@ class EvaluateResult(Shown):
 
 
 def evaluate(store: Path | str, heads: Path | None = None, *, split: str = "test") -> EvaluateResult:
-    """Scores of every head in a heads.safetensors on train, val or test (the clean view) of a store.
+    """Score every head of a heads.safetensors on the clean view of train, val or test; nothing is fitted or chosen.
 
-    heads: by default those that `rebalance` left beside the store.
-    Raises DataError where either file is missing or damaged, or the heads are of another shape than the features.
+    Arguments:
+        heads: by default those that `rebalance` left beside the store.
+    Raises: DataError: a file is missing or damaged, or the heads are of another shape than the features.
     """
     try:
         cache = open_cache(store)
@@ -76,8 +80,8 @@ def evaluate(store: Path | str, heads: Path | None = None, *, split: str = "test
     for row in rows:
         by_setting[row.method, row.loss, row.lam].append(row)
     settings = [
-        {"method": method, "loss": loss, "lam": lam, "n": len(of)} | over_seeds(of)
-        for (method, loss, lam), of in by_setting.items()
+        {"method": method, "loss": loss, "lam": lam, "n": len(group)} | over_seeds(group)
+        for (method, loss, lam), group in by_setting.items()
     ]
     left_out, start = len(cache.skipped(split)), start_name(cache.fingerprint)
     return EvaluateResult(str(store), str(heads), split, tuple(rows), tuple(settings), left_out, start)

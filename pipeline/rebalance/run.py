@@ -82,10 +82,10 @@ def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str]
 
     fitted = fit(plan, loaded, ranks, report)
     sweep, choice, selected_head = fitted.sweep, fitted.choice, fitted.selected
-    tuned, chosen_on = fitted.comparison, plan.chosen_on
+    comparison, chosen_on = fitted.comparison, plan.chosen_on
     near = [fitted.candidates[i].to_dict() for i in choice.within_one_se]
     selected = selected_head.to_dict() | {"chosen_on": chosen_on}
-    selected |= {"parameters": selected_head.parameters} if tuned else {}
+    selected |= {"parameters": selected_head.parameters} if comparison else {}
     against: dict[str, dict[str, Any] | None] = {role: head.to_dict() for role, head in REFERENCES.items()}
     against["runner_up"] = None if choice.runner_up is None else fitted.candidates[choice.runner_up].to_dict()
     document: dict[str, Any] = {"selected": selected}
@@ -117,8 +117,8 @@ def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str]
             *untested_notes(test.labels, loaded),
         ),
         out=str(out),
-        chosen=tuple(tuned.chosen if tuned else ()),
-        trials=tuple(tuned.trials if tuned else ()),
+        chosen=tuple(comparison.tuned if comparison else ()),
+        trials=tuple(comparison.trials if comparison else ()),
     )
     if ranks.first:
         write_durably(out / "test_hits.safetensors", hits.to_bytes())

@@ -94,7 +94,7 @@ def test_the_row_of_a_method_is_its_chosen_trial(run):
 def test_the_table_names_what_was_chosen(run):
     text = " ".join(str(run[1]).split())
     assert "Chosen for each method on validation" in text
-    assert "4 trials a trained method; as many as they like for those without training" in text
+    assert "each trained method has 4 trials; a method without training tries its whole grid" in text
     assert "n = 2 batch orders of one backbone" in text
     for c in run[1].chosen:
         assert c["method"] in text
@@ -156,7 +156,7 @@ def test_a_method_that_never_left_the_stage_1_head_is_named(tmp_path):
     add_method(Free("still", lambda given, samples, own: (given.weight * 2, given.bias * 2)))
     config = RebalanceConfig(method=("still", "ncm", "crt", "baseline"), **QUICK)
     notes = rebalance(made_store(tmp_path / "features.zarr"), config, out=tmp_path / "out").notes
-    told = [note for note in notes if "has not got going" in note]
+    told = [note for note in notes if "the method has no effect" in note]
     assert [note.partition(":")[0] for note in told] == ["still"]
 
 
