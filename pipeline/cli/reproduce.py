@@ -1,5 +1,7 @@
 """The command that makes the paper's tables from images, beside the paper's numbers."""
 
+import json
+
 import click
 
 from pipeline.cli.completion import configs as complete_configs
@@ -38,7 +40,9 @@ def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, d
     two more; imbalance factor 50; the true ResNet-32; on a GPU then `bench rebalance`. A finished backbone/ or features.zarr
     of the same configuration and images under OUT/NAME/seed-N is used as it is. OUT/keep holds the few small files to keep.
     """
+    from cache import write_durably
     from pipeline.console import Talk
+    from pipeline.distributed import choose_device
     from pipeline.reproduce import TABLES, plan, prepare_reproduce, reproduce
 
     parts = plan(configs, seeds=whole_numbers("--seeds", seeds), sets=sets)
@@ -52,10 +56,13 @@ def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, d
         folder=page,
         tables=table_names,
         side_by_side=side_by_side,
-        bench=not configs,
         device=device,
         talk=Talk(),
     )
+    if not configs and not result.bench.is_file() and choose_device(device).type == "cuda":
+        from pipeline.bench.rebalance import bench_rebalance
+
+        write_durably(result.bench, json.dumps(bench_rebalance(device=device).to_dict(), indent=1, allow_nan=False))
     show(result, as_json)
 
 

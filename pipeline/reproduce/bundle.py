@@ -1,4 +1,4 @@
-"""What is worth keeping of a backbone when its machine goes: tables, heads, and the clean view of its features."""
+"""The files of a backbone worth keeping when its machine is given back: tables, heads, clean view of its features."""
 
 import json
 import shutil
@@ -13,10 +13,10 @@ from cache import Cache, open_cache, write_durably
 KINDS = (".json", ".jsonl", ".csv", ".png", ".safetensors")
 
 
-def keep(place: Path, folder: Path, *, documents: Iterable[str]) -> None:
-    """Copies what the named folders under place hold, the training curve and the clean view into `folder`, a few tens of MB.
+def keep_files(place: Path, folder: Path, *, documents: Iterable[str]) -> None:
+    """Copy the named folders under `place`, the training curve and the clean view into `folder`, a few tens of MB.
 
-    Checkpoints and augmented views stay behind: they take hundreds, and come back from the same command.
+    Checkpoints and augmented views are left out: they take hundreds of MB, and the same command makes them again.
     """
     for name in documents:
         for file in sorted(p for p in (place / name).iterdir() if p.suffix in KINDS):
@@ -30,7 +30,7 @@ def keep(place: Path, folder: Path, *, documents: Iterable[str]) -> None:
 
 
 def clean_view(store: Cache) -> bytes:
-    """A safetensors file: features (N, D) float16 of view 0 and labels of every split, counts, and the stage-1 head."""
+    """Return a safetensors file: features (N, D) float16 of view 0 and labels of every split, counts, and the stage-1 head."""
     weight, bias = store.classifier
     arrays: dict[str, np.ndarray] = {"weight": weight, "bias": bias, "counts": store.counts}
     for split in store.splits:

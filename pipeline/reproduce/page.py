@@ -1,4 +1,4 @@
-"""reproduction.md and reproduction.json: rows as tables a person reads, beside what was written there before."""
+"""reproduction.md and reproduction.json: the rows as tables, in the sections of their configurations."""
 
 import json
 import re
@@ -29,24 +29,27 @@ NOTES = {
 }
 
 
-def write(folder: Path, rows: Sequence[Row], told: Mapping[str, Sequence[str]]) -> tuple[Path, Path]:
-    """Puts rows into folder/reproduction.json and their tables into folder/reproduction.md; returns both paths.
+def write(folder: Path, rows: Sequence[Row], deviations: Mapping[str, Sequence[str]]) -> tuple[Path, Path]:
+    """Write rows into folder/reproduction.json and their tables into folder/reproduction.md; return both paths.
 
-    told: the deviations of each configuration. Other tables, rows and sections of other configurations, and all text around the
-    sections stay as they are. DataError where what is there cannot be read.
+    Other tables, sections of other configurations and all text around the sections stay as they are.
+
+    Arguments:
+        deviations: sentences on the differences of each configuration from the paper.
+    Raises: DataError: reproduction.json cannot be read.
     """
     data, page = folder / "reproduction.json", folder / "reproduction.md"
     everything = merged(_read(data), rows)
     text = page.read_text(encoding="utf-8") if page.is_file() else "# Reproduction\n"
-    for config, deviations in told.items():
-        text = with_section(text, config, section([r for r in everything if r["config"] == config], deviations))
+    for config, sentences in deviations.items():
+        text = with_section(text, config, section([r for r in everything if r["config"] == config], sentences))
     write_durably(data, json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_durably(page, text)
     return data, page
 
 
 def with_section(text: str, name: str, content: str) -> str:
-    """The text with the part between the markers of `name` replaced, or put behind everything else."""
+    """Return the text with the part between the markers of `name` replaced, or put behind everything else."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     part = f"{begin}\n{content.strip()}\n{end}"
     if begin in text and end in text:
@@ -55,7 +58,7 @@ def with_section(text: str, name: str, content: str) -> str:
 
 
 def section(rows: Sequence[Row], deviations: Sequence[str]) -> str:
-    """One configuration: what it departs from the paper in, and its tables."""
+    """Return the section of a configuration: its differences from the paper, and its tables."""
     first = rows[0]
     network = f"{first['network']}, {first['parameters']:,} parameters, {first['width']}-d"
     lines = [f"## {first['config']}: {first['data']}, {network}", ""]
@@ -64,21 +67,21 @@ def section(rows: Sequence[Row], deviations: Sequence[str]) -> str:
         of_table = [r for r in rows if r["table"] == table]
         lines += ["", f"### {TITLES[table]} ({network})", "", _table(of_table).markdown()]
         lines += ["", _caption(of_table), *([NOTES[table]] if table in NOTES else [])]
-        lines += [told] if (told := worth_of_selection(of_table)) else []
+        lines += [sentence] if (sentence := worth_of_selection(of_table)) else []
     return "\n".join(lines)
 
 
 def worth_of_selection(rows: Sequence[Row]) -> str:
-    """What the λ that is best on the test split would have given: no result, but the most that selection may cost."""
-    told = []
+    """Return a sentence on the λ that is best on the test split: no result, but the most that selection may cost."""
+    texts = []
     for name in (r["row"] for r in rows if r["chosen"]):
-        mine = next(r for r in rows if r["row"] == name)
+        selected = next(r for r in rows if r["row"] == name)
         curve = [r for r in rows if r["row"].startswith(f"{name}, λ ")]
         if curve:
             best = max(curve, key=lambda r: r["ours"]["all"])
             lam = best["row"].rpartition(", ")[2]
-            told.append(f"{name} {best['ours']['all']:.1f} at {lam} instead of {mine['ours']['all']:.1f}")
-    return f"Had λ been chosen on the test split, which is no result: {'; '.join(told)} (All)." if told else ""
+            texts.append(f"{name} {best['ours']['all']:.1f} at {lam} instead of {selected['ours']['all']:.1f}")
+    return f"Had λ been chosen on the test split, which is no result: {'; '.join(texts)} (All)." if texts else ""
 
 
 def _table(rows: Sequence[Row]) -> Table:
@@ -88,12 +91,12 @@ def _table(rows: Sequence[Row]) -> Table:
     for r in (r for r in rows if _shown(r)):
         cells = [MeanStd(r["ours"][g], r["ours_std"][g], r["n"]) for g in GROUPS]
         less = [r.get("less_cb_of"), *(_less(r, g) for g in ("few", "all"))] if compared else []
-        lines.append(Line([r["row"], _chosen(r["chosen"]), str(r["n"]), *cells, _paper(r), _apart(r), *less]))
+        lines.append(Line([r["row"], _selection(r["chosen"]), str(r["n"]), *cells, _paper(r), _apart(r), *less]))
     return Table([Column(title) for title in titles + ["less", "Few", "All"] * compared], lines)
 
 
 def _shown(r: Row) -> bool:
-    """All but most points of a curve, which are in the JSON document."""
+    """Return true for a row of the page: of a curve only the points at LAMS_SHOWN."""
     _, curve, lam = r["row"].rpartition(", λ ")
     return not curve or not lam.replace(".", "").isdigit() or float(lam) in LAMS_SHOWN
 
@@ -110,9 +113,9 @@ def _caption(rows: Sequence[Row]) -> str:
     )
 
 
-def _chosen(chosen: Mapping[str, Any]) -> str:
-    told = [f"{'λ' if k == 'lam' else k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in chosen.items()]
-    return ", ".join(told) or "–"
+def _selection(values: Mapping[str, Any]) -> str:
+    texts = [f"{'λ' if k == 'lam' else k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
+    return ", ".join(texts) or "–"
 
 
 def _paper(r: Row) -> str:

@@ -1,4 +1,4 @@
-"""What the paper prints, in %, and the settings it names; and in what a configuration departs from them.
+"""Accuracies that the paper prints, in %, settings that it names, and the differences of a configuration from them.
 
 Inverse Weight-Balancing for Deep Long-Tailed Learning (AAAI 2024). No number in here was measured by this project.
 """
@@ -22,9 +22,12 @@ def _four(*values: float) -> Accuracies:
 class Published:
     """One data set of the paper.
 
-    backbone, stage_2: settings it gives. network: which one its numbers stand on, as far as is known. methods: its
-    comparison of methods, trained in many ways and on several networks. rows: of its other tables and figures, by the name
-    of our variant. lams: IWB + CB at a given λ.
+    Arguments:
+        network: the one behind its numbers, as far as is known.
+        backbone, stage_2: the settings that the paper gives.
+        methods: its comparison of methods, trained in many ways and on several networks.
+        rows: of its other tables and figures, by the name of the variant here.
+        lams: IWB + CB at a given λ.
     """
 
     name: str
@@ -121,14 +124,14 @@ BY_SIZE = {(100, 10_847): IF100, (100, 12_608): IF50, (1000, 115_846): IMAGENET}
 
 
 def published_of(counts: Sequence[int]) -> Published | None:
-    """What the paper prints for the data set with these training images a class; None where it prints nothing."""
+    """Return the paper's entry for the data set with these training images per class; None where it has none."""
     if len(counts) == 8142:
         return INAT  # with or without the images that are held out for validation
     return BY_SIZE.get((len(counts), int(sum(counts))))
 
 
 def variant_accuracies(published: Published | None, row: Mapping[str, Any]) -> Accuracies | None:
-    """What the paper prints for a row of an ablation, which carries the figures of imbalance factor 100."""
+    """Return the paper's accuracies for a row of an ablation; the row itself carries those of imbalance factor 100."""
     if published is None:
         return None
     if published is IF100:
@@ -139,17 +142,19 @@ def variant_accuracies(published: Published | None, row: Mapping[str, Any]) -> A
 
 
 def deviations(config: Config, published: Published | None, network: Mapping[str, Any] | None = None) -> list[str]:
-    """In what a reproduction departs from the paper, each a sentence; network: facts of the trained one."""
-    told = []
+    """Return a sentence on each difference of a reproduction from the paper; network: facts of the trained one."""
+    sentences = []
     if published is None:
-        told.append("Data: the paper has no number on these images; nothing stands beside ours.")
+        sentences.append("Data: the paper has no number on these images; nothing stands beside ours.")
     else:
-        told += [f"Data: {published.name}, as in the paper.", *_stage_1(config.backbone, published, network)]
-        told += _augmentation(config.data, published)
-        own = config.rebalance.model_dump(mode="json")
-        told += [f"Stage 2: {k} {own[k]}, paper {v}." for k, v in published.stage_2.items() if own[k] != v]
+        sentences += [f"Data: {published.name}, as in the paper.", *_stage_1(config.backbone, published, network)]
+        sentences += _augmentation(config.data, published)
+        settings = config.rebalance.model_dump(mode="json")
+        sentences += [
+            f"Stage 2: {k} {settings[k]}, paper {v}." for k, v in published.stage_2.items() if settings[k] != v
+        ]
     stored = config.dump.views - 1
-    told += [
+    sentences += [
         "Stage 1: the last epoch is taken; no epoch is chosen on any split.",
         f"Views: stage 2 sees {stored or 'no'} stored augmented view(s) and the clean one; the released code augments anew, the "
         "text is silent.",
@@ -162,30 +167,35 @@ def deviations(config: Config, published: Published | None, network: Mapping[str
         "Test: one crop; the released code averages an image with its mirror image.",
         "The printed numbers come without a standard deviation or a number of runs.",
     ]
-    return told
+    return sentences
 
 
-def _stage_1(mine: BackboneConfig, published: Published, network: Mapping[str, Any] | None) -> list[str]:
-    """The network and the settings of stage 1 where they are not the paper's."""
-    theirs = _flat(BackboneConfig().model_dump(mode="json") | dict(published.backbone))
-    own = _flat(mine.model_dump(mode="json", exclude={*NOT_IDENTITY, "seed", "precision"}))
+def _stage_1(backbone: BackboneConfig, published: Published, network: Mapping[str, Any] | None) -> list[str]:
+    """Return sentences on the network and on the settings of stage 1 that are not the paper's."""
+    paper = _flat(BackboneConfig().model_dump(mode="json") | dict(published.backbone))
+    settings = _flat(backbone.model_dump(mode="json", exclude={*NOT_IDENTITY, "seed", "precision"}))
     facts = (
         f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d"
         if network
-        else f"{mine.model}" + (f" ×{mine.width:g}" if mine.width != 1 else "")
+        else f"{backbone.model}" + (f" ×{backbone.width:g}" if backbone.width != 1 else "")
     )
-    told = [f"Network: {facts}. The paper's: {published.network}."]
-    if network and network["parameters"] and published.backbone is CIFAR_BACKBONE and own["model"] != theirs["model"]:
+    sentences = [f"Network: {facts}. The paper's: {published.network}."]
+    if (
+        network
+        and network["parameters"]
+        and published.backbone is CIFAR_BACKBONE
+        and settings["model"] != paper["model"]
+    ):
         times = 21_328_292 / network["parameters"]
-        told.append(
+        sentences.append(
             f"The networks differ {times:.0f}-fold in parameters, so differences to the paper say nothing of the method."
         )
-    told += [f"Stage 1: {k} {v}, paper {theirs[k]}." for k, v in own.items() if k != "model" and v != theirs[k]]
-    return told
+    sentences += [f"Stage 1: {k} {v}, paper {paper[k]}." for k, v in settings.items() if k != "model" and v != paper[k]]
+    return sentences
 
 
 def _augmentation(data: DataConfig, published: Published) -> list[str]:
-    """What is done to training images beyond the paper's crop and flip, which is worth points of its own."""
+    """Return a sentence on augmentation beyond the paper's crop and flip, which is worth points of its own."""
     plain = DataConfig(source=data.source, path=data.path, train_list=data.train_list)
     extra = [f"{k} {getattr(data, k)}" for k in ("policy", "cutout") if getattr(data, k) != getattr(plain, k)]
     flip = "resized-crop-flip" if published in (IMAGENET, INAT) else "crop-flip"
@@ -194,8 +204,8 @@ def _augmentation(data: DataConfig, published: Published) -> list[str]:
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`weaken.strength` for what lies in sections of a section."""
-    found: dict[str, Any] = {}
+    """Return the tree with keys such as `weaken.strength` for sections of a section."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return found
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-import pipeline
 from cache import write_durably
 from pipeline.backbone.training_dir import TrainingFolder
 from pipeline.config import Config
@@ -20,16 +19,19 @@ from pipeline.distributed import Signals
 from pipeline.errors import PipelineError, Terminated
 from pipeline.run_prepare import with_seed
 
-TOLD_EVERY = 20 * LINE_EVERY  # seconds
+REPORT_EVERY = 20 * LINE_EVERY  # seconds
 
 
 def train_side_by_side(
     config: Config, seeds: Sequence[int], *, place: Path, at_once: int, device: str, talk: Talk
 ) -> list[int]:
-    """Trains the backbones of all seeds that are not finished, at_once of them at a time; returns their seeds.
+    """Train the backbones of all seeds that are not finished, `at_once` of them at a time; return their seeds.
 
-    What each says goes to place/seed-N/train.log; with fewer than two to train nothing is done, since the caller does that
-    itself. Raises PipelineError when one fails, Terminated after SIGTERM or Ctrl-C, checkpoints saved.
+    Each writes its output to place/seed-N/train.log. With fewer than two to train nothing is done: the caller trains it.
+
+    Raises:
+        PipelineError: a training fails.
+        Terminated: SIGTERM or Ctrl-C; checkpoints are saved.
     """
     left = [s for s in seeds if epoch_of(place / f"seed-{s}") < config.backbone.epochs]
     if len(left) < 2:
@@ -37,7 +39,7 @@ def train_side_by_side(
     talk.say(
         f"training seeds {', '.join(map(str, left))}, {min(at_once, len(left))} at once; logs: {place}/seed-*/train.log"
     )
-    waiting, running, told = list(left), dict[int, subprocess.Popen](), time.monotonic()
+    waiting, running, reported = list(left), dict[int, subprocess.Popen](), time.monotonic()
     with Signals() as signals, _ended(running):
         while waiting or running:
             while waiting and len(running) < at_once and not signals.received:
@@ -55,15 +57,15 @@ def train_side_by_side(
                     raise PipelineError(
                         f"{log}: training ended with code {code}: {' '.join(last) or 'nothing was said'}"
                     )
-            if time.monotonic() - told > TOLD_EVERY:
-                told = time.monotonic()
-                now = ", ".join(f"seed {s} epoch {epoch_of(place / f'seed-{s}')}" for s in running)
-                talk.say(f"of {config.backbone.epochs} epochs: {now}")
+            if time.monotonic() - reported > REPORT_EVERY:
+                reported = time.monotonic()
+                epochs = ", ".join(f"seed {s} epoch {epoch_of(place / f'seed-{s}')}" for s in running)
+                talk.say(f"of {config.backbone.epochs} epochs: {epochs}")
     return left
 
 
 def epoch_of(place: Path) -> int:
-    """How many epochs the backbone under a place has been trained for."""
+    """Return the epochs that the backbone under a folder has been trained for."""
     folder = TrainingFolder(place / "backbone", {})
     line = folder.last_line if folder.last.is_file() else None
     return int(line["epoch"]) if line else 0
@@ -71,7 +73,7 @@ def epoch_of(place: Path) -> int:
 
 @contextmanager
 def _ended(running: dict[int, subprocess.Popen]) -> Iterator[None]:
-    """However it ends, no training goes on without us: each saves its checkpoint and ends."""
+    """End the trainings when the with block ends, however that happens; each saves its checkpoint."""
     try:
         yield
     finally:
@@ -88,7 +90,7 @@ def _start(config: Config, place: Path, device: str) -> subprocess.Popen:
         if isinstance(getattr(config.data, key), Path):
             tree["data"][key] = str(Path(value).absolute())
     write_durably(place / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    root = str(Path(pipeline.__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment: dict[str, Any] = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     words = ["train-backbone", str(place / "config.yaml"), "--out", str(place / "backbone"), "--device", device]

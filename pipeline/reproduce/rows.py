@@ -1,4 +1,4 @@
-"""The rows of reproduction.json: one head each, ours beside the paper's. Pure: documents in, rows out."""
+"""The rows of reproduction.json: one head each, the accuracy here and the paper's. Pure functions of documents."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,18 +26,21 @@ def row(
     views: str,
     time_s: float,
     command: str,
-    chosen: Mapping[str, Any],
+    selection: Mapping[str, Any],
     paper: Accuracies | None,
     less_cb: Mapping[str, Any] | None = None,
     less_cb_of: str | None = None,
 ) -> Row:
-    """One row, accuracies in % as {many, medium, few, all}.
+    """Return one row, accuracies in % as {many, medium, few, all}; its `difference` is ours − paper.
 
-    facts: config, network, parameters, width, device of the backbone. spread: measures and NAME_std. chosen: what was chosen
-    on validation, empty where nothing was. difference: ours − paper, of the groups the paper prints. less_cb: ours less
-    the row less_cb_of, which is class-balanced loss alone, with the interval of a paired bootstrap over test samples.
+    Arguments:
+        facts: config, network, parameters, width and device of the backbone.
+        spread: measures and NAME_std.
+        selection: the values selected on validation, empty where nothing was.
+        less_cb: the difference from the row less_cb_of, which is class-balanced loss alone, with the interval of a paired
+            bootstrap over test samples.
     """
-    ours = {g: _rounded(spread[g]) for g in GROUPS}
+    measured = {g: _rounded(spread[g]) for g in GROUPS}
     return {
         "table": table,
         "row": name,
@@ -48,21 +51,21 @@ def row(
         "time_s": round(time_s, 1),
         "n": n,
         "n_of": n_of,
-        "chosen": dict(chosen),
-        "ours": ours,
+        "chosen": dict(selection),
+        "ours": measured,
         "ours_std": {g: _rounded(spread[f"{g}_std"]) for g in GROUPS},
         "paper": paper,
-        "difference": difference(ours, paper),
+        "difference": difference(measured, paper),
         "less_cb": less_cb,
         "less_cb_of": less_cb_of,
     }
 
 
-def difference(ours: Mapping[str, float | None], paper: Accuracies | None) -> dict[str, float | None] | None:
-    """Ours − paper for each group that both have; None where the paper prints nothing."""
+def difference(measured: Mapping[str, float | None], paper: Accuracies | None) -> dict[str, float | None] | None:
+    """Return measured − paper for each group that both have; None where the paper prints nothing."""
     if paper is None:
         return None
-    pairs = {g: (ours[g], paper.get(g)) for g in GROUPS}
+    pairs = {g: (measured[g], paper.get(g)) for g in GROUPS}
     return {g: None if a is None or b is None else _rounded(a - b) for g, (a, b) in pairs.items()}
 
 
@@ -74,23 +77,25 @@ def method_rows(
     command: str,
     stage_1: Mapping[str, Any],
 ) -> list[Row]:
-    """Every method of a comparison, each at the setting chosen for it, with equal norms (iwb at λ = 0) beside them.
+    """Return a row for every method of a comparison at the setting selected for it, and for equal norms (iwb at λ = 0).
 
-    document: of `rebalance --method all`. stage_1: command, time_s and device of the training, for its head.
+    Arguments:
+        document: of `rebalance --method all`.
+        stage_1: command, time_s and device of the training, for its head.
     """
     views = views_of(document["settings"])
-    chosen = {c["method"]: c for c in document["chosen"]}
-    wanted = [("baseline", None, None)] + [(c["method"], c["loss"], c["lam"]) for c in chosen.values()]
-    wanted.append(("iwb", document["settings"]["loss"], 0.0))
+    selected = {c["method"]: c for c in document["chosen"]}
+    settings = [("baseline", None, None)] + [(c["method"], c["loss"], c["lam"]) for c in selected.values()]
+    settings.append(("iwb", document["settings"]["loss"], 0.0))
     rows = []
-    for setting in dict.fromkeys(wanted):
+    for setting in dict.fromkeys(settings):
         method, _, lam = setting
         tested = _tested(document["results"], setting)
         trained = tested[0]["seed"] is not None
-        equal = method == "iwb" and lam == 0.0 and chosen.get("iwb", {}).get("lam") != 0.0
+        equal = method == "iwb" and lam == 0.0 and selected.get("iwb", {}).get("lam") != 0.0
         baseline = method == "baseline"
         name = "CE (stage 1)" if baseline else "equal norms (λ 0)" if equal else method
-        own = {} if equal or method not in chosen else chosen[method]
+        entry = {} if equal or method not in selected else selected[method]
         rows.append(
             row(
                 table=METHODS,
@@ -102,7 +107,7 @@ def method_rows(
                 views="clean" if method in ("baseline", "iwb-la") or not trained else views,
                 time_s=stage_1["time_s"] if baseline else document["timing"]["total_s"],
                 command=stage_1["command"] if baseline else command,
-                chosen=_chosen(own.get("lam"), own.get("parameters", {})),
+                selection=_selection(entry.get("lam"), entry.get("parameters", {})),
                 paper=None if published is None or equal else published.methods.get(method),
             )
         )
@@ -118,21 +123,21 @@ def ablation_rows(
     command: str,
     curves: bool = False,
 ) -> list[Row]:
-    """The variants of an ablation; with curves every λ of a variant that has several, too."""
+    """Return a row for every variant of an ablation; with curves also one for every λ of a variant that has several."""
     shared: Row = {"table": table, "facts": facts, "command": command}
     shared["time_s"] = document["timing"]["total_s"]
     rows = []
     for variant in document["rows"]:
         trained = any(h["seed"] is not None for h in document["heads"] if h["variant"] == variant["name"])
         views = views_of({**document["settings"], **variant["set"]}) if trained else "clean"
-        mine: Row = shared | {"views": views, "n_of": ONE_BACKBONE if trained else ONCE}
+        common: Row = shared | {"views": views, "n_of": ONE_BACKBONE if trained else ONCE}
         rows.append(
             row(
-                **mine,
+                **common,
                 name=variant["name"],
                 spread=variant,
                 n=variant["n"],
-                chosen=_chosen(variant["lam"], {}) if variant["chosen_on"] else {},
+                selection=_selection(variant["lam"], {}) if variant["chosen_on"] else {},
                 paper=variant_accuracies(published, variant),
                 less_cb=variant["less_alone"],
                 less_cb_of=variant.get("against"),
@@ -147,44 +152,46 @@ def ablation_rows(
             tested = _tested(heads, setting)
             paper = published.lams.get(setting[2]) if published and with_cb else None
             name = f"{variant['name']}, λ {setting[2]:g}"
-            rows.append(row(**mine, name=name, spread=means_and_stds(tested), n=len(tested), chosen={}, paper=paper))
+            rows.append(
+                row(**common, name=name, spread=means_and_stds(tested), n=len(tested), selection={}, paper=paper)
+            )
     return rows
 
 
 def over_backbones(rows: Sequence[Sequence[Row]], *, command: str) -> list[Row]:
-    """Rows of several backbones as one: mean and sample standard deviation over them, each with its own choices.
+    """Return the rows of several backbones as one: mean and sample standard deviation; each backbone has its own selection.
 
     Rows that not every backbone has are left out; seconds add up. One backbone's rows stay as they are.
     """
     if len(rows) == 1:
         return list(rows[0])
-    each = [{(r["table"], r["row"]): r for r in of_one} for of_one in rows]
-    merged = []
-    for key, first in each[0].items():
-        if not all(key in of_one for of_one in each):
+    backbones = [{(r["table"], r["row"]): r for r in backbone_rows} for backbone_rows in rows]
+    combined = []
+    for key, template in backbones[0].items():
+        if not all(key in backbone for backbone in backbones):
             continue
-        mine = [of_one[key] for of_one in each]
-        ours = {g: mean_std(r["ours"][g] for r in mine) for g in GROUPS}
-        means = {g: _rounded(value.mean) for g, value in ours.items()}
-        stds = {g: _rounded(value.std) for g, value in ours.items()}
-        chosen = {k: _joined([r["chosen"].get(k) for r in mine]) for k in first["chosen"]}
-        merged.append(
-            first
-            | {"command": command, "n": len(mine), "n_of": "backbones", "ours": means, "ours_std": stds}
-            | {"time_s": round(math.fsum(r["time_s"] for r in mine), 1), "chosen": chosen}
-            | {"difference": difference(means, first["paper"]), "less_cb": _mean_less_cb(mine)}
+        repeats = [backbone[key] for backbone in backbones]
+        accuracies = {g: mean_std(r["ours"][g] for r in repeats) for g in GROUPS}
+        means = {g: _rounded(value.mean) for g, value in accuracies.items()}
+        stds = {g: _rounded(value.std) for g, value in accuracies.items()}
+        selection = {k: _joined([r["chosen"].get(k) for r in repeats]) for k in template["chosen"]}
+        combined.append(
+            template
+            | {"command": command, "n": len(repeats), "n_of": "backbones", "ours": means, "ours_std": stds}
+            | {"time_s": round(math.fsum(r["time_s"] for r in repeats), 1), "chosen": selection}
+            | {"difference": difference(means, template["paper"]), "less_cb": _mean_less_cb(repeats)}
         )
-    return merged
+    return combined
 
 
-def merged(known: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """`known` with every table of a configuration that is in `new` replaced by the new one."""
+def merged(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Return `rows` with every table of a configuration that is in `new` replaced by the new one."""
     tables = {(r["config"], r["table"]) for r in new}
-    return [r for r in known if (r["config"], r["table"]) not in tables] + list(new)
+    return [r for r in rows if (r["config"], r["table"]) not in tables] + list(new)
 
 
 def views_of(settings: Mapping[str, Any]) -> str:
-    """Which views a head was fitted on."""
+    """Return the views that a head was fitted on."""
     return "clean" if settings["views"] == "clean" else f"{settings['views_stored'] - 1} augmented"
 
 
@@ -192,20 +199,20 @@ def _tested(rows: Sequence[Mapping[str, Any]], setting: tuple) -> list[Mapping[s
     return [r for r in rows if r["split"] == "test" and (r["method"], r["loss"], r["lam"]) == setting]
 
 
-def _chosen(lam: float | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _selection(lam: float | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return ({} if lam is None else {"lam": lam}) | dict(parameters)
 
 
 def _mean_less_cb(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The mean over backbones; an interval over test samples would say nothing of trainings."""
+    """Return the mean over backbones, without the interval, which covers sampling of the test images only."""
     if any(r["less_cb"] is None for r in rows):
         return None
-    of = {g: [r["less_cb"][g] for r in rows] for g in GROUPS}
+    by_group = {g: [r["less_cb"][g] for r in rows] for g in GROUPS}
     return {
         g: None
         if None in v
         else {"difference": float(np.mean([d["difference"] for d in v])), "low": None, "high": None}
-        for g, v in of.items()
+        for g, v in by_group.items()
     }
 
 

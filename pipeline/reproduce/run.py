@@ -1,13 +1,10 @@
-"""From images to the paper's tables: stage 1, features, then every table on them; what is done and still whole stays."""
+"""From images to the paper's tables: stage 1, features, every table; finished stages are not repeated."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache import write_durably
-from pipeline.bench.rebalance import bench_rebalance
 from pipeline.config import Config, load_config
 from pipeline.console import Talk
 from pipeline.distributed import Ranks, choose_device, planned_ranks, ranks
@@ -16,14 +13,14 @@ from pipeline.ledger import Ledger
 from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.reproduce import page
 from pipeline.reproduce.backbone import TABLES, Progress, ReproducedBackbone, describe_stages
-from pipeline.reproduce.bundle import keep
+from pipeline.reproduce.bundle import keep_files
 from pipeline.reproduce.parallel_training import train_side_by_side
 from pipeline.reproduce.rows import Row, over_backbones
 from pipeline.run import BackboneStages
 from pipeline.run_prepare import PreparedBackbone, prepare_backbone, with_seed
 from pipeline.text import Shown
 
-PLAN = (  # what is most valuable first
+PLAN = (  # the most valuable first
     ("reproduce/cifar100-if100", (0,)),
     ("reproduce/cifar100-if100", (0, 1, 2)),
     ("reproduce/cifar100-if50", (0,)),
@@ -32,8 +29,12 @@ PLAN = (  # what is most valuable first
 
 
 @dataclass(frozen=True)
-class Part:
-    """One configuration with the seeds of its backbones; name and sets are what was typed for it."""
+class ReproductionPart:
+    """One configuration with the seeds of its backbones.
+
+    Arguments:
+        name, sets: the configuration and its settings as they were typed.
+    """
 
     config: Config
     seeds: tuple[int, ...]
@@ -42,17 +43,19 @@ class Part:
 
     @property
     def words(self) -> str:
-        """What to type after a command to mean this configuration."""
+        """The arguments of a command that name this configuration."""
         return " ".join([self.name, *(f"--set {s}" for s in self.sets)])
 
 
-def plan(names: Sequence[str] = (), *, seeds: tuple[int, ...] | None = None, sets: Sequence[str] = ()) -> list[Part]:
-    """The parts of named configurations, one backbone each unless seeds say more; without names the whole plan.
+def plan(
+    names: Sequence[str] = (), *, seeds: tuple[int, ...] | None = None, sets: Sequence[str] = ()
+) -> list[ReproductionPart]:
+    """Return the parts of named configurations, one backbone each by default; without names those of PLAN.
 
     Raises ConfigError for a name or setting that is wrong.
     """
-    asked = [(name, (0,)) for name in names] or PLAN
-    return [Part(load_config(name, sets), seeds or own, name, tuple(sets)) for name, own in asked]
+    entries = [(name, (0,)) for name in names] or PLAN
+    return [ReproductionPart(load_config(name, sets), seeds or planned, name, tuple(sets)) for name, planned in entries]
 
 
 def refuse_unknown(tables: Sequence[str]) -> None:
@@ -61,7 +64,7 @@ def refuse_unknown(tables: Sequence[str]) -> None:
 
 
 def prepare_reproduce(
-    parts: Sequence[Part] | None = None,
+    parts: Sequence[ReproductionPart] | None = None,
     *,
     out: Path,
     folder: Path | None = None,
@@ -83,7 +86,7 @@ def prepare_reproduce(
     return Prepared("reproduce", {}, {}, numbers, writes, (), tuple(stages))
 
 
-def _prepare(part: Part, seed: int, *, out: Path, processes: Ranks) -> PreparedBackbone:
+def _prepare(part: ReproductionPart, seed: int, *, out: Path, processes: Ranks) -> PreparedBackbone:
     """Return the stages of one backbone of a part, checked."""
     folder = out / part.config.name / f"seed-{seed}"
     return prepare_backbone(
@@ -94,82 +97,88 @@ def _prepare(part: Part, seed: int, *, out: Path, processes: Ranks) -> PreparedB
 
 @dataclass(frozen=True)
 class Reproduction(Shown):
-    """The finished tables: rows as in reproduction.json by configuration, the two files, and what to keep.
+    """The finished tables.
 
-    deviations: in what each configuration departs from the paper. seconds: by step. redone: the steps that this call did;
-    the others were there.
+    Arguments:
+        data, page: reproduction.json and reproduction.md.
+        keep: folder of the few small files worth keeping.
+        rows: those of reproduction.json by configuration.
+        deviations: sentences on the differences of each configuration from the paper.
+        seconds: by step.
+        redone: steps that this call did; the others were finished.
     """
 
     data: Path
     page: Path
-    kept: Path
+    keep: Path
     rows: dict[str, list[Row]] = field(default_factory=dict)
     deviations: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     redone: list[str] = field(default_factory=list)
 
+    @property
+    def bench(self) -> Path:
+        """The file of the stage-2 benchmark, which the command measures once on a GPU."""
+        return self.keep / "bench-rebalance.json"
+
     def to_dict(self) -> dict[str, Any]:
-        paths = {"data": str(self.data), "page": str(self.page), "kept": str(self.kept)}
-        rows = [row for of_one in self.rows.values() for row in of_one]
+        paths = {"data": str(self.data), "page": str(self.page), "kept": str(self.keep)}
+        rows = [row for config_rows in self.rows.values() for row in config_rows]
         return paths | {"seconds": self.seconds, "redone": self.redone, "deviations": self.deviations, "rows": rows}
 
     def __str__(self) -> str:
         number = sum(map(len, self.rows.values()))
         done = f"{len(self.redone)} of {len(self.seconds)} steps done now, the others were there"
-        return f"{number} rows in {self.data}; tables: {self.page}; to keep: {self.kept}\n{done}"
+        return f"{number} rows in {self.data}; tables: {self.page}; to keep: {self.keep}\n{done}"
 
 
 def reproduce(
-    parts: Sequence[Part] | None = None,
+    parts: Sequence[ReproductionPart] | None = None,
     *,
     out: Path = Path("runs/reproduce"),
     folder: Path | None = None,
     tables: Sequence[str] = TABLES,
     side_by_side: int | None = None,
-    bench: bool = False,
     device: str = "auto",
     talk: Talk | None = None,
 ) -> Reproduction:
-    """Does every part in order, by default the whole plan: its backbones, and the tables on them.
+    """Make every part in order, by default those of PLAN: its backbones, and the tables on them.
 
-    Backbones lie under out/CONFIG-NAME/seed-N (backbone/, features.zarr). Whatever is there and made from the same
-    inputs stays: a finished training or store of the same configuration and images is taken up. After each backbone
-    reproduction.json and .md in `folder` (default: out) hold what there is, and out/keep what should be kept.
-    side_by_side: how many backbones train at once, each in a process of its own, by default two on a GPU, else one.
-    bench: on a GPU also the speed of stage 2, once.
-    Raises what the stages raise; everything finished stays.
+    Backbones lie under out/CONFIG-NAME/seed-N (backbone/, features.zarr). A finished training or store of the same
+    configuration and images is used as it is. After each backbone, reproduction.json and reproduction.md hold the tables
+    so far, and out/keep the files worth keeping.
+
+    Arguments:
+        folder: of reproduction.json and reproduction.md; by default `out`.
+        side_by_side: backbones that train at once, each in a process of its own; by default two on a GPU, else one.
+    Raises: what the stages raise; every finished stage stays.
     """
     talk, folder, on_gpu = talk or Talk(quiet=True), folder or out, choose_device(device).type == "cuda"
     parts, side_by_side = plan() if parts is None else parts, side_by_side or (2 if on_gpu else 1)
     refuse_unknown(tables)
     steps = ("train-backbone", "dump-features", *tables)
     progress = Progress([f"{p.config.name}/{step}" for p in parts for _ in p.seeds for step in steps], talk)
-    found = Reproduction(folder / "reproduction.json", folder / "reproduction.md", out / "keep")
+    result = Reproduction(folder / "reproduction.json", folder / "reproduction.md", out / "keep")
     for part in parts:
         config, name = part.config, part.config.name
         place = out / name
         talk.say(f"{name}, seeds {', '.join(map(str, part.seeds))}: {place}")
         if side_by_side > 1:
             train_side_by_side(config, part.seeds, place=place, at_once=side_by_side, device=device, talk=talk)
-        ledger, each = Ledger(place / "reproduce.json"), list[list[Row]]()
+        ledger, by_backbone = Ledger(place / "reproduce.json"), list[list[Row]]()
         for seed in part.seeds:
             with ranks(device) as processes:
                 prepared = _prepare(part, seed, out=out, processes=processes)
                 stages = BackboneStages(prepared, ledger, processes, device, talk)
                 backbone = ReproducedBackbone(stages, name=part.name, words=part.words)
-                each.append(backbone.rows(tables, progress))
-            if name not in found.deviations:
-                found.deviations[name] = backbone.deviations
+                by_backbone.append(backbone.rows(tables, progress))
+            if name not in result.deviations:
+                result.deviations[name] = backbone.deviations
                 talk.say("\n".join(f"deviation: {sentence}" for sentence in backbone.deviations))
-            done = ",".join(map(str, part.seeds[: len(each)]))
-            found.rows[name] = over_backbones(each, command=f"pipeline reproduce {part.words} --seeds {done}")
-            page.write(folder, found.rows[name], {name: found.deviations[name]})
-            keep(backbone.folder, found.kept / f"{name}-seed-{seed}", documents=tables)
-        found.seconds.update((f"{name}/{step}", entry["seconds"]) for step, entry in ledger.stages.items())
-        found.redone.extend(f"{name}/{step}" for step in ledger.redone)
-    file = found.kept / "bench-rebalance.json"
-    if bench and on_gpu and not file.is_file():
-        measured = bench_rebalance(device=device, large=True, say=talk.say)
-        write_durably(file, json.dumps(measured.to_dict(), indent=1, allow_nan=False))
-        talk.say(f"bench rebalance: {file}")
-    return found
+            done = ",".join(map(str, part.seeds[: len(by_backbone)]))
+            result.rows[name] = over_backbones(by_backbone, command=f"pipeline reproduce {part.words} --seeds {done}")
+            page.write(folder, result.rows[name], {name: result.deviations[name]})
+            keep_files(backbone.folder, result.keep / f"{name}-seed-{seed}", documents=tables)
+        result.seconds.update((f"{name}/{step}", entry["seconds"]) for step, entry in ledger.stages.items())
+        result.redone.extend(f"{name}/{step}" for step in ledger.redone)
+    return result

@@ -10,7 +10,7 @@ import yaml
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.cli import invoke
 from pipeline.errors import ConfigError
-from pipeline.reproduce import TABLES, Part, reproduce
+from pipeline.reproduce import TABLES, ReproductionPart, reproduce
 from tests.conftest import digits_tree
 
 KEYS = {"table", "row", "command", "network", "parameters", "width", "views", "device", "time_s", "n"}
@@ -43,7 +43,7 @@ def done(place):
         patch.chdir(place)
         from pipeline.config import load_config
 
-        part = Part(load_config(place / "tiny.yaml"), (0,), "tiny.yaml")
+        part = ReproductionPart(load_config(place / "tiny.yaml"), (0,), "tiny.yaml")
         return reproduce([part], out=Path("runs/reproduce"), tables=("table3", "figure5"))
 
 
@@ -79,7 +79,7 @@ def test_what_is_kept_is_the_tables_the_heads_and_the_clean_view(done, place):
 
     from cache import open_cache
 
-    kept = place / done.kept / "tiny-seed-0"
+    kept = place / done.keep / "tiny-seed-0"
     assert {p.name for p in kept.iterdir()} == {"table3", "figure5", "metrics.jsonl", "run.json", "clean.safetensors"}
     store, arrays = (
         open_cache(place / "runs/reproduce/tiny/seed-0/features.zarr"),
@@ -137,7 +137,7 @@ def test_a_page_keeps_what_others_wrote_around_its_section(done, tmp_path):
 
 def test_an_unknown_table_is_refused_before_anything_is_trained(tmp_path, tiny_config):
     with pytest.raises(ConfigError, match="table5: unknown; known: methods, table3"):
-        reproduce([Part(tiny_config, (0,), "tiny")], out=tmp_path, tables=("table5",))
+        reproduce([ReproductionPart(tiny_config, (0,), "tiny")], out=tmp_path, tables=("table5",))
     assert list(tmp_path.iterdir()) == []
 
 
