@@ -218,11 +218,11 @@ def test_a_reproduction_and_a_benchmark_as_they_are_shipped():
 
 
 def test_what_reproduce_keeps(run, tmp_path):
-    from pipeline.reproduce.bundle import keep
+    from pipeline.reproduce.bundle import keep_files
 
     shutil.copytree(run, tmp_path / "place")
     shutil.copytree(run / "rebalance", tmp_path / "place" / "methods")
-    keep(tmp_path / "place", tmp_path / "kept", documents=["methods"])
+    keep_files(tmp_path / "place", tmp_path / "kept", documents=["methods"])
     found = describe(tmp_path / "kept")
     assert found.kind == "kept of a reproduction"
     assert "train 363 × 16" in found.facts["features"]
