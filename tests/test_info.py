@@ -53,7 +53,7 @@ def test_every_artefact_says_what_it_is_and_what_made_it(run, part, kind, said):
     assert found.kind == kind
     told = " ".join(str(found).split())  # as wide as the terminal
     assert [text for text in said if text not in told] == []
-    assert "argv" in found.made
+    assert "argv" in found.provenance
     assert "made by" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["kind"] == kind
 
@@ -61,7 +61,7 @@ def test_every_artefact_says_what_it_is_and_what_made_it(run, part, kind, said):
 def test_a_run_shows_the_settings_that_its_results_were_made_with(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     rebalance(copy / "features.zarr", RebalanceConfig(lam="0.07", epochs=1), out=copy / "rebalance", device="cpu")
-    config = describe(copy).made["config"]
+    config = describe(copy).provenance["config"]
     assert config["rebalance"]["lam"] == "0.07"
     assert config["backbone"] == json.loads((copy / "backbone/run.json").read_text())["config"]["backbone"]
 
@@ -92,7 +92,7 @@ def test_an_export_a_configuration_and_a_shipped_name(run, tmp_path):
     assert describe(tmp_path / "model" / "config.json").kind == "exported model"
     head = describe(tmp_path / "model" / "stage1_head.safetensors")
     assert (head.kind, head.facts["weight"]) == ("head before rebalancing", "10 classes × 16 features")
-    assert head.made["command"] == "export"
+    assert head.provenance["command"] == "export"
     (tmp_path / "model" / "stage1_head.safetensors").write_bytes(b"x")
     with pytest.raises(DataError, match="run `pipeline export` again"):
         describe(tmp_path / "model" / "stage1_head.safetensors")
@@ -118,7 +118,7 @@ def test_an_unfinished_store_says_how_far_it_is(tmp_path):
     found = describe(made_store(tmp_path / "features.zarr", seal=False))
     assert found.kind == "feature store, unfinished"
     assert found.facts["state"].startswith("open: 1 of 4 chunks")
-    assert found.made["argv"] == ["pipeline", "dump-features"]
+    assert found.provenance["argv"] == ["pipeline", "dump-features"]
 
 
 def test_anything_else_is_refused_with_what_was_expected(run, tmp_path):
@@ -214,7 +214,7 @@ def test_a_reproduction_and_a_benchmark_as_they_are_shipped():
     found = describe(docs / "bench" / "cache.json")
     assert found.kind == "bench cache"
     assert found.facts["  load over np.load, float16"].endswith("(met)")
-    assert found.made["git"]
+    assert found.provenance["git"]
 
 
 def test_what_reproduce_keeps(run, tmp_path):

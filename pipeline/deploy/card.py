@@ -192,7 +192,7 @@ def _table(study: Study, head: dict[str, Any]) -> Table:
 def main_table(study: Study, head: dict[str, Any]) -> list[SummaryRow]:
     """Return the report's main table, with the exported head where it is not the selected one."""
     head_id = HeadId.of_row(head)
-    return summary(study, also=None if head_id == study.first.selected else head_id)
+    return summary(study, extra=None if head_id == study.first.selected else head_id)
 
 
 def _choice(study: Study, head: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What an artefact is and what made it: runs, checkpoints, stores, results, heads, exported models, configurations."""
+"""Kind, key facts and origin of an artefact: runs, checkpoints, stores, results, heads, exported models, configurations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,28 +41,30 @@ class Verified(Shown):
         }
 
     def __str__(self) -> str:
-        whole = (
+        first_line = (
             f"{self.store}: whole; {self.chunks} chunks of features read, every checksum holds; digest {self.digest}"
         )
-        return "\n".join([whole, *(f"skipped {split}: {samples_text(ids)}" for split, ids in self.skipped.items())])
+        return "\n".join(
+            [first_line, *(f"skipped {split}: {samples_text(ids)}" for split, ids in self.skipped.items())]
+        )
 
 
 def verify(path: Path | str) -> Verified:
     """Reads a whole sealed store against its checksums; DataError lists what is damaged and how to repair it."""
     try:
         if damaged := cache.verify(path):
-            listed = "\n".join(f"  {damage}" for damage in damaged)
+            damage_lines = "\n".join(f"  {damage}" for damage in damaged)
             again = f"repair it: the same `pipeline dump-features … --out {path}` computes just these again"
-            raise DataError(f"{path}: {len(damaged)} damaged file(s)\n{listed}\n{again}")
-        whole = open_cache(path)
-        chunks = sum(len(whole.chunks(split, view)) for split in whole.splits for view in range(whole.views(split)))
-        return Verified(path, whole.digest, chunks, skipped_of(whole))
+            raise DataError(f"{path}: {len(damaged)} damaged file(s)\n{damage_lines}\n{again}")
+        opened = open_cache(path)
+        chunks = sum(len(opened.chunks(split, view)) for split in opened.splits for view in range(opened.views(split)))
+        return Verified(path, opened.digest, chunks, skipped_of(opened))
     except CacheError as error:
         raise DataError(str(error)) from error
 
 
 def describe(path: Path | str) -> Artefact:
-    """What lies at a path, URL of a store, or shipped configuration of that name, and what made it.
+    """Describe the artefact at a path, at the URL of a store, or the shipped configuration of that name.
 
     Raises DataError where it is missing, damaged or nothing of ours, naming what could have been given.
     """
@@ -77,13 +79,13 @@ def describe(path: Path | str) -> Artefact:
         tell = next((tell for recognises, tell in _FOLDERS if recognises(path)), None)
     else:
         tell = _FILES.get(path.name) or _FILES.get(path.suffix)
-    if tell is None and path.is_dir() and (told := holds_runs(path)):
-        raise DataError(told)
+    if tell is None and path.is_dir() and (advice := holds_runs(path)):
+        raise DataError(advice)
     if tell is None:
         raise DataError(f"{path}: not an artefact of this program; expected {EXPECTED}")
     try:
-        found = tell(path)
-        return replace(found, facts={"size": size_on_disk(path), **found.facts})
+        artefact = tell(path)
+        return replace(artefact, facts={"size": size_on_disk(path), **artefact.facts})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not as this version writes it ({error!r}); expected {EXPECTED}") from error
 
@@ -100,9 +102,9 @@ def _config(path: Path) -> Artefact:
     try:
         tree = read_tree(path)
         if is_rebalance_only(tree):  # as the ablations are
-            own = make_rebalance_config(tree, str(path)).model_dump(mode="json", exclude_unset=True)
-            variants = [variant["name"] for variant in own.pop("variants", ())]
-            return Artefact(path, "settings of stage 2", own | ({"variants": variants} if variants else {}))
+            settings = make_rebalance_config(tree, str(path)).model_dump(mode="json", exclude_unset=True)
+            variants = [variant["name"] for variant in settings.pop("variants", ())]
+            return Artefact(path, "settings of stage 2", settings | ({"variants": variants} if variants else {}))
         config = load_config(path)
     except ConfigError as error:
         raise DataError(str(error)) from error
@@ -133,34 +135,34 @@ def _run(path: Path) -> Artefact:
         name = "" if part == path else f"{part.name}/"
         for file, kind in _PARTS.items():
             if (part / file).exists():
-                told = EXTERNAL_BACKBONE if file == "backbone/last.pt" and _is_external(part) else kind
-                facts[f"{name}{file}"] = f"{told}, {size_on_disk(part / file)}"
+                part_kind = EXTERNAL_BACKBONE if file == "backbone/last.pt" and _is_external(part) else kind
+                facts[f"{name}{file}"] = f"{part_kind}, {size_on_disk(part / file)}"
     facts |= {
         f"ablations/{p.name}": "ablation" for p in sorted(path.glob("ablations/*")) if (p / "ablation.json").is_file()
     }
-    found = next((p for p in (path / "results.json", path / "rebalance" / "results.json") if p.is_file()), None)
-    if found:
-        known = results(found).facts
-        facts |= {key: known[key] for key in (*STARTS, "selected", "its test accuracy") if key in known}
+    results_path = next((p for p in (path / "results.json", path / "rebalance" / "results.json") if p.is_file()), None)
+    if results_path:
+        result_facts = results(results_path).facts
+        facts |= {key: result_facts[key] for key in (*STARTS, "selected", "its test accuracy") if key in result_facts}
     records = [try_json(p) for p in (path / "run.json", *sorted(path.glob("**/backbone/run.json")))]
-    made: Facts = next(filter(None, records), {})
-    return Artefact(path, f"run of {len(seeds)} backbones" if seeds else "run", facts, _as_rebalanced(made, path))
+    record: Facts = next(filter(None, records), {})
+    return Artefact(path, f"run of {len(seeds)} backbones" if seeds else "run", facts, _as_rebalanced(record, path))
 
 
-def _as_rebalanced(made: Facts, run: Path) -> Facts:
-    """What made a run, with the settings of stage 2 that its results were made with: `rebalance` may have had others."""
-    own, config = try_json(run / "rebalance" / "run.json").get("config"), made.get("config")
-    return made | {"config": config | {"rebalance": own}} if own and isinstance(config, dict) else made
+def _as_rebalanced(record: Facts, run: Path) -> Facts:
+    """Return the record of a run with the settings of stage 2 that its results were made with, which may be others."""
+    settings, config = try_json(run / "rebalance" / "run.json").get("config"), record.get("config")
+    return record | {"config": config | {"rebalance": settings}} if settings and isinstance(config, dict) else record
 
 
 def _reproduced(path: Path) -> Artefact:
     """The folder of `pipeline reproduce`."""
-    found = reproduction(path / "reproduction.json")
-    return replace(found, path=path, facts=found.facts | {"kept": sorted(p.name for p in path.glob("keep/*"))})
+    artefact = reproduction(path / "reproduction.json")
+    return replace(artefact, path=path, facts=artefact.facts | {"kept": sorted(p.name for p in path.glob("keep/*"))})
 
 
 def _is_external(run: Path) -> bool:
-    """Whether a run's backbone was not trained in it."""
+    """Return true where a run's backbone was not trained in it."""
     return try_json(run / "backbone" / "run.json").get("command") == "dump-features"
 
 

@@ -32,43 +32,45 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Artefact(Shown):
-    """What `describe` found: the kind of thing, its key facts, and what made it."""
+    """An artefact: its kind, key facts, and the record of what made it."""
 
     path: Path | str
     kind: str
     facts: Facts
-    made: Facts = field(default_factory=dict)
+    provenance: Facts = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path), "kind": self.kind, "facts": self.facts, "provenance": self.made}
+        return {"path": str(self.path), "kind": self.kind, "facts": self.facts, "provenance": self.provenance}
 
     def __str__(self) -> str:
-        made: Facts = {key: self.made[key] for key in MADE if self.made.get(key) is not None}
-        if "argv" in made:
-            made["argv"] = " ".join(made["argv"])
-        lines = lines_of(self.facts) + ([("made by", "")] if made else []) + [(f"  {k}", v) for k, v in lines_of(made)]
-        config = self.made.get("config")
+        record: Facts = {key: self.provenance[key] for key in MADE if self.provenance.get(key) is not None}
+        if "argv" in record:
+            record["argv"] = " ".join(record["argv"])
+        lines = (
+            lines_of(self.facts) + ([("made by", "")] if record else []) + [(f"  {k}", v) for k, v in lines_of(record)]
+        )
+        config = self.provenance.get("config")
         if isinstance(config, dict) and config:
             sections = (
                 config
-                if any(isinstance(of, dict) for of in config.values())
-                else {self.made.get("command", ""): config}
+                if any(isinstance(section, dict) for section in config.values())
+                else {self.provenance.get("command", ""): config}
             )
             lines += [("configuration", ""), *((f"  {k}", v) for k, v in lines_of(sections))]
         name_width = min(max((len(name) for name, _ in lines), default=0), NAME_WIDTH)
-        told = [f"{self.path}: {self.kind}"]
+        lines_out = [f"{self.path}: {self.kind}"]
         for name, text in lines:
-            told += wrapped(f"  {name:<{name_width}}  ", text, columns(), indent=name_width + 4)
-        return "\n".join(told)
+            lines_out += wrapped(f"  {name:<{name_width}}  ", text, columns(), indent=name_width + 4)
+        return "\n".join(lines_out)
 
 
 def classes_of(names: Any, counts: list[int], *, left_out: int = 0) -> Facts:
     """Names and sizes of the classes; left_out: how many of the images, nobody knows of which classes, could not be read."""
-    shown = list(names) if len(names) <= 12 else [*names[:8], "…", *names[-3:]]
+    listed_names = list(names) if len(names) <= 12 else [*names[:8], "…", *names[-3:]]
     sizes = " ".join(map(str, counts if len(counts) <= 20 else [*counts[:8], "…", *counts[-4:]]))
     total = sum(counts)
     read = f"{total - left_out:,} of {total:,}, the others could not be read; by class, with them: " if left_out else ""
-    classes = f"{len(names):,} ({', '.join(shown)})"
+    classes = f"{len(names):,} ({', '.join(listed_names)})"
     return {"classes": classes, "training images": f"{read}{sizes}" if left_out else f"{total:,} ({sizes})"}
 
 
@@ -79,9 +81,9 @@ def prefixed(fingerprint: Facts) -> Facts:
 def accuracies_of(row: Facts) -> str:
     """`all 41.0 % (many 58.2, medium 41.1, few 20.7)` with the groups that exist."""
     groups = ", ".join(f"{g} {row[g]:.1f}" for g in ("many", "medium", "few") if row.get(g) is not None)
-    whole = "–" if row.get("all") is None else f"{row['all']:.1f}"
+    overall = "–" if row.get("all") is None else f"{row['all']:.1f}"
     spread = f" ± {row['all_std']:.1f}" if row.get("all_std") is not None else ""
-    return f"all {whole}{spread} % ({groups})"
+    return f"all {overall}{spread} % ({groups})"
 
 
 def lines_of(facts: Facts) -> list[tuple[str, str]]:
@@ -117,7 +119,7 @@ def try_json(path: Path) -> Facts:
 
 
 def beside(path: Path) -> Facts:
-    """What made a file, from the run.json in its folder."""
+    """Return the run.json beside a file, empty where there is none."""
     return try_json(path.with_name("run.json"))
 
 

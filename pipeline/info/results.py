@@ -1,4 +1,4 @@
-"""What holds results: of rebalancing, ablations, tries, reproductions, benchmarks; and the heads."""
+"""Description of results: rebalancing, ablations, tries, reproductions, benchmarks; and of heads."""
 
 import csv
 import json
@@ -17,42 +17,50 @@ CHOSEN_ON = {"val": "chosen on validation", "kfold": "chosen on held-out folds"}
 
 
 def results(path: Path) -> Artefact:
-    found = read_results(path)
-    chosen, timing = found["selected"], found.get("timing", {})
-    tuned = [f"{c['method']}: {c['trials']} trials, {c['score']:.1f} %" for c in found.get("chosen", ())]
-    of = f"{chosen['n']} backbones" if "backbones" in found else f"{chosen['n']} batch order(s) of one backbone"
+    document = read_results(path)
+    selected, timing = document["selected"], document.get("timing", {})
+    tuned = [f"{c['method']}: {c['trials']} trials, {c['score']:.1f} %" for c in document.get("chosen", ())]
+    repeated = (
+        f"{selected['n']} backbones" if "backbones" in document else f"{selected['n']} batch order(s) of one backbone"
+    )
     facts = {
-        "store": found["store"],
-        start_name(found.get("fingerprint")): accuracies_of(found["baseline"]),
-        "selected": f"{_selected(chosen)}; mean over {of}",
-        "its test accuracy": accuracies_of(chosen),
+        "store": document["store"],
+        start_name(document.get("fingerprint")): accuracies_of(document["baseline"]),
+        "selected": f"{_selected(selected)}; mean over {repeated}",
+        "its test accuracy": accuracies_of(selected),
         "tuned, best on the choosing split": tuned or None,
-        "rows": len(found["results"]),
-        "λ": sorted({row["lam"] for row in found["results"] if row.get("lam") is not None}),
+        "rows": len(document["results"]),
+        "λ": sorted({row["lam"] for row in document["results"] if row.get("lam") is not None}),
         "fitted": f"{timing['heads']} heads in {timing['fit_s']:.2f} s" if timing.get("heads") else None,
-        "fingerprint": None if isinstance(found.get("fingerprint"), list) else found.get("fingerprint"),
+        "fingerprint": None if isinstance(document.get("fingerprint"), list) else document.get("fingerprint"),
     }
     return Artefact(path, "rebalancing results", facts, beside(path))
 
 
 def choice(path: Path) -> Artefact:
     """selection.json: what was chosen, on what, before the test split was read; of an ablation, of each variant."""
-    found = read_choice(path)
-    if isinstance(found, list):
-        chosen: Facts = {f"  {one['name']}": _scored(one, one) for one in found}
+    document = read_choice(path)
+    if isinstance(document, list):
+        selected: Facts = {f"  {variant['name']}": _scored(variant, variant) for variant in document}
     else:
-        chosen = {"selected": _scored(found["selected"], found)}
-    return Artefact(path, "choice before the test split was read", chosen, beside(path))
+        selected = {"selected": _scored(document["selected"], document)}
+    return Artefact(path, "choice before the test split was read", selected, beside(path))
 
 
-def _selected(chosen: Facts) -> str:
-    return f"{HeadId.from_dict(chosen)} ({CHOSEN_ON.get(chosen.get('chosen_on') or '', 'given')})"
+def _selected(head: Facts) -> str:
+    return f"{HeadId.from_dict(head)} ({CHOSEN_ON.get(head.get('chosen_on') or '', 'given')})"
 
 
-def _scored(chosen: Facts, said: Facts) -> str:
-    score = f"{said['score']:.1f} ± {said['standard_error']:.1f} % there" if "score" in said else ""
-    near = f"{len(said['within_one_se'])} settings within one standard error" if said["within_one_se"] else ""
-    return "; ".join(filter(None, (_selected(chosen), score, near)))
+def _scored(head: Facts, choice_facts: Facts) -> str:
+    score = (
+        f"{choice_facts['score']:.1f} ± {choice_facts['standard_error']:.1f} % there" if "score" in choice_facts else ""
+    )
+    near = (
+        f"{len(choice_facts['within_one_se'])} settings within one standard error"
+        if choice_facts["within_one_se"]
+        else ""
+    )
+    return "; ".join(filter(None, (_selected(head), score, near)))
 
 
 def heads(path: Path) -> Artefact:
@@ -64,7 +72,7 @@ def heads(path: Path) -> Artefact:
         if path.name == "heads.safetensors":
             raise
         return _hits(path) or checkpoint(path)
-    described, weight = [what for what, _ in scorers], scorers[0][1].arrays[0]
+    described, weight = [entry for entry, _ in scorers], scorers[0][1].arrays[0]
     named: dict[str, int] = {}
     for head in described:
         name = HeadId.of_row(head).name()
@@ -93,47 +101,47 @@ def _stage_1_head(path: Path) -> Artefact:
 
 
 def _hits(path: Path) -> Artefact | None:
-    """Of a file that is one of hits, which samples and heads."""
+    """Describe a file of hits; None where it is none."""
     from pipeline.results.differences import read_hits
 
     try:
-        found = read_hits(path)
+        hits = read_hits(path)
     except DataError:
         return None
-    facts = {"test images": f"{len(found.labels):,}", "heads": len(found.heads)}
+    facts = {"test images": f"{len(hits.labels):,}", "heads": len(hits.heads)}
     return Artefact(path, "which test images each head got right", facts, beside(path))
 
 
 def ablation(path: Path) -> Artefact:
     """ablation.json: what each variant chose, and its accuracy."""
-    found = read_ablation(path)
-    most = max(row["n"] for row in found["rows"])
-    rows = {f"  {row['name']}": f"{_chosen(row)}: {accuracies_of(row)}" for row in found["rows"]}
+    document = read_ablation(path)
+    most = max(row["n"] for row in document["rows"])
+    rows = {f"  {row['name']}": f"{_chosen(row)}: {accuracies_of(row)}" for row in document["rows"]}
     facts = {
-        "store": found["store"],
-        "network": found["network"],
+        "store": document["store"],
+        "network": document["network"],
         "variants": f"{len(rows)}, each chosen for itself; test accuracy, mean over {most} batch order(s)",
         **rows,
-        "fitted": f"{found['timing']['heads']} heads in {found['timing']['fit_s']:.2f} s",
-        "digest": found["digest"],
-        **prefixed(found["fingerprint"]),
+        "fitted": f"{document['timing']['heads']} heads in {document['timing']['fit_s']:.2f} s",
+        "digest": document["digest"],
+        **prefixed(document["fingerprint"]),
     }
     return Artefact(path, "ablation", facts, beside(path))
 
 
 def tries(path: Path) -> Artefact:
     """tries.json of `train-backbone --try`."""
-    found = read_sweep(path)
-    chosen, seeds = found["selected"], found["seeds"]
-    rows = {f"  {row['name']}": accuracies_of(row) for row in found["tries"]}
+    document = read_sweep(path)
+    selected, seeds = document["selected"], document["seeds"]
+    rows = {f"  {row['name']}": accuracies_of(row) for row in document["tries"]}
     facts = {
         "settings": f"{len(rows)}, {len(seeds)} seed(s) each ({', '.join(map(str, seeds))}); validation accuracy",
         **rows,
-        "selected": f"{chosen['name']}, {'chosen on validation' if chosen['chosen_on'] else 'given'}",
-        "its checkpoint": chosen["checkpoint"],
-        "notes": found["notes"] or None,
+        "selected": f"{selected['name']}, {'chosen on validation' if selected['chosen_on'] else 'given'}",
+        "its checkpoint": selected["checkpoint"],
+        "notes": document["notes"] or None,
     }
-    return Artefact(path, "settings tried in stage 1", facts, found.get("provenance", {}))
+    return Artefact(path, "settings tried in stage 1", facts, document.get("provenance", {}))
 
 
 def reproduction(path: Path) -> Artefact:
@@ -157,33 +165,35 @@ def kept(path: Path) -> Artefact:
     from safetensors import safe_open
 
     with safe_open(path / "clean.safetensors", "np") as file:
-        said = json.loads(file.metadata()["facts"])
+        source_facts = json.loads(file.metadata()["facts"])
         sizes = {n: file.get_slice(n).get_shape() for n in file.keys() if n.endswith("_features")}  # noqa: SIM118
     facts = {
         "tables": sorted(p.name for p in path.iterdir() if p.is_dir()),
         "features": ", ".join(
             f"{name.removesuffix('_features')} {n:,} × {width}" for name, (n, width) in sizes.items()
         ),
-        "network": said["network"],
-        "classes": f"{len(said['class_names']):,}",
-        "digest of the store": said["digest"],
+        "network": source_facts["network"],
+        "classes": f"{len(source_facts['class_names']):,}",
+        "digest of the store": source_facts["digest"],
     }
     return Artefact(path, "kept of a reproduction", facts, beside(path / "clean.safetensors"))
 
 
 def bench(path: Path) -> Artefact:
     """A result of `pipeline bench`: each measure against its target."""
-    found = read_json(path)
+    document = read_json(path)
     marks = {True: "met", False: "MISSED", None: "no target"}
     facts: Facts = {
         f"  {m['name']}": f"{m['value']:g} {m['unit']}".strip()
         + (f", target {'≤' if m['at_most'] else '≥'} {m['target']:g}" if m["target"] is not None else "")
         + f" ({marks[m['met']]})"
-        for m in found["measures"]
+        for m in document["measures"]
     }
-    machine = found["machine"]
+    machine = document["machine"]
     on = {k: machine[k] for k in ("processor", "cpus", "threads", "load") if k in machine}
-    return Artefact(path, f"bench {found['name']}", {"on": on, **facts, "took": f"{found['seconds']:.0f} s"}, machine)
+    return Artefact(
+        path, f"bench {document['name']}", {"on": on, **facts, "took": f"{document['seconds']:.0f} s"}, machine
+    )
 
 
 def progress(path: Path) -> Artefact:

@@ -49,10 +49,10 @@ def samples_text(ids: list[int], most: int = 10) -> str:
 def _open_store(path: Path | str, writer: Writer) -> Artefact:
     layout, chunks, place = writer.layout, writer.chunks, writer.place
     attributes = json.loads(place.read("zarr.json")[0])["attributes"]
-    there = len({f"{chunk.array}/{chunk.key}" for chunk in chunks}.intersection(place.names()))
+    present = len({f"{chunk.array}/{chunk.key}" for chunk in chunks}.intersection(place.names()))
     sizes = {s: f"{rows:,} samples, {views} view(s)" for s, views, rows in layout.splits}
     facts = {
-        "state": f"open: {there} of {len(chunks)} chunks are there; the same pipeline dump-features goes on with it",
+        "state": f"open: {present} of {len(chunks)} chunks are there; the same pipeline dump-features goes on with it",
         **sizes,
         "features": f"{layout.width} wide, {layout.dtype}",
         **classes_of(attributes["class_names"], attributes["counts"]),
@@ -64,7 +64,7 @@ def _open_store(path: Path | str, writer: Writer) -> Artefact:
 def plain_files(path: Path) -> Artefact:
     """The folder of `pipeline export STORE`."""
     document = read_json(path / "store.json")
-    made = document.get("provenance", {})
+    record = document.get("provenance", {})
     left_out = {split: rows for split, rows in document["rows_without_features"].items() if rows}
     facts = {
         "of": document["store"],
@@ -74,4 +74,4 @@ def plain_files(path: Path) -> Artefact:
         **prefixed(document["fingerprint"]),
         "digest": document["digest"],
     }
-    return Artefact(path, "features as plain files", facts, made)
+    return Artefact(path, "features as plain files", facts, record)

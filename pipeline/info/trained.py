@@ -1,4 +1,4 @@
-"""What holds a network: checkpoints, trainings, weights from elsewhere, exported models."""
+"""Description of networks: checkpoints, trainings, weights from elsewhere, exported models."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,22 +26,24 @@ def checkpoint(path: Path) -> Artefact:
     content = read_file(file)
     if isinstance(content, Mapping) and content.keys() >= OWN_KEYS:
         return own_checkpoint(file)
-    found, said = find_tensors(content, file), read_metadata(path)
-    tensors = found.tensors
+    tensor_tree, metadata = find_tensors(content, file), read_metadata(path)
+    tensors = tensor_tree.tensors
     heads = [(name, tuple(t.shape)) for name, t in tensors.items() if t.ndim == 2 and name.endswith("weight")]
     facts: Facts = {
-        "network": f"{said.model}, as {said.origin} says"
-        if said.model
+        "network": f"{metadata.model}, as {metadata.origin} says"
+        if metadata.model
         else "not named; say it with --set backbone.model=…",
         "tensors": f"{len(tensors):,}, {sum(t.numel() for t in tensors.values()):,} numbers, "
         + ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
-        "taken from": ".".join(found.keys) or None,
-        "not taken": ", ".join(found.unused_keys) or None,
+        "taken from": ".".join(tensor_tree.keys) or None,
+        "not taken": ", ".join(tensor_tree.unused_keys) or None,
         "last linear layer": f"{heads[-1][0]}: {heads[-1][1][0]:,} × {heads[-1][1][1]:,}" if heads else None,
         "epoch": content.get("epoch")
         if isinstance(content, Mapping) and isinstance(content.get("epoch"), int)
         else None,
-        "classes": f"{len(said.class_names):,} ({', '.join(said.class_names[:8])} …)" if said.class_names else None,
+        "classes": f"{len(metadata.class_names):,} ({', '.join(metadata.class_names[:8])} …)"
+        if metadata.class_names
+        else None,
         "next": f"pipeline dump-features CONFIG --checkpoint {path}",
     }
     return Artefact(path, "weights from elsewhere", facts)
@@ -81,11 +83,13 @@ def _how_far(path: Path, state: dict[str, Any]) -> str:
     if path.name == "best.pt":
         last = path.with_name("last.pt")
         try:
-            whole = state["complete"] or (last.is_file() and read(last)["complete"])
+            complete = state["complete"] or (last.is_file() and read(last)["complete"])
         except DataError:
-            whole = False
+            complete = False
         return (
-            f"the best of {epochs} epochs (epoch {epoch})" if whole else f"epoch {epoch} of {epochs}, the best so far"
+            f"the best of {epochs} epochs (epoch {epoch})"
+            if complete
+            else f"epoch {epoch} of {epochs}, the best so far"
         )
     done = "complete" if state["complete"] else f"unfinished, step {state['step_in_epoch']} of the next epoch"
     return f"{epoch} of {epochs} epochs, {done}"
@@ -93,10 +97,10 @@ def _how_far(path: Path, state: dict[str, Any]) -> str:
 
 def _choices(settings: dict[str, Any]) -> str | None:
     """Loss, sampler and average of stage 1; None where all are as always."""
-    told = [f"loss {settings['loss']}"] if settings.get("loss", "ce") != "ce" else []
-    told += [f"{s} sampling"] if (s := settings.get("sampler", "instance")) != "instance" else []
-    told += [f"weights averaged with decay {d:g}"] if (d := settings.get("ema", 0)) else []
-    return ", ".join(told) or None
+    parts = [f"loss {settings['loss']}"] if settings.get("loss", "ce") != "ce" else []
+    parts += [f"{s} sampling"] if (s := settings.get("sampler", "instance")) != "instance" else []
+    parts += [f"weights averaged with decay {d:g}"] if (d := settings.get("ema", 0)) else []
+    return ", ".join(parts) or None
 
 
 def training(folder: Path) -> Artefact:
@@ -107,25 +111,25 @@ def training(folder: Path) -> Artefact:
 
     last, damage = folder / "last.pt", None
     try:
-        found = own_checkpoint(last)
+        artefact = own_checkpoint(last)
     except DamagedCheckpoint as error:
         if not previous_of(last).is_file():
             raise
-        found, damage = own_checkpoint(previous_of(last)), str(error)
-    facts: Facts = {"damaged": damage, **found.facts}
+        artefact, damage = own_checkpoint(previous_of(last)), str(error)
+    facts: Facts = {"damaged": damage, **artefact.facts}
     if history := read_history(folder):
         end = history[-1]
         facts["last epoch told"] = f"{end['epoch']}, loss {end['loss']:.4f}; {pace(end)}"
         facts |= {f"its {name} accuracy": accuracies(end, split) for split, name in NAMED.items()}
-        known = [line for line in history if line.get("val_accuracy") is not None]
-        if known:
-            best = max(known, key=lambda line: line["val_accuracy"])
+        validated = [line for line in history if line.get("val_accuracy") is not None]
+        if validated:
+            best = max(validated, key=lambda line: line["val_accuracy"])
             facts["best epoch told"] = f"{best['epoch']}, validation {accuracies(best, 'val')}"
-    return Artefact(found.path, found.kind, facts, found.made)
+    return Artefact(artefact.path, artefact.kind, facts, artefact.provenance)
 
 
 def _left_out(checkpoint: Path, state: dict[str, Any]) -> int:
-    """How many training images could not be read in a checkpoint's last epoch, by the history beside it."""
+    """Return the number of training images that could not be read in a checkpoint's last epoch, by the history beside it."""
     from pipeline.backbone.training_dir import read_history
 
     lines = read_history(checkpoint.parent)

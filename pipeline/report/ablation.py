@@ -32,32 +32,34 @@ def accuracy_figure(document: Mapping[str, Any]) -> Drawing | None:
     A variant without λ is a level line, one of a single λ is left out.
     """
     points = {row["name"]: _points(document, row) for row in document["rows"]}
-    drawn = {row["name"]: of for row in document["rows"] if len(of := points[row["name"]]) > 1 or row["lam"] is None}
+    curves = {
+        row["name"]: curve for row in document["rows"] if len(curve := points[row["name"]]) > 1 or row["lam"] is None
+    }
     on = next((SPLITS[row["chosen_on"]] for row in document["rows"] if row["chosen_on"]), None)
     star = f" The star marks the λ of each that was chosen, on {on}." if on else ""
     caption = f"The variants of {document['name']} on the test split, which selected nothing.{star}"
     title = f"{document['name']}: accuracy against λ"
-    return accuracy_curves(drawn, name="accuracy-lambda", title=title, caption=caption, headline=_headline(document))
+    return accuracy_curves(curves, name="accuracy-lambda", title=title, caption=caption, headline=_headline(document))
 
 
 def _points(document: Mapping[str, Any], row: Row) -> list[dict[str, Any]]:
     """A point for each setting of a variant: means over its seeds on the test split."""
-    mine = [h for h in document["heads"] if h["variant"] == row["name"] and h["split"] == "test"]
-    heads = dict.fromkeys(HeadId.of_row(h) for h in mine)
+    tested = [h for h in document["heads"] if h["variant"] == row["name"] and h["split"] == "test"]
+    heads = dict.fromkeys(HeadId.of_row(h) for h in tested)
     points = []
     for setting in sorted(heads, key=lambda head: -1 if head.lam is None else head.lam):
-        of = [h for h in mine if setting.matches(h)]
-        chosen = row["chosen_on"] is not None and setting.matches(row)
-        point = {"variant": row["name"], "lam": setting.lam, "chosen": chosen, "n": len(of)}
+        of_head = [h for h in tested if setting.matches(h)]
+        is_selected = row["chosen_on"] is not None and setting.matches(row)
+        point = {"variant": row["name"], "lam": setting.lam, "chosen": is_selected, "n": len(of_head)}
         for column in ("all", "many", "medium", "few"):
-            value = mean_std(h[column] for h in of)
+            value = mean_std(h[column] for h in of_head)
             point |= {column: rounded(value.mean), f"{column}_std": rounded(value.std)}
         points.append(point)
     return points
 
 
 def _headline(document: Mapping[str, Any]) -> str:
-    """What the figure shows, in a line."""
+    """Return the headline of the figure."""
     on = next((row["chosen_on"] for row in document["rows"] if row["chosen_on"]), None)
     n = max(row["n"] for row in document["rows"])
     network = document["network"]["network"]
@@ -73,12 +75,12 @@ def ablation_section(document: Mapping[str, Any]) -> str:
     )
 
 
-def read_ablations(folder: Path) -> list[Row]:
+def read_ablations(folder: Path) -> list[dict[str, Any]]:
     """The documents of the ablations in a folder, in those below it, and in RUN/ablations; DataError if one is damaged."""
     places = ("ablation.json", "*/ablation.json", "ablations/*/ablation.json", "seed-*/ablations/*/ablation.json")
-    found = []
+    documents_read = []
     for path in dict.fromkeys(p for place in places for p in sorted(folder.glob(place))):
         document = read_ablation(path)
         seed = next((part for part in path.relative_to(folder).parts if part.startswith("seed-")), None)
-        found.append(document | ({"name": f"{seed}/{document['name']}"} if seed else {}))
-    return found
+        documents_read.append(document | ({"name": f"{seed}/{document['name']}"} if seed else {}))
+    return documents_read

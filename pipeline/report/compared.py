@@ -42,29 +42,29 @@ def compared(studies: Studies) -> tuple[str, list[Row]]:
         parameters = f"{row['parameters']:,}" if row["parameters"] else "–"
         sizes = [f"{row['classes']:,}", f"{row['images']:,}", f"{row['imbalance_factor']:g}", study.repeated]
         facts.append((name, [row["network"] or "–", parameters, row["data"] or "–", *sizes]))
-        chosen = f"{study.first.selected.without_lam.name()}{f', λ = {lams}' if lams else ''}"
-        for key, head, kinds in (("start", study.start, BASELINE), ("selected", chosen, study.selected)):
+        selected_name = f"{study.first.selected.without_lam.name()}{f', λ = {lams}' if lams else ''}"
+        for key, head, kinds in (("start", study.start, BASELINE), ("selected", selected_name, study.selected)):
             cells = {column: study.spread(kinds, "test", column) for column in SHOWN}
             row[key] = {c: s.mean if s else None for c, s in cells.items()}
             row[key] |= {f"{c}_std": s.std if s else None for c, s in cells.items()}
             numbers.append((name if key == "start" else "", [head, *cells.values()]))
         rows.append(row)
-    what = ["Network", "Parameters", "Data", "Classes", "Images", "Imbalance", "n"]
+    titles = ["Network", "Parameters", "Data", "Classes", "Images", "Imbalance", "n"]
     tables = _named(["Run", "Head", *(TITLES[c] for c in SHOWN)], numbers)
     note = "Test split in %, mean ± std; each head was selected without it. " + _differing(studies)
-    return f"{tables}<p class=note>{note}</p>{_named(['Run', *what], facts)}", rows
+    return f"{tables}<p class=note>{note}</p>{_named(['Run', *titles], facts)}", rows
 
 
 def _differing(studies: Studies) -> str:
-    """What keeps the numbers of the runs from being compared as they stand."""
+    """Return the settings in which the runs differ besides the one that is compared."""
     several = [
-        what
-        for what, of in (
+        quantity
+        for quantity, value_of in (
             ("networks", lambda s: (s.first.network.get("network"), s.first.network.get("parameters"))),
             ("class sizes", lambda s: tuple(s.counts.tolist())),
             ("augmentation", lambda s: s.first.network.get("augmentation")),
         )
-        if len({of(s) for s in studies.values()}) > 1
+        if len({value_of(s) for s in studies.values()}) > 1
     ]
     if not several:
         return "The runs share network, class sizes and augmentation."
@@ -79,21 +79,21 @@ def _named(titles: Sequence[str], lines: Sequence[tuple[str, Sequence[Cell]]]) -
 def draw_compared(studies: Studies) -> list[Drawing]:
     """Every figure that there is data for."""
     geometry = feature_geometry(list(studies.values()), list(studies))
-    drawn = [_accuracy(studies), _class_difference(studies), geometry, _training(studies)]
-    return [d for d in drawn if d is not None]
+    drawings = [_accuracy(studies), _class_difference(studies), geometry, _training(studies)]
+    return [d for d in drawings if d is not None]
 
 
 def _accuracy(studies: Studies) -> Drawing | None:
     curves: dict[str, list[Row]] = {}
     for name, study in studies.items():
-        chosen = {k.lam for k in study.selected} if study.chosen_on else set()
+        selected_lams = {k.lam for k in study.selected} if study.chosen_on else set()
         points = []
         for lam in study.lams:
             cells = {c: study.spread(study.at(lam), "test", c) for c in COLUMNS}
             numbers = {c: rounded(s.mean) if s else None for c, s in cells.items()}
             numbers |= {f"{c}_std": rounded(s.std) if s else None for c, s in cells.items()}
             n = max((s.n for s in cells.values() if s), default=0)
-            points.append({"run": name, "lam": lam, "chosen": lam in chosen, "n": n, **numbers})
+            points.append({"run": name, "lam": lam, "chosen": lam in selected_lams, "n": n, **numbers})
         if points:
             curves[name] = points
     on = ", ".join(dict.fromkeys(SPLITS[s.choosing_split] for s in studies.values() if s.chosen_on))
@@ -110,18 +110,18 @@ def _accuracy(studies: Studies) -> Drawing | None:
 
 def _class_difference(studies: Studies) -> Drawing | None:
     """Test accuracy of every class in each run less that in the first; None where the classes are not the same."""
-    (first, base), *others = studies.items()
-    if any(s.first.store.class_names != base.first.store.class_names for _, s in others):
+    (first, base), *rest = studies.items()
+    if any(s.first.store.class_names != base.first.store.class_names for _, s in rest):
         return None
     accuracy = {name: _selected_accuracy(study) for name, study in studies.items()}
     if any(a is None for a in accuracy.values()):
         return None
     order, names = base.by_size, base.first.store.class_names
-    known = {name: np.asarray(a)[order] for name, a in accuracy.items()}
+    ordered_accuracy = {name: np.asarray(a)[order] for name, a in accuracy.items()}
     table: list[Row] = [
         {"rank": i + 1, "class": int(c), "name": names[c], "images": int(base.counts[c])}
-        | {name: rounded(a[i]) for name, a in known.items()}
-        | {f"{name} less {first}": rounded(known[name][i] - known[first][i]) for name, _ in others}
+        | {name: rounded(a[i]) for name, a in ordered_accuracy.items()}
+        | {f"{name} less {first}": rounded(ordered_accuracy[name][i] - ordered_accuracy[first][i]) for name, _ in rest}
         for i, c in enumerate(order)
     ]
     traces = []
@@ -129,13 +129,13 @@ def _class_difference(studies: Studies) -> Drawing | None:
         figure = look.figure_of(11.5, 4.6)
         axes = figure.subplots()
         axes.axhline(0, color=BLACK, linewidth=1)
-        for number, (name, _) in enumerate(others, 1):
-            less = known[name] - known[first]
+        for number, (name, _) in enumerate(rest, 1):
+            less = ordered_accuracy[name] - ordered_accuracy[first]
             label, style = f"{name} less {first}", style_of(number)
             x, y = look.thinned(less)
             axes.plot(x, y, label=f"{label}: mean {np.nanmean(less):+.1f}".replace("-", "−"), markersize=4, **style)
-            told = [f"{row['name']}: {MeanStd(row[name])} less {MeanStd(row[first])} %" for row in table]
-            hover: Row = {"text": plain(told), "hovertemplate": "%{text} = %{y:.1f}<extra></extra>"}
+            texts = [f"{row['name']}: {MeanStd(row[name])} less {MeanStd(row[first])} %" for row in table]
+            hover: Row = {"text": plain(texts), "hovertemplate": "%{text} = %{y:.1f}<extra></extra>"}
             traces.append(trace(label, np.arange(1, len(order) + 1), less, style, **hover))
         ordered = [names[c] for c in order]
         look.class_axis(axes, ordered, base.counts)
@@ -143,13 +143,13 @@ def _class_difference(studies: Studies) -> Drawing | None:
         look.legend(figure, np.array([axes]))
     caption = f"Test accuracy of the selected heads, each run less {first}; classes by their size in {first}."
     points: Row = {"title": "difference [points]", "zerolinewidth": 2}
-    shown = chart(traces, x=class_axis(ordered, base.counts), y=points, showlegend=True)
-    return Drawing("class-difference", "Class by class, run by run", caption, figure, table, shown)
+    figure_chart = chart(traces, x=class_axis(ordered, base.counts), y=points, showlegend=True)
+    return Drawing("class-difference", "Class by class, run by run", caption, figure, table, figure_chart)
 
 
 def _selected_accuracy(study: Study) -> np.ndarray | None:
-    each = [b.class_accuracy(b.selected, "test") for b in study.backbones]
-    return None if any(a is None for a in each) else np.mean(np.array(each), 0)
+    accuracies = [b.class_accuracy(b.selected, "test") for b in study.backbones]
+    return None if any(a is None for a in accuracies) else np.mean(np.array(accuracies), 0)
 
 
 def _training(studies: Studies) -> Drawing | None:
@@ -158,12 +158,12 @@ def _training(studies: Studies) -> Drawing | None:
     for name, study in studies.items():
         lines = [m for b in study.backbones for m in b.metrics]
         for epoch in sorted({m["epoch"] for m in lines}):
-            mine = [m for m in lines if m["epoch"] == epoch]
+            epoch_lines = [m for m in lines if m["epoch"] == epoch]
             means = {
-                key: rounded(mean_std(m.get(key) for m in mine).mean)
+                key: rounded(mean_std(m.get(key) for m in epoch_lines).mean)
                 for key in ("loss", "train_accuracy", "val_accuracy")
             }
-            table.append({"run": name, "epoch": epoch, "n": len(mine), **means})
+            table.append({"run": name, "epoch": epoch, "n": len(epoch_lines), **means})
     if not table:
         return None
     traces = []
@@ -184,7 +184,7 @@ def _training(studies: Studies) -> Drawing | None:
             axes.xaxis.get_major_locator().set_params(integer=True)
         look.legend(figure, grid)
     axes_of: Row = {key: {"title": title, "rangemode": "tozero"} for key, (_, title) in zip("12", panels, strict=True)}
-    shown = chart(
+    figure_chart = chart(
         traces,
         x="epoch",
         y=axes_of["1"],
@@ -193,9 +193,9 @@ def _training(studies: Studies) -> Drawing | None:
         grid={"rows": 1, "columns": 2, "pattern": "independent"},
     )
     caption = "Stage 1, mean over the backbones of each run; losses of different kinds do not compare."
-    return Drawing("training", "Stage 1, run by run", caption, figure, table, shown)
+    return Drawing("training", "Stage 1, run by run", caption, figure, table, figure_chart)
 
 
 def _points(table: Sequence[Row], name: str, key: str) -> tuple[list[int], list[float]]:
-    known = [(row["epoch"], row[key]) for row in table if row["run"] == name and row[key] is not None]
-    return [epoch for epoch, _ in known], [value for _, value in known]
+    points = [(row["epoch"], row[key]) for row in table if row["run"] == name and row[key] is not None]
+    return [epoch for epoch, _ in points], [value for _, value in points]

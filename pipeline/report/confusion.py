@@ -88,7 +88,7 @@ def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing
     )
     table = _table(study, heads, matrices, shares, due, known)
     shown = _chart(matrices, shares, due, known, table)
-    return Drawing("confusion", "Which group is taken for which", caption, figure, table, shown)
+    return Drawing("confusion", "Confusion between groups", caption, figure, table, shown)
 
 
 def _matrix(axes: "Axes", matrix: np.ndarray, groups: Sequence[str], name: str) -> None:

@@ -54,28 +54,28 @@ def accuracy_curves(curves: Points, *, name: str, title: str, caption: str, head
 
 
 def _draw(axes: "Axes", label: str, points: Sequence[Mapping[str, Any]], column: str, style: Row) -> None:
-    known = [p for p in points if p[column] is not None]
+    measured_points = [p for p in points if p[column] is not None]
     line: Any = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": style["linewidth"]}
-    if _level(known):
-        axes.axhline(known[0][column], alpha=0.7, label=label, **line)
+    if _level(measured_points):
+        axes.axhline(measured_points[0][column], alpha=0.7, label=label, **line)
         return
-    x, y = [p["lam"] for p in known], np.array([p[column] for p in known])
-    error = np.array([p[f"{column}_std"] or 0.0 for p in known])
+    x, y = [p["lam"] for p in measured_points], np.array([p[column] for p in measured_points])
+    error = np.array([p[f"{column}_std"] or 0.0 for p in measured_points])
     axes.fill_between(x, y - error, y + error, color=style["color"], alpha=0.15, linewidth=0)
-    if len(known) == 1:  # it must be seen between the others' lines
+    if len(measured_points) == 1:  # it must be seen between the others' lines
         axes.errorbar(x, y, error, color=style["color"], linewidth=1.2, capsize=3)
-    size = 8 if len(known) == 1 else 4
+    size = 8 if len(measured_points) == 1 else 4
     axes.plot(x, y, label=label, markersize=size, markerfacecolor="white", marker=style["marker"], **line)
-    for p in known:
+    for p in measured_points:
         if p["chosen"]:
             axes.plot(
                 p["lam"], p[column], marker="*", markersize=15, color=style["color"], markeredgecolor=BLACK, zorder=5
             )
 
 
-def _level(known: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a curve has no λ: it is the same at all of them."""
-    return len(known) == 1 and known[0]["lam"] is None
+def _level(points: Sequence[Mapping[str, Any]]) -> bool:
+    """Return true for a curve without λ: it is the same at all of them."""
+    return len(points) == 1 and points[0]["lam"] is None
 
 
 def _chart(curves: Points, columns: Sequence[str], lams: Sequence[float]) -> Row:
@@ -90,21 +90,28 @@ def _chart(curves: Points, columns: Sequence[str], lams: Sequence[float]) -> Row
         layout[f"yaxis{number}"] = {"title": f"{column} [%]"}
         place: Row = {"xaxis": f"x{number}", "yaxis": f"y{number}"}
         for i, (label, points) in enumerate(curves.items()):
-            known = [p for p in points if p[column] is not None]
-            shown: Row = place | {"legendgroup": str(i), "hovertemplate": "%{text}<extra></extra>"}
-            if not known:
+            present = [p for p in points if p[column] is not None]
+            panel_keys: Row = place | {"legendgroup": str(i), "hovertemplate": "%{text}<extra></extra>"}
+            if not present:
                 continue
-            level = _level(known)
+            level = _level(present)
             if level:
-                known = [{**known[0], "lam": lam} for lam in (lams[0], lams[-1])]
+                present = [{**present[0], "lam": lam} for lam in (lams[0], lams[-1])]
                 style = style_of(i) | {"marker": None}
             else:
-                style = style_of(i) | {"markersize": 9 if len(known) == 1 else 4.5, "markerfacecolor": "white"}
-                shown["error_y"] = {"type": "data", "array": plain([p[f"{column}_std"] for p in known]), "thickness": 1}
-            told = [_told(label, p, column, level=level) for p in known]
-            x, y = [p["lam"] for p in known], [p[column] for p in known]
-            traces.append(trace(label, x, y, style, text=plain(told), showlegend=panel == 1, **shown))
-            stars = [p for p in known if p["chosen"] and not level]
+                style = style_of(i) | {
+                    "markersize": 9 if len(present) == 1 else 4.5,
+                    "markerfacecolor": "white",
+                }
+                panel_keys["error_y"] = {
+                    "type": "data",
+                    "array": plain([p[f"{column}_std"] for p in present]),
+                    "thickness": 1,
+                }
+            texts = [_told(label, p, column, level=level) for p in present]
+            x, y = [p["lam"] for p in present], [p[column] for p in present]
+            traces.append(trace(label, x, y, style, text=plain(texts), showlegend=panel == 1, **panel_keys))
+            stars = [p for p in present if p["chosen"] and not level]
             star: Row = {"color": style["color"], "marker": "*", "markersize": 11, "markeredgecolor": BLACK}
             if stars:
                 x, y = [p["lam"] for p in stars], [p[column] for p in stars]

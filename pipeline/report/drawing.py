@@ -1,4 +1,4 @@
-"""What a figure of a report is: a picture, its caption and the numbers it shows; and how its lines are told apart."""
+"""A figure of a report: its picture, caption and numbers; and the styles of its lines."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

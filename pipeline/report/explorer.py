@@ -22,7 +22,7 @@ TICKS = 0.06  # of the axis of λ: labels closer than this run into each other
 STAR: Row = {"color": ORANGE, "marker": "*", "markersize": 11, "markeredgecolor": BLACK, "linestyle": "none"}
 
 
-def places(lams: Sequence[float], before: int) -> tuple[list[float], list[float]]:
+def places(lams: Sequence[float], references: int) -> tuple[list[float], list[float]]:
     """(where `before` references stand, where the λ stand) on a line: logarithmic where the positive λ span a decade.
 
     λ = 0, which has no logarithm, stands one step below the smallest, and the references below that.
@@ -31,50 +31,55 @@ def places(lams: Sequence[float], before: int) -> tuple[list[float], list[float]
     wide = len(positive) > 1 and positive[-1] >= 10 * positive[0]
     scale = np.log10(positive) if wide else np.array(positive, dtype=float)
     step = float(scale[-1] - scale[0]) / 8 or 0.25
-    where = ([float(scale[0]) - step] if 0.0 in lams else []) + scale.tolist()
-    return [where[0] - step * (before - i) for i in range(before)], where
+    positions = ([float(scale[0]) - step] if 0.0 in lams else []) + scale.tolist()
+    return [positions[0] - step * (references - i) for i in range(references)], positions
 
 
 def lambda_chart(study: Study, table: Sequence[Row]) -> Row:
     """Every group over λ, the references at its left; one split shown at a time, test first. table: the figure's."""
     lams, references = _lams(table), _references(table)
-    aside, where = places(lams, len(references))
+    aside, positions = places(lams, len(references))
     splits, columns = list(dict.fromkeys(r["split"] for r in table)), list(dict.fromkeys(r["classes"] for r in table))
     traces = []
     for split in splits:
-        shown: Row = {"meta": {"split": split}, "visible": split == splits[-1]}
+        visibility: Row = {"meta": {"split": split}, "visible": split == splits[-1]}
         for column in columns:
-            mine = [r for r in table if (r["split"], r["classes"]) == (split, column)]
-            if not mine:
+            panel_rows = [r for r in table if (r["split"], r["classes"]) == (split, column)]
+            if not panel_rows:
                 continue
-            by_line, by_lam = {r["line"]: r for r in mine}, {r["lam"]: r for r in mine if r["lam"] is not None}
+            by_line, by_lam = (
+                {r["line"]: r for r in panel_rows},
+                {r["lam"]: r for r in panel_rows if r["lam"] is not None},
+            )
             rows = [row for name in references for row in (by_line.get(name), None)] + [by_lam.get(lam) for lam in lams]
-            told = [_told(row, column) if row else None for row in rows]
+            texts = [_told(row, column) if row else None for row in rows]
             error = {"type": "data", "array": plain([row and row["std"] for row in rows]), "thickness": 1, "width": 3}
             traces.append(
                 trace(
                     column,
-                    [*(x for place in aside for x in (place, None)), *where],
+                    [*(x for place in aside for x in (place, None)), *positions],
                     [row and row["mean"] for row in rows],
                     GROUP_STYLES[column],
                     error_y=error | {"color": GROUP_STYLES[column]["color"]},
-                    text=plain(told),
+                    text=plain(texts),
                     hovertemplate="%{text}<extra></extra>",
                     connectgaps=False,
                     legendgroup=column,
-                    **shown,
+                    **visibility,
                 )
             )
         if study.chosen_on:
             selected = {k.lam for k in study.selected} - {None}  # of a method without λ
-            chosen = [r for r in table if r["split"] == split and r["lam"] in selected]
-            x, y = [where[lams.index(r["lam"])] for r in chosen], [r["mean"] for r in chosen]
-            traces.append(trace(f"chosen on {SPLITS[study.choosing_split]}", x, y, STAR, hoverinfo="skip", **shown))
-    ticks = kept_apart(where, TICKS)
+            stars = [r for r in table if r["split"] == split and r["lam"] in selected]
+            x, y = [positions[lams.index(r["lam"])] for r in stars], [r["mean"] for r in stars]
+            traces.append(
+                trace(f"chosen on {SPLITS[study.choosing_split]}", x, y, STAR, hoverinfo="skip", **visibility)
+            )
+    ticks = kept_apart(positions, TICKS)
     names = [study.start.removeprefix("the "), "loss alone"]
     axis: Row = {
         "title": "λ, scale of the target norms",
-        "tickvals": [*aside, *(where[i] for i in ticks)],
+        "tickvals": [*aside, *(positions[i] for i in ticks)],
         "ticktext": plain([*names[: len(aside)], *(f"{lams[i]:.2g}" for i in ticks)]),
         "zeroline": False,
     }
@@ -86,7 +91,7 @@ def explorer(study: Study, table: Sequence[Row], key: str) -> str:
     lams, references = _lams(table), _references(table)
     splits = {s: SPLITS[s] for s in dict.fromkeys(r["split"] for r in table)}
     columns = [c for c in COLUMNS if any(r["classes"] == c for r in table)]
-    chosen = sorted({lams.index(k.lam) for k in study.selected if k.lam in lams})
+    selected_lams = sorted({lams.index(k.lam) for k in study.selected if k.lam in lams})
     values = {
         split: {
             column: {
@@ -103,16 +108,16 @@ def explorer(study: Study, table: Sequence[Row], key: str) -> str:
     data = {
         "lams": lams,
         "places": places(lams, len(references))[1],
-        "chosen": chosen,
+        "chosen": selected_lams,
         "references": plain(references),
         "groups": [[c, TITLES[c], study.classes_of(c)] for c in columns],
         "splits": splits,
         "values": values,
         "start": study.start,
-        "choice": _choice(study, lams, chosen),
+        "choice": _choice(study, lams, selected_lams),
         "bars": chart(colours, x={"fixedrange": True}, y={"title": "accuracy [%]", "range": [0, 102]}, height=340),
     }
-    start = chosen[-1] if chosen else len(lams) - 1
+    start = selected_lams[-1] if selected_lams else len(lams) - 1
     radios = "".join(
         f"<label><input type=radio name=split-{key} value={split}{' checked' if split == list(splits)[-1] else ''}> "
         f"{name}{' (not selected on)' if split == 'test' else ''}</label>"
@@ -122,7 +127,7 @@ def explorer(study: Study, table: Sequence[Row], key: str) -> str:
         f"<div class=tile data-group={c}><span>{TITLES[c]} ({study.classes_of(c)})</span><b></b><em></em></div>"
         for c in columns
     )
-    back = f"<button type=button>back to λ = {lams[start]:g}</button>" if chosen else ""
+    back = f"<button type=button>back to λ = {lams[start]:g}</button>" if selected_lams else ""
     return (
         f'<div class=explorer data-explorer="explorer-{key}" hidden>'
         f"<div class=choose><label for=lam-{key}>λ</label>"
@@ -135,14 +140,14 @@ def explorer(study: Study, table: Sequence[Row], key: str) -> str:
     )
 
 
-def _choice(study: Study, lams: Sequence[float], chosen: Sequence[int]) -> str:
+def _choice(study: Study, lams: Sequence[float], selected_lams: Sequence[int]) -> str:
     if not study.chosen_on:
         return "No λ of these was chosen: one setting was given."
-    if not chosen:
+    if not selected_lams:
         return f"{study.first.selected} was chosen on {SPLITS[study.choosing_split]}, none of these λ."
-    which = ", ".join(f"{lams[i]:g}" for i in chosen)
-    whose = " by the backbones, each for itself," if len(chosen) > 1 else ""
-    return f"λ = {which} was chosen{whose} on {SPLITS[study.choosing_split]} alone, before test was looked at."
+    listed_lams = ", ".join(f"{lams[i]:g}" for i in selected_lams)
+    whose = " by the backbones, each for itself," if len(selected_lams) > 1 else ""
+    return f"λ = {listed_lams} was chosen{whose} on {SPLITS[study.choosing_split]} alone, before test was looked at."
 
 
 def _lams(table: Sequence[Row]) -> list[float]:
@@ -153,10 +158,10 @@ def _references(table: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(r["line"] for r in table if r["lam"] is None))
 
 
-def _number(table: Sequence[Row], split: str, column: str, **which: object) -> list[float | None]:
+def _number(table: Sequence[Row], split: str, column: str, **key: object) -> list[float | None]:
     """[mean, std] of a row of the figure's table."""
     for row in table:
-        if row["split"] == split and row["classes"] == column and which.items() <= row.items():
+        if row["split"] == split and row["classes"] == column and key.items() <= row.items():
             return [row["mean"], row["std"]]
     return [None, None]
 

@@ -30,7 +30,7 @@ def draw_all(study: Study) -> list[Drawing]:
     """Every figure there is data for, in the order of the page."""
     with look.style():
         compared = read_compared(study)
-        drawn = [
+        drawings = [
             accuracy_against_lambda(study),
             weight_norms(study),
             norm_against_size(study),
@@ -40,7 +40,7 @@ def draw_all(study: Study) -> list[Drawing]:
             feature_geometry([study]),
             training_curves(study),
         ]
-    return [d for d in drawn if d is not None]
+    return [d for d in drawings if d is not None]
 
 
 def accuracy_against_lambda(study: Study) -> Drawing | None:
@@ -63,15 +63,15 @@ def accuracy_against_lambda(study: Study) -> Drawing | None:
     look.legend(figure, grid)
     figure.suptitle(_gain(study), x=0.01, ha="left", fontsize=13)
     kind = study.at(0.0)
-    how = f"The star marks the λ chosen on {SPLITS[study.choosing_split]} alone"
+    basis = f"The star marks the λ chosen on {SPLITS[study.choosing_split]} alone"
     zero = sum(k.lam == 0 for k in study.selected)
     if not study.chosen_on:
-        how = "One λ was given, so nothing was chosen"
+        basis = "One λ was given, so nothing was chosen"
     elif zero:
         by = f" by {zero} of {len(study.backbones)} backbones" if len(study.backbones) > 1 else ""
-        how += f"; λ = 0, the dash-dotted line, was chosen{by}"
+        basis += f"; λ = 0, the dash-dotted line, was chosen{by}"
     caption = (
-        f"{kind.without_lam.name()}; mean ± one standard deviation over {study.repeated}. {how}; "
+        f"{kind.without_lam.name()}; mean ± one standard deviation over {study.repeated}. {basis}; "
         "test was evaluated afterwards and selected nothing."
     )
     return Drawing("accuracy-lambda", "Accuracy against λ", caption, figure, table, lambda_chart(study, table))
@@ -87,12 +87,12 @@ def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[R
         if value is not None and value.mean is not None:
             axes.axhline(value.mean, label=label, linewidth=1.6, **style)
             table.append(_numbers(split, column, label, kind.lam, value))
-    known = {lam: s for lam in study.lams if (s := study.spread(study.at(lam), split, column)) and s.mean is not None}
-    if not known:
+    spreads = {lam: s for lam in study.lams if (s := study.spread(study.at(lam), split, column)) and s.mean is not None}
+    if not spreads:
         axes.text(0.5, 0.5, "no sample", transform=axes.transAxes, ha="center", color=GREY)
         return table
-    x, y = np.array(list(known)), np.array([s.mean for s in known.values()], dtype=float)
-    error = np.array([s.std or 0.0 for s in known.values()])
+    x, y = np.array(list(spreads)), np.array([s.mean for s in spreads.values()], dtype=float)
+    error = np.array([s.std or 0.0 for s in spreads.values()])
     name = study.at(0.0).without_lam.name()
     if len(x) > 1:
         axes.fill_between(x, y - error, y + error, color=SKY, alpha=0.35, linewidth=0)
@@ -100,20 +100,20 @@ def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[R
     else:
         axes.errorbar(x, y, error if error.any() else None, label=name, markersize=7, capsize=4, **AFTER)
     if study.chosen_on:
-        for lam in sorted({k.lam for k in study.selected if k.lam in known}):
+        for lam in sorted({k.lam for k in study.selected if k.lam in spreads}):
             star: Row = {"markersize": 17, "markeredgecolor": BLACK, "color": ORANGE, "zorder": 5, "linestyle": "none"}
             label = f"chosen on {SPLITS[study.choosing_split]}"
-            axes.plot([lam], [y[list(known).index(lam)]], marker="*", label=label, **star)
-    return table + [_numbers(split, column, name, lam, s) for lam, s in known.items()]
+            axes.plot([lam], [y[list(spreads).index(lam)]], marker="*", label=label, **star)
+    return table + [_numbers(split, column, name, lam, s) for lam, s in spreads.items()]
 
 
 def class_change(study: Study) -> Drawing | None:
     """Test accuracy of every class less what stage 2 started from, largest class first; None where nobody measured it."""
-    before = [b.class_accuracy(BASELINE, "test") for b in study.backbones]
-    after = [b.class_accuracy(b.selected, "test") for b in study.backbones]
-    if any(v is None for v in (*before, *after)):
+    reference = [b.class_accuracy(BASELINE, "test") for b in study.backbones]
+    selected = [b.class_accuracy(b.selected, "test") for b in study.backbones]
+    if any(v is None for v in (*reference, *selected)):
         return None
-    first, last = np.mean(np.array(before), 0), np.mean(np.array(after), 0)
+    first, last = np.mean(np.array(reference), 0), np.mean(np.array(selected), 0)
     table = class_table(study)
     for row in table:
         a, b = first[row["class"]], last[row["class"]]
@@ -139,14 +139,14 @@ def class_change(study: Study) -> Drawing | None:
     names = [study.first.store.class_names[c] for c in order]
     look.class_axis(axes, names, study.counts)
     axes.set_ylabel("change of test accuracy\n[percentage points]")
-    gain, loss, known = int((change > 0).sum()), int((change < 0).sum()), int(np.isfinite(change).sum())
+    gain, loss, measured = int((change > 0).sum()), int((change < 0).sum()), int(np.isfinite(change).sum())
     mean = signed(float(np.nanmean(change)))
-    axes.set_title(f"{gain} classes gain, {loss} lose, {known - gain - loss} stay; mean {mean} points", pad=40)
+    axes.set_title(f"{gain} classes gain, {loss} lose, {measured - gain - loss} stay; mean {mean} points", pad=40)
     look.legend(figure, np.array([axes]))
     name = str(study.first.selected) if len(study.backbones) == 1 else "The selected head of each backbone"
     caption = f"{name} less {study.start}, test split, classes from largest to smallest; mean over {study.repeated}."
     rank, better = np.arange(1, len(change) + 1), np.nan_to_num(change) >= 0
-    shown = chart(
+    figure_chart = chart(
         [
             bars(f"better than {study.start}", rank, np.where(better, change, np.nan), color=BLUE, of_classes=True),
             bars(
@@ -162,21 +162,21 @@ def class_change(study: Study) -> Drawing | None:
         y="change of test accuracy [points]",
         barmode="overlay",
     )
-    return Drawing("class-change", "What changes for each class", caption, figure, table, shown)
+    return Drawing("class-change", "What changes for each class", caption, figure, table, figure_chart)
 
 
 def _mark_groups(axes: "Axes", counts: np.ndarray, change: np.ndarray) -> None:
     """Borders between many, medium and few, and the mean change of each; counts and change largest class first."""
     start = 0
     for group, inside in class_groups(counts).items():
-        size, known = int(inside.sum()), change[inside & np.isfinite(change)]
+        size, measured = int(inside.sum()), change[inside & np.isfinite(change)]
         if not size:
             continue
         if start:
             axes.axvline(start + 0.5, color=GREY, linewidth=1, linestyle="--")
         wide = size >= NARROW * len(counts)
         text = f"{group} ({BOUNDS[group]} images)\nmean " if wide else f"{group}\n"
-        text += signed(known.mean()) if len(known) else "–"
+        text += signed(measured.mean()) if len(measured) else "–"
         place: Row = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "color": GREY}
         axes.text(start + 0.5 + size / 2, 1.015, text, fontsize=10.5, **place)
         start += size
@@ -184,8 +184,8 @@ def _mark_groups(axes: "Axes", counts: np.ndarray, change: np.ndarray) -> None:
 
 def training_curves(study: Study) -> Drawing | None:
     """Loss and accuracy of stage 1 over its epochs, a line a backbone; None where metrics.jsonl was not kept."""
-    kept = [b for b in study.backbones if b.metrics]
-    if not kept:
+    backbones = [b for b in study.backbones if b.metrics]
+    if not backbones:
         return None
     figure = look.figure_of(11.5, 4.3)
     left, right = figure.subplots(1, 2)
@@ -197,7 +197,7 @@ def training_curves(study: Study) -> Drawing | None:
     ]
     for group, (color, line, marker) in zip(GROUPS, styles, strict=True):
         lines.append((f"val_{group}", f"validation, {group}", {"color": color, "linestyle": line, "marker": marker}))
-    for number, backbone in enumerate(kept):
+    for number, backbone in enumerate(backbones):
         named = {"alpha": 1.0 if number == 0 else 0.45}
         epochs, losses = zip(*((m["epoch"], m["loss"]) for m in backbone.metrics), strict=True)
         left.plot(epochs, losses, color=BLACK, linewidth=2, marker="o" if len(epochs) == 1 else None, **named)
@@ -207,14 +207,14 @@ def training_curves(study: Study) -> Drawing | None:
             points = [(m["epoch"], m[key]) for m in backbone.metrics if m.get(key) is not None]
             if points:
                 every = {"markevery": max(1, len(points) // 8), "label": label if number == 0 else None}
-                drawn = {"linewidth": 1.7, "markersize": 5, "markerfacecolor": "white", **style, **every, **named}
+                line_style = {"linewidth": 1.7, "markersize": 5, "markerfacecolor": "white", **style, **every, **named}
                 x, y = zip(*points, strict=True)
-                right.plot(x, y, **drawn)
+                right.plot(x, y, **line_style)
                 plain_style = {"linewidth": 1.7, **style, "marker": style.get("marker") if len(x) < 12 else None}
                 second: Row = {"xaxis": "x2", "yaxis": "y2", "text": [backbone.name] * len(x)}
                 traces.append(trace(label, x, y, plain_style, **second, **_part_of(number, label, **named)))
-    last = kept[0].metrics[-1]
-    val = next((m["val_accuracy"] for m in reversed(kept[0].metrics) if m.get("val_accuracy") is not None), None)
+    last = backbones[0].metrics[-1]
+    val = next((m["val_accuracy"] for m in reversed(backbones[0].metrics) if m.get("val_accuracy") is not None), None)
     left.set(title=f"Training loss: {last['loss']:.2f} at the end", ylabel="loss that is minimised")
     left.set_ylim(bottom=0)
     ends = f"training {last['train_accuracy']:.0f} %" + (f", validation {val:.0f} %" if val is not None else "")
@@ -224,10 +224,10 @@ def training_curves(study: Study) -> Drawing | None:
         axes.xaxis.get_major_locator().set_params(integer=True)
     look.legend(figure, np.array([right]))
     caption = "Accuracies are means over classes, of training images as they were augmented in that epoch." + (
-        f" One line for each of {len(kept)} backbones." if len(kept) > 1 else ""
+        f" One line for each of {len(backbones)} backbones." if len(backbones) > 1 else ""
     )
-    table = [{"backbone": b.name, **line} for b in kept for line in b.metrics]
-    shown = chart(
+    table = [{"backbone": b.name, **line} for b in backbones for line in b.metrics]
+    figure_chart = chart(
         traces,
         x="epoch",
         y={"title": "loss that is minimised", "rangemode": "tozero"},
@@ -235,7 +235,7 @@ def training_curves(study: Study) -> Drawing | None:
         yaxis2={"title": "accuracy [%]", "range": [0, 102]},
         grid={"rows": 1, "columns": 2, "pattern": "independent"},
     )
-    return Drawing("training", "Stage 1, epoch by epoch", caption, figure, table, shown)
+    return Drawing("training", "Stage 1, epoch by epoch", caption, figure, table, figure_chart)
 
 
 def _part_of(number: int, group: str, *, alpha: float) -> Row:
@@ -252,14 +252,14 @@ def _gain(study: Study) -> str:
     """The result in one line."""
     parts = []
     for column, name in (("all", "all classes"), ("few", "few-shot classes")):
-        before, after = (study.spread(kinds, "test", column) for kinds in (BASELINE, study.selected))
-        if before and after and before.mean is not None and after.mean is not None:
-            parts.append(f"{name} {before.mean:.1f} → {after.mean:.1f} %")
+        reference, selected = (study.spread(kinds, "test", column) for kinds in (BASELINE, study.selected))
+        if reference and selected and reference.mean is not None and selected.mean is not None:
+            parts.append(f"{name} {reference.mean:.1f} → {selected.mean:.1f} %")
     lams = sorted({k.lam for k in study.selected if k.lam is not None})
     at = f"λ = {', '.join(f'{lam:g}' for lam in lams)}" if lams else study.first.selected.method
     return f"{study.start[0].upper()}{study.start[1:]} → rebalanced ({at}), test: {', '.join(parts)}"
 
 
 def _numbers(split: str, column: str, line: str, lam: float | None, value: MeanStd) -> Row:
-    known = {"mean": rounded(value.mean), "std": rounded(value.std), "n": value.n}
-    return {"split": split, "classes": column, "line": line, "lam": lam, **known}
+    numbers = {"mean": rounded(value.mean), "std": rounded(value.std), "n": value.n}
+    return {"split": split, "classes": column, "line": line, "lam": lam, **numbers}

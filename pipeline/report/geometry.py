@@ -1,4 +1,4 @@
-"""How features lie: a map of head and tail classes, and how far the features of a class scatter, in training and test."""
+"""Feature map of the largest and smallest classes, and the spread of features within a class, in training and test."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,10 +53,10 @@ class Map:
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """What is measured of one run: per class and by group."""
+    """Measurements of one run, by class and by group."""
 
     study: Study
-    called: str
+    name: str
 
     @property
     def imbalance(self) -> float:
@@ -65,18 +65,18 @@ class Geometry:
     @cached_property
     def of_classes(self) -> dict[str, list[np.ndarray]]:
         """Dispersions (C,), one for every backbone, of each of MEASURES that could be measured."""
-        found: dict[str, list[np.ndarray]] = {name: [] for name in MEASURES}
+        dispersions: dict[str, list[np.ndarray]] = {name: [] for name in MEASURES}
         for backbone in self.study.backbones:
             train, test = backbone.directions["train"], backbone.directions["test"]
-            each = (
+            measures = (
                 train.dispersion if train else None,
                 test.dispersion if test else None,
                 test.around(train) if test and train else None,
             )
-            for name, values in zip(MEASURES, each, strict=True):
+            for name, values in zip(MEASURES, measures, strict=True):
                 if values is not None:
-                    found[name].append(values)
-        return {name: of for name, of in found.items() if len(of) == len(self.study.backbones)}
+                    dispersions[name].append(values)
+        return {name: arrays for name, arrays in dispersions.items() if len(arrays) == len(self.study.backbones)}
 
     def of_group(self, measure: str, group: str) -> MeanStd:
         """Mean over the classes of a group; its spread is over backbones."""
@@ -89,8 +89,11 @@ class Geometry:
         split = {"training images": "train", "test images": "test"}.get(measure)
         if split is None:
             return None
-        inside, found = class_groups(self.study.counts)[group], [b.directions[split] for b in self.study.backbones]
-        return mean_std([_mean_of(of.plain, inside) for of in found if of])
+        inside, per_backbone = (
+            class_groups(self.study.counts)[group],
+            [b.directions[split] for b in self.study.backbones],
+        )
+        return mean_std([_mean_of(directions.plain, inside) for directions in per_backbone if directions])
 
     @cached_property
     def map(self) -> Map | None:
@@ -107,8 +110,8 @@ def feature_geometry(studies: Sequence[Study], names: Sequence[str] | None = Non
 
 
 def _drawn(studies: Sequence[Study], names: Sequence[str] | None) -> Drawing | None:
-    called = names or [study.folder.resolve().name for study in studies]
-    runs = [Geometry(study, name) for study, name in zip(studies, called, strict=True)]
+    run_names = names or [study.folder.resolve().name for study in studies]
+    runs = [Geometry(study, name) for study, name in zip(studies, run_names, strict=True)]
     runs = sorted((run for run in runs if "test images" in run.of_classes), key=lambda run: run.imbalance)
     if not runs:
         return None
@@ -125,9 +128,9 @@ def _drawn(studies: Sequence[Study], names: Sequence[str] | None) -> Drawing | N
         width = 12 // across
         places = [(i // across, slice(i % across * width, (i % across + 1) * width)) for i in range(len(runs))]
         panels = [figure.add_subplot(grid[line, columns]) for line, columns in places]
-        each = 12 // len(groups)
+        span = 12 // len(groups)
         for i, group in enumerate(groups):
-            axes = figure.add_subplot(grid[lines, slice(i * each, (i + 1) * each)], sharey=panels[-1] if i else None)
+            axes = figure.add_subplot(grid[lines, slice(i * span, (i + 1) * span)], sharey=panels[-1] if i else None)
             _lines(axes, runs, group, first=i == 0)
             panels.append(axes)
         panels[-1].set_ylim(0, 1.04 * panels[-1].get_ylim()[1])  # once all groups are drawn: they share the axis
@@ -136,15 +139,17 @@ def _drawn(studies: Sequence[Study], names: Sequence[str] | None) -> Drawing | N
     title = _title(runs, groups)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     look.legend(figure, np.array(panels))
-    table, shown = _table(runs, groups), _chart(runs, groups)
-    return Drawing("feature-geometry", "How the features lie", f"{title}. {_caption(runs)}", figure, table, shown)
+    table, figure_chart = _table(runs, groups), _chart(runs, groups)
+    return Drawing(
+        "feature-geometry", "Feature map and class spread", f"{title}. {_caption(runs)}", figure, table, figure_chart
+    )
 
 
 def ends(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The largest and the smallest classes, as many of each, largest first."""
     order = np.argsort(-counts, kind="stable")
-    each = min(CLASSES_IN_A_MAP // 2, len(counts) // 2)
-    return order[:each], order[len(order) - each :]
+    half = min(CLASSES_IN_A_MAP // 2, len(counts) // 2)
+    return order[:half], order[len(order) - half :]
 
 
 def map_of(store: Cache, head: np.ndarray, tail: np.ndarray) -> Map | None:
@@ -153,12 +158,12 @@ def map_of(store: Cache, head: np.ndarray, tail: np.ndarray) -> Map | None:
     The sample and the map are functions of the store alone. None where there are too few samples for one.
     """
     labels, valid = store.labels("test"), store.valid("test")
-    taken = []
+    chosen_rows = []
     for c in (*head, *tail):
         rows = np.flatnonzero((labels == c) & valid)
         random = np.random.default_rng(derive(0, "feature map", int(c)))
-        taken.append(np.sort(random.permutation(rows)[:SAMPLES_OF_A_CLASS]))
-    rows = np.concatenate(taken) if taken else np.empty(0, np.int64)
+        chosen_rows.append(np.sort(random.permutation(rows)[:SAMPLES_OF_A_CLASS]))
+    rows = np.concatenate(chosen_rows) if chosen_rows else np.empty(0, np.int64)
     if len(rows) < LEAST_IN_A_MAP or store.width < 2:
         return None
     return Map(rows, labels[rows], embedded(store.read_rows("test", rows).astype(np.float32)))
@@ -188,25 +193,33 @@ def _draw_map(axes: "Axes", run: Geometry, *, alone: bool) -> None:
         return
     for part, size in ((head, "largest"), (tail, "smallest")):
         for c, color in zip(part, SHADES[size], strict=False):
-            of = run.map.places[run.map.labels == c]
+            dots = run.map.places[run.map.labels == c]
             face: Row = (
                 {"marker": "o", "facecolor": color} if size == "largest" else {"marker": "^", "facecolor": "white"}
             )
-            axes.scatter(of[:, 0], of[:, 1], 14 if alone else 8, alpha=0.8, edgecolor=color, linewidth=0.8, **face)
+            axes.scatter(
+                dots[:, 0],
+                dots[:, 1],
+                14 if alone else 8,
+                alpha=0.8,
+                edgecolor=color,
+                linewidth=0.8,
+                **face,
+            )
         middle = SHADES[size][len(part) // 2]
         label = f"{len(part)} {size} classes" if len(part) > 1 else f"the {size} class"
-        shown: Row = {"marker": face["marker"], "markerfacecolor": middle if size == "largest" else "white"}
-        axes.plot([], [], linestyle="none", color=middle, label=label, **shown)
+        legend: Row = {"marker": face["marker"], "markerfacecolor": middle if size == "largest" else "white"}
+        axes.plot([], [], linestyle="none", color=middle, label=label, **legend)
     points = {c: run.map.places[run.map.labels == c] for c in (*head, *tail)}
-    names = {c: _shortened(run.study.first.store.class_names[c]) for c, of in points.items() if len(of)}
+    names = {c: _shortened(run.study.first.store.class_names[c]) for c, dots in points.items() if len(dots)}
     letters: Row = {"ha": "center", "va": "center", "fontsize": 9.5 if alone else 7.5, "color": BLACK}
     size = letters["fontsize"] * axes.figure.dpi / 72 / axes.bbox.size  # of a letter, in parts of the panel
     axes.autoscale_view()  # which else waits until the figure is drawn
     middles = {c: axes.transLimits.transform(np.median(points[c], axis=0)) for c in names}
     for c, place in _apart(middles, names, size).items():
         above = (0, 10 if len(points[c]) < FEW else 0)  # a name would hide them
-        told = axes.annotate(names[c], place, above, "axes fraction", textcoords="offset points", **letters)
-        told.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        label_text = axes.annotate(names[c], place, above, "axes fraction", textcoords="offset points", **letters)
+        label_text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
 def _apart(middles: dict[int, np.ndarray], names: dict[int, str], letter: np.ndarray) -> dict[int, tuple[float, float]]:
@@ -214,16 +227,17 @@ def _apart(middles: dict[int, np.ndarray], names: dict[int, str], letter: np.nda
 
     middles and letter (width, height): in parts of the panel.
     """
-    found: dict[int, tuple[float, float]] = {}
+    placed: dict[int, tuple[float, float]] = {}
     for c in sorted(middles, key=lambda c: -middles[c][1]):
         x, y = map(float, middles[c])
         while any(
-            abs(x - other_x) < 0.3 * letter[0] * (len(names[c]) + len(names[other])) and abs(y - other_y) < letter[1]
-            for other, (other_x, other_y) in found.items()
+            abs(x - other_x) < 0.3 * letter[0] * (len(names[c]) + len(names[neighbour]))
+            and abs(y - other_y) < letter[1]
+            for neighbour, (other_x, other_y) in placed.items()
         ):
             y -= letter[1] / 4
-        found[c] = (x, y)
-    return found
+        placed[c] = (x, y)
+    return placed
 
 
 def _shortened(name: str) -> str:
@@ -232,10 +246,10 @@ def _shortened(name: str) -> str:
 
 def _bars(axes: "Axes", run: Geometry, groups: Sequence[str]) -> None:
     """Dispersion by group, a bar for everything that was measured."""
-    known = [g for g in groups if class_groups(run.study.counts)[g].any()]
-    place, width = np.arange(len(known)), 0.8 / len(run.of_classes)
+    present = [g for g in groups if class_groups(run.study.counts)[g].any()]
+    place, width = np.arange(len(present)), 0.8 / len(run.of_classes)
     for number, measure in enumerate(run.of_classes):
-        spreads = [run.of_group(measure, group) for group in known]
+        spreads = [run.of_group(measure, group) for group in present]
         heights = np.array([np.nan if s.mean is None else s.mean for s in spreads])
         error = np.array([s.std or 0.0 for s in spreads])
         style, x = MEASURES[measure], place + (number - (len(run.of_classes) - 1) / 2) * width
@@ -244,7 +258,7 @@ def _bars(axes: "Axes", run: Geometry, groups: Sequence[str]) -> None:
         for at, height, above in zip(x, heights, error, strict=True):
             if np.isfinite(height):
                 axes.text(at, height + above, f"{height:.3f}", ha="center", va="bottom", fontsize=9, color=GREY)
-    axes.set_xticks(place, [f"{g}\n{BOUNDS[g]} images" for g in known])
+    axes.set_xticks(place, [f"{g}\n{BOUNDS[g]} images" for g in present])
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.1)
     axes.set(title="Dispersion within a class", ylabel="1 − mean cosine to the class mean")
@@ -259,15 +273,15 @@ def _lines(axes: "Axes", runs: Sequence[Geometry], group: str, *, first: bool) -
         ]
         y = np.array([np.nan if s.mean is None else s.mean for s in spreads])
         error = np.array([s.std or 0.0 for s in spreads])
-        drawn: Row = {key: style[key] for key in ("color", "linestyle", "marker")}
-        drawn |= {"markerfacecolor": style["fill"], "linewidth": 1.8, "capsize": 3, "label": measure}
+        line_style: Row = {key: style[key] for key in ("color", "linestyle", "marker")}
+        line_style |= {"markerfacecolor": style["fill"], "linewidth": 1.8, "capsize": 3, "label": measure}
         if np.isfinite(y).any():
-            axes.errorbar(place, y, error if error.any() else None, **drawn)
+            axes.errorbar(place, y, error if error.any() else None, **line_style)
     factors = [f"{run.imbalance:.3g}" for run in runs]
-    told = (
-        factors if len(set(factors)) == len(runs) else [f"{f}\n{r.called}" for f, r in zip(factors, runs, strict=True)]
+    ticks = (
+        factors if len(set(factors)) == len(runs) else [f"{f}\n{r.name}" for f, r in zip(factors, runs, strict=True)]
     )
-    axes.set_xticks(place, told)
+    axes.set_xticks(place, ticks)
     axes.set_xlim(-0.3, len(runs) - 0.7)
     axes.set(title=f"{group}: {BOUNDS[group]} images", xlabel="imbalance factor")
     if first:
@@ -284,9 +298,9 @@ def _chart(runs: Sequence[Geometry], groups: Sequence[str]) -> Row:
         factor = "" if len(runs) == 1 else f", IF {run.imbalance:.3g}"
         bare: Row = {"showticklabels": False, "showgrid": False, "zeroline": False}
         axes |= {f"xaxis{panel}": bare | {"title": f"test features (t-SNE){factor}"}, f"yaxis{panel}": bare}
-    known = {m: s for m, s in MEASURES.items() if any(m in run.of_classes for run in runs)}
+    measures = {m: s for m, s in MEASURES.items() if any(m in run.of_classes for run in runs)}
     if len(runs) == 1:
-        for measure, style in known.items():
+        for measure, style in measures.items():
             spreads = [runs[0].of_group(measure, g) for g in groups]
             error = {"type": "data", "array": plain([s.std or 0.0 for s in spreads]), "color": GREY}
             pattern = {"": "", "////": "/", "....": "."}[style["hatch"]]
@@ -296,10 +310,10 @@ def _chart(runs: Sequence[Geometry], groups: Sequence[str]) -> Row:
         axes |= {"xaxis2": {"title": "classes"}, "yaxis2": {"title": "1 − mean cosine to the class mean"}}
     for number, group in enumerate(groups if len(runs) > 1 else ()):
         panel = columns + number + 1
-        for measure, style in known.items():
+        for measure, style in measures.items():
             means = [run.of_group(measure, group).mean if measure in run.of_classes else None for run in runs]
-            told: Row = {"legendgroup": measure, "showlegend": number == 0, "text": plain([r.called for r in runs])}
-            traces.append(trace(measure, range(len(runs)), plain(means), style, **told, **_place(panel)))
+            legend: Row = {"legendgroup": measure, "showlegend": number == 0, "text": plain([r.name for r in runs])}
+            traces.append(trace(measure, range(len(runs)), plain(means), style, **legend, **_place(panel)))
         ticks: Row = {"tickvals": list(range(len(runs))), "ticktext": [f"{run.imbalance:.3g}" for run in runs]}
         axes[f"xaxis{panel}"] = ticks | {"title": f"imbalance factor, {group}"}
         axes[f"yaxis{panel}"] = {"title": "" if number else "dispersion within a class", "rangemode": "tozero"}
@@ -321,9 +335,9 @@ def _points_of(run: Geometry, place: Row, *, first: bool) -> list[Row]:
         for c, color in zip(part.tolist(), SHADES[size], strict=False):
             x, y = run.map.places[run.map.labels == c].T
             face: Row = {"marker": "o"} if size == "largest" else {"marker": "^", "markerfacecolor": "rgba(0,0,0,0)"}
-            told = f"{plain([names[c]])[0]}<br>{run.study.counts[c]:,} training images<extra></extra>"
+            hover = f"{plain([names[c]])[0]}<br>{run.study.counts[c]:,} training images<extra></extra>"
             style: Row = {"color": color, "linestyle": "none", "markersize": 5, **face}
-            more: Row = {"hovertemplate": told, "legendgroup": f"{c}", "showlegend": first}
+            more: Row = {"hovertemplate": hover, "legendgroup": f"{c}", "showlegend": first}
             traces.append(trace(names[c], x, y, style, **more, **place))
     return traces
 
@@ -331,22 +345,22 @@ def _points_of(run: Geometry, place: Row, *, first: bool) -> list[Row]:
 def _title(runs: Sequence[Geometry], groups: Sequence[str]) -> str:
     """The smallest classes of the most unbalanced run: training against test."""
     run = runs[-1]
-    known = [g for g in groups if class_groups(run.study.counts)[g].any()]
-    parts = [run.of_group(m, known[-1]).mean for m in MEASURES if m in run.of_classes]
+    present = [g for g in groups if class_groups(run.study.counts)[g].any()]
+    parts = [run.of_group(m, present[-1]).mean for m in MEASURES if m in run.of_classes]
     at = f" at imbalance {run.imbalance:.3g}" if len(runs) > 1 else ""
     if len(parts) < 2 or parts[0] is None or parts[1] is None:
-        return "How far features of a class scatter"
-    return f"Features of {known[-1]}-shot classes scatter by {parts[0]:.3f} in training, {parts[1]:.3f} on test{at}"
+        return "Spread of features within a class"
+    return f"Features of {present[-1]}-shot classes scatter by {parts[0]:.3f} in training, {parts[1]:.3f} on test{at}"
 
 
 def _caption(runs: Sequence[Geometry]) -> str:
-    drawn = [run for run in runs if run.map is not None]
+    mapped = [run for run in runs if run.map is not None]
     text = (
         "Map: t-SNE of clean test features scaled to length 1, from their principal components, at most "
-        f"{SAMPLES_OF_A_CLASS} samples a class (n = {', '.join(f'{len(run.map.rows):,}' for run in drawn if run.map)}). "
+        f"{SAMPLES_OF_A_CLASS} samples a class (n = {', '.join(f'{len(run.map.rows):,}' for run in mapped if run.map)}). "
         "It keeps neighbours, not distances: it shows which classes mix; how wide a cloud is, and how far it lies from "
         "another, it does not show. "
-        if drawn
+        if mapped
         else ""
     )
     several = [run for run in runs if len(run.study.backbones) > 1]
@@ -375,29 +389,29 @@ def _table(runs: Sequence[Geometry], groups: Sequence[str]) -> list[Row]:
         for group in groups:
             inside = class_groups(run.study.counts)[group]
             for measure in run.of_classes if inside.any() else ():
-                found = run.of_group(measure, group)
-                line: Row = {"row": "group", "run": run.called, "imbalance": rounded(run.imbalance), "group": group}
-                line |= {"classes": int(inside.sum()), "of": measure, "dispersion": rounded(found.mean)}
-                line |= {"std": rounded(found.std), "n": found.n}
+                spread = run.of_group(measure, group)
+                line: Row = {"row": "group", "run": run.name, "imbalance": rounded(run.imbalance), "group": group}
+                line |= {"classes": int(inside.sum()), "of": measure, "dispersion": rounded(spread.mean)}
+                line |= {"std": rounded(spread.std), "n": spread.n}
                 plainly = run.uncorrected(measure, group)
                 table.append(line | {"uncorrected": rounded(plainly.mean) if plainly else None})
     for run in runs:
         names, counts = run.study.first.store.class_names, run.study.counts
         for c in run.study.by_size:
-            line = {"row": "class", "run": run.called, "class": int(c), "name": names[c], "images": int(counts[c])}
-            for measure, of in run.of_classes.items():
-                table.append(line | {"of": measure, "dispersion": rounded(_mean_of(np.array([v[c] for v in of])))})
+            line = {"row": "class", "run": run.name, "class": int(c), "name": names[c], "images": int(counts[c])}
+            for measure, arrays in run.of_classes.items():
+                table.append(line | {"of": measure, "dispersion": rounded(_mean_of(np.array([v[c] for v in arrays])))})
     for run in runs:
         if run.map is not None:
             ids, names = run.study.first.store.ids("test"), run.study.first.store.class_names
             for row, c, (x, y) in zip(run.map.rows, run.map.labels, run.map.places, strict=True):
-                line = {"row": "point", "run": run.called, "class": int(c), "name": names[c], "id": int(ids[row])}
+                line = {"row": "point", "run": run.name, "class": int(c), "name": names[c], "id": int(ids[row])}
                 table.append(line | {"x": rounded(x), "y": rounded(y)})
     return table
 
 
 def _mean_of(values: np.ndarray, inside: np.ndarray | slice = slice(None)) -> float | None:
     """Mean of what is known inside a mask; None where nothing is."""
-    known = values[inside]
-    known = known[np.isfinite(known)]
-    return float(known.mean()) if len(known) else None
+    finite = values[inside]
+    finite = finite[np.isfinite(finite)]
+    return float(finite.mean()) if len(finite) else None

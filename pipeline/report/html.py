@@ -44,7 +44,7 @@ class Report(Shown):
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a page shows of one run, of its ablations, or of several runs together."""
+    """The content of a page about one run, of its ablations, or of several runs together."""
 
     title: str
     header: str
@@ -178,8 +178,8 @@ def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> 
     if study is None:
         rows = [ablation_row(row) | {"ablation": d["name"]} for d in documents for row in d["rows"]]
         network = documents[0].get("network", {}).get("network", "network unknown")
-        told = f"<p class=lead>{escape(network)}; each variant was chosen for itself, without the test split.</p>"
-        return Part(run.resolve().name, told, ablations, figures, rows, "")
+        lead_text = f"<p class=lead>{escape(network)}; each variant was chosen for itself, without the test split.</p>"
+        return Part(run.resolve().name, lead_text, ablations, figures, rows, "")
     lines, progress = sections.summary(study), of_run(run)
     parts: list[Section] = [("Result", sections.result(study, lines))]
     if study.document.get("chosen"):
@@ -196,7 +196,7 @@ def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> 
     parts += [
         *ablations,
         ("Data", sections.data(study)),
-        ("What made it", sections.made(study)),
+        ("Origin", sections.origin(study)),
         ("Every head", sections.every_head(study)),
     ]
     header = f"{sections.lead(study)}{sections.tiles(study, lines)}"
@@ -247,14 +247,14 @@ def section(heading: str, inside: str, key: str) -> str:
 def figure(drawing: "Drawing", image: bytes, key: str, numbers: str) -> str:
     """The picture, and beside it the chart that the page's script draws instead; numbers: where its CSV lies."""
     source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    told = escape(f"{drawing.title}. {drawing.caption} Numbers in {numbers}.")
+    alt_text = escape(f"{drawing.title}. {drawing.caption} Numbers in {numbers}.")
     caption = f"{escape(drawing.caption)} Numbers: <code>{escape(numbers)}</code>."
     live = ""
     if drawing.chart:
         name = f"chart-{drawing.name}-{key}"
         place = f'<div class=chart data-chart="{name}" role=group aria-label="{escape(drawing.title)}"></div>'
         live = place + assets.data(name, drawing.chart)
-    picture = f'<div class=scroll><img src="{source}" alt="{told}"></div>'
+    picture = f'<div class=scroll><img src="{source}" alt="{alt_text}"></div>'
     return f"<figure>{picture}{live}<figcaption>{caption}</figcaption></figure>"
 
 

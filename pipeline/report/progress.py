@@ -1,4 +1,4 @@
-"""How evenly the classes of a training come along: read from diagnostics.csv, summed up by epoch, compared, drawn."""
+"""Progress of each class during training: read from diagnostics.csv, summed up by epoch, compared, drawn."""
 
 import csv
 import json
@@ -56,10 +56,15 @@ class Progress:
         major, minor = halves(self.counts)
         table = []
         for epoch, accuracy, gradient in zip(self.epochs.tolist(), self.accuracy, self.gradient, strict=True):
-            known = accuracy[~np.isnan(accuracy)]
+            finite = accuracy[~np.isnan(accuracy)]
             by_half = {"major": _mean(accuracy[major]), "minor": _mean(accuracy[minor])}
             pulls = {"gradient_major": _mean(gradient[major]), "gradient_minor": _mean(gradient[minor])}
-            line: Row = {"epoch": epoch, "mean": _mean(known), "std": float(known.std()), "range": float(np.ptp(known))}
+            line: Row = {
+                "epoch": epoch,
+                "mean": _mean(finite),
+                "std": float(finite.std()),
+                "range": float(np.ptp(finite)),
+            }
             gap, ratio = None, None
             if by_half["major"] is not None and by_half["minor"] is not None:
                 gap = by_half["major"] - by_half["minor"]
@@ -70,8 +75,8 @@ class Progress:
 
     def over_epochs(self, measure: str, *, last: bool = False) -> float | None:
         """A measure's mean over the epochs, or its value at the last one; None where it is nowhere defined."""
-        known = [line[measure] for line in self.summary[-1 if last else 0 :] if line[measure] is not None]
-        return float(np.mean(known)) if known else None
+        values = [line[measure] for line in self.summary[-1 if last else 0 :] if line[measure] is not None]
+        return float(np.mean(values)) if values else None
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,16 @@ class Compared(Shown):
     def __rich_console__(self, console, options):
         less = f"less {self.rows[0]['run']}"
         for row in self.rows:
-            held = "less_first" in row["std"]
+            paired = "less_first" in row["std"]
             title = f"{row['run']}: {row['n']} training{'s' if row['n'] > 1 else ''}"
-            names = ["", "over the epochs", *[less] * held, "last epoch", *[less] * held]
+            names = ["", "over the epochs", *[less] * paired, "last epoch", *[less] * paired]
             lines = []
             for measure, meaning in MEASURES.items():
                 cells = [
-                    (_number_text(of[measure]), _number_text(of[measure].get("less_first")))
-                    for of in (row, row["last"])
+                    (_number_text(values[measure]), _number_text(values[measure].get("less_first")))
+                    for values in (row, row["last"])
                 ]
-                lines.append(Line([meaning, *(text for pair in cells for text in pair[: 1 + held])]))
+                lines.append(Line([meaning, *(text for pair in cells for text in pair[: 1 + paired])]))
             table = Table([Column(name, left=not name) for name in names], lines, title)
             yield table
         if self.note:
@@ -128,19 +133,19 @@ def read_progress(path: Path, name: str) -> Progress:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not written by `pipeline train-backbone` ({error})") from error
     counts = {c: images for _, c, images, *_ in table}
-    whole = len(counts) and len(table) // len(counts)
-    if not whole or [row[1] for row in table[: whole * len(counts)]] != list(range(len(counts))) * whole:
+    complete = len(counts) and len(table) // len(counts)
+    if not complete or [row[1] for row in table[: complete * len(counts)]] != list(range(len(counts))) * complete:
         raise DataError(f"{path}: has no whole epoch in it; train with --set backbone.diagnose_every=1")
-    each = values[: whole * len(counts)].reshape(whole, len(counts), 2)
-    epochs = np.array([row[0] for row in table[: whole * len(counts) : len(counts)]])
+    by_epoch = values[: complete * len(counts)].reshape(complete, len(counts), 2)
+    epochs = np.array([row[0] for row in table[: complete * len(counts) : len(counts)]])
     sizes = np.array([counts[c] for c in range(len(counts))])
-    return Progress(name, epochs, sizes, each[..., 0], each[..., 1], _weakening(path.with_name("run.json")))
+    return Progress(name, epochs, sizes, by_epoch[..., 0], by_epoch[..., 1], _weakening(path.with_name("run.json")))
 
 
-def _weakening(made: Path) -> str:
-    """How a training's run.json says that it weakened major features."""
+def _weakening(record: Path) -> str:
+    """Return the weakening of major features that a training's run.json records, or nothing."""
     try:
-        settings = json.loads(made.read_text(encoding="utf-8"))["config"]["backbone"]["weaken"]
+        settings = json.loads(record.read_text(encoding="utf-8"))["config"]["backbone"]["weaken"]
         strength, gamma, at = (settings[key] for key in ("strength", "gamma", "at"))
     except (OSError, ValueError, KeyError, TypeError):  # of an older version, or not there
         return ""
@@ -150,14 +155,14 @@ def _weakening(made: Path) -> str:
 def trainings(run: Path) -> list[Progress]:
     """Every diagnosed training of a run (RUN/seed-N/backbone, RUN/backbone) or of a folder of `train-backbone`."""
     seeds = sorted(run.glob(f"seed-*/backbone/{FILE}"), key=lambda p: (len(p.parts[-3]), p.parts[-3]))
-    found = seeds or [p for p in (run / "backbone" / FILE, run / FILE) if p.is_file()][:1]
-    return [read_progress(path, path.parts[-3] if seeds else run.name) for path in found]
+    paths = seeds or [p for p in (run / "backbone" / FILE, run / FILE) if p.is_file()][:1]
+    return [read_progress(path, path.parts[-3] if seeds else run.name) for path in paths]
 
 
 def of_run(run: Path) -> Drawing | None:
     """The figure of one run; None where its trainings were not diagnosed."""
-    found = trainings(run)
-    return draw({run.resolve().name: found}) if found else None
+    runs = trainings(run)
+    return draw({run.resolve().name: runs}) if runs else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +221,7 @@ def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
         figure = look.figure_of(11.5, 7.6)
         grid: Any = figure.subplots(2, 2, sharex=True)
         (accuracy, std), (gradient, ratio) = grid
-        for number, (name, of) in enumerate(runs.items()):
+        for number, (name, trainings) in enumerate(runs.items()):
             color, marker = STYLES[number % len(STYLES)]
             style: Row = {"color": color, "marker": marker, "markersize": 5, "markerfacecolor": "white"}
             for axes, measure, dashed in (
@@ -227,8 +232,10 @@ def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
                 (gradient, "gradient_minor", True),
                 (ratio, "ratio", False),
             ):
-                _line(axes, of, measure, style | {"linestyle": "--" if dashed else "-"})
-            accuracy.plot([], [], label=f"{name} ({how})" if (how := of[0].weakened) else name, **style)
+                _line(axes, trainings, measure, style | {"linestyle": "--" if dashed else "-"})
+            accuracy.plot(
+                [], [], label=f"{name} ({weakening})" if (weakening := trainings[0].weakened) else name, **style
+            )
         for kind, line in (("major classes", "-"), ("minor classes", "--")):
             accuracy.plot([], [], color=GREY, linestyle=line, label=kind)
         ratio.axhline(1, color=GREY, linewidth=1, linestyle=":")
@@ -247,16 +254,21 @@ def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
     caption = (
         "The same training images of every class after each epoch, clean, unmixed, in evaluation mode; z is what enters "
         "the classifier, L cross-entropy. Major classes are larger than the geometric mean of the largest and the "
-        f"smallest.{bands}{RECONSTRUCTED if any(p.weakened for of in runs.values() for p in of) else ''}"
+        f"smallest.{bands}{RECONSTRUCTED if any(p.weakened for trainings in runs.values() for p in trainings) else ''}"
     )
-    table = [{"run": name, "training": p.name, **line} for name, of in runs.items() for p in of for line in p.summary]
-    return Drawing("progress", "How evenly the classes come along", caption, figure, table)
+    table = [
+        {"run": name, "training": p.name, **line}
+        for name, trainings in runs.items()
+        for p in trainings
+        for line in p.summary
+    ]
+    return Drawing("progress", "Progress of large and small classes", caption, figure, table)
 
 
-def _line(axes: "Axes", of: Sequence[Progress], measure: str, style: Row) -> None:
+def _line(axes: "Axes", trainings: Sequence[Progress], measure: str, style: Row) -> None:
     """Mean over trainings of a measure by epoch, and a band of one standard deviation where there are several."""
     values: dict[int, list[float]] = {}
-    for training in of:
+    for training in trainings:
         for line in training.summary:
             if line[measure] is not None:
                 values.setdefault(line["epoch"], []).append(line[measure])
@@ -265,7 +277,7 @@ def _line(axes: "Axes", of: Sequence[Progress], measure: str, style: Row) -> Non
     x = np.array(sorted(values))
     y = np.array([np.mean(values[e]) for e in x])
     axes.plot(x, y, linewidth=1.8, markevery=max(1, len(x) // 8), **style)
-    if len(of) > 1:
+    if len(trainings) > 1:
         error = np.array([mean_std(values[e]).std or 0.0 for e in x])
         axes.fill_between(x, y - error, y + error, color=style["color"], alpha=0.15, linewidth=0)
 
@@ -274,28 +286,32 @@ def _compared(named: Mapping[str, Sequence[Progress]]) -> list[Row]:
     """A row a run: each measure over the epochs, and in `last` at the last one."""
     rows: list[Row] = []
     first = next(iter(named.values()))
-    for label, of in named.items():
-        pairs = _pairs(of, first) if rows else []
-        both = [{m: _spread_of(of, pairs, m, last=last) for m in MEASURES} for last in (False, True)]
-        rows.append({"run": label, "n": len(of), "weakened": of[0].weakened, **both[0], "last": both[1]})
+    for label, trainings in named.items():
+        pairs = _pairs(trainings, first) if rows else []
+        measures = [{m: _spread_of(trainings, pairs, m, last=last) for m in MEASURES} for last in (False, True)]
+        rows.append(
+            {"run": label, "n": len(trainings), "weakened": trainings[0].weakened, **measures[0], "last": measures[1]}
+        )
     return rows
 
 
-def _pairs(of: Sequence[Progress], first: Sequence[Progress]) -> list[tuple[Progress, Progress]]:
+def _pairs(trainings: Sequence[Progress], first: Sequence[Progress]) -> list[tuple[Progress, Progress]]:
     """Trainings with those of the first run they are held against: the same seeds, or the only one; else nothing."""
-    known = {p.name: p for p in first}
-    if len(of) == len(first) == 1:
-        return [(of[0], first[0])]
-    return [(p, known[p.name]) for p in of] if {p.name for p in of} == known.keys() else []
+    by_name = {p.name: p for p in first}
+    if len(trainings) == len(first) == 1:
+        return [(trainings[0], first[0])]
+    return [(p, by_name[p.name]) for p in trainings] if {p.name for p in trainings} == by_name.keys() else []
 
 
-def _spread_of(of: Sequence[Progress], pairs: Sequence[tuple[Progress, Progress]], measure: str, *, last: bool) -> Row:
+def _spread_of(
+    trainings: Sequence[Progress], pairs: Sequence[tuple[Progress, Progress]], measure: str, *, last: bool
+) -> Row:
     """Mean and standard deviation of a measure; less_first, those of its differences, where there are pairs."""
-    row: Row = mean_std(p.over_epochs(measure, last=last) for p in of).to_dict()
+    row: Row = mean_std(p.over_epochs(measure, last=last) for p in trainings).to_dict()
     if not pairs:
         return row
-    both = [(p.over_epochs(measure, last=last), q.over_epochs(measure, last=last)) for p, q in pairs]
-    return row | {"less_first": mean_std(a - b for a, b in both if a is not None and b is not None).to_dict()}
+    value_pairs = [(p.over_epochs(measure, last=last), q.over_epochs(measure, last=last)) for p, q in pairs]
+    return row | {"less_first": mean_std(a - b for a, b in value_pairs if a is not None and b is not None).to_dict()}
 
 
 def _number_text(value: Row | None) -> str:
@@ -303,5 +319,5 @@ def _number_text(value: Row | None) -> str:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else None
+    finite = values[~np.isnan(values)]
+    return float(finite.mean()) if len(finite) else None

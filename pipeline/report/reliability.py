@@ -1,4 +1,4 @@
-"""How far confidences can be believed: accuracy against confidence in the bins of ECE, before and after."""
+"""Calibration: accuracy against confidence in the bins of ECE, before and after."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | No
         f"ECE is the mean over {study.repeated}."
     )
     table = _table(columns)
-    return Drawing("reliability", "How far confidences can be believed", caption, figure, table, _chart(columns))
+    return Drawing("reliability", "Calibration", caption, figure, table, _chart(columns))
 
 
 def _told(found: dict[str, Reliability]) -> str:

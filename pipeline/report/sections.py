@@ -37,7 +37,7 @@ class SummaryRow:
         return {"name": self.name, "selected": self.selected, "n": self.cells["all"].n, **numbers, **spreads}
 
 
-def summary(study: Study, also: HeadId | None = None) -> list[SummaryRow]:
+def summary(study: Study, extra: HeadId | None = None) -> list[SummaryRow]:
     """The main table: stage 1, the loss alone, λ = 0, the selected head, `also`; on the test split."""
     lines: list[tuple[str, HeadId | Sequence[HeadId]]] = [
         (study.start.removeprefix("the "), BASELINE),
@@ -45,14 +45,14 @@ def summary(study: Study, also: HeadId | None = None) -> list[SummaryRow]:
         (study.at(0.0).name(), study.at(0.0)),
         (_selected_name(study), study.selected),
     ]
-    if also is not None:
-        lines.append((f"{also} (given)", also))
+    if extra is not None:
+        lines.append((f"{extra} (given)", extra))
     table = []
     for name, kinds in lines:
         cells = {column: study.spread(kinds, "test", column) for column in (*COLUMNS, "ece")}
-        known = {column: cell for column, cell in cells.items() if cell is not None}
-        if known:
-            table.append(SummaryRow(name, kinds == study.selected, known))
+        measured = {column: cell for column, cell in cells.items() if cell is not None}
+        if measured:
+            table.append(SummaryRow(name, kinds == study.selected, measured))
     return table
 
 
@@ -72,25 +72,27 @@ def lead(study: Study) -> str:
 
 def tiles(study: Study, lines: Sequence[SummaryRow]) -> str:
     """The selected head's numbers, large, with what they were before stage 2."""
-    before, after, shown = lines[0], lines[-1], []
+    reference, selected, tile_list = lines[0], lines[-1], []
     for column in COLUMNS:
-        a, b = (line.cells[column].mean for line in (before, after))
+        a, b = (line.cells[column].mean for line in (reference, selected))
         if a is not None and b is not None:
             name = TITLES[column] + (f" ({BOUNDS[column]} images)" if column in BOUNDS else "")
             sign, mark = ("up", "▲") if b > a else ("down", "▼")
             change = f"<em class={sign}>{mark} {abs(b - a):.1f} against {study.start}</em>"
             if not round(b - a, 1):
                 change = f"<em>as with {study.start}</em>"
-            shown.append(f"<div class=tile><span>{name}</span><b>{b:.1f}<small> %</small></b>{change}</div>")
-    return f"<div class=tiles>{''.join(shown)}</div>"
+            tile_list.append(f"<div class=tile><span>{name}</span><b>{b:.1f}<small> %</small></b>{change}</div>")
+    return f"<div class=tiles>{''.join(tile_list)}</div>"
 
 
 def _table(study: Study, lines: Sequence[SummaryRow]) -> str:
     order = ("many", "medium", "few", "all", "ece")
     below = {column: study.classes_of(column) for column in order[:-1]} | {"ece": "calibration error"}
-    shown = [c for c in order if any(line.cells[c].mean is not None for line in lines)]
-    columns = [Column("Head"), *(Column(TITLES[c], below[c]) for c in shown)]
-    table = Table(columns, [Line([row.name, *(row.cells[c] for c in shown)], strong=row.selected) for row in lines])
+    columns_present = [c for c in order if any(line.cells[c].mean is not None for line in lines)]
+    columns = [Column("Head"), *(Column(TITLES[c], below[c]) for c in columns_present)]
+    table = Table(
+        columns, [Line([row.name, *(row.cells[c] for c in columns_present)], strong=row.selected) for row in lines]
+    )
     note = "All numbers in %. Test split, evaluated after the choice was made; not selected on."
     if any(cell.std is not None for line in lines for cell in line.cells.values()):
         only = "" if len(study.backbones) > 1 else ", which says nothing of another training of the network"
@@ -100,53 +102,53 @@ def _table(study: Study, lines: Sequence[SummaryRow]) -> str:
 
 def _differences(study: Study) -> str:
     """The selected head less others on the same test samples; nothing where nothing was compared."""
-    found = study.document.get("differences") or {"rows": ()}
-    rows = labelled(found["rows"], study.start.removeprefix("the "))
-    shown = [c for c in DIFFERENCES if any(row[c] for _, row in rows)]
+    compared = study.document.get("differences") or {"rows": ()}
+    rows = labelled(compared["rows"], study.start.removeprefix("the "))
+    present = [c for c in DIFFERENCES if any(row[c] for _, row in rows)]
     if not rows:
         return ""
-    columns = [Column("Difference from"), *(Column(TITLES[c]) for c in shown)]
-    table = Table(columns, [Line([label, *(difference(row[c]) for c in shown)]) for label, row in rows])
-    note = f"The selected head less each of these, in points, with 95 % intervals. {differences_caption(found)}"
+    columns = [Column("Difference from"), *(Column(TITLES[c]) for c in present)]
+    table = Table(columns, [Line([label, *(difference(row[c]) for c in present)]) for label, row in rows])
+    note = f"The selected head less each of these, in points, with 95 % intervals. {differences_caption(compared)}"
     return f"{table.html()}<p class=note>{note}</p>"
 
 
 def choice(study: Study) -> str:
     """Which λ was chosen, on what, out of which."""
-    each = [f"{k.lam:g}" for k in study.selected if k.lam is not None]
-    if not each:
+    texts = [f"{k.lam:g}" for k in study.selected if k.lam is not None]
+    if not texts:
         return ""
     if study.chosen_on is None:
-        return f"<p>λ = {each[0]} was given, not chosen.</p>"
+        return f"<p>λ = {texts[0]} was given, not chosen.</p>"
     zero = [0.0] if any(k.lam == 0 for k in study.selected) else []
-    tried = ", ".join(f"{lam:g}" for lam in [*zero, *study.lams])
-    where = "the validation split" if study.chosen_on == "val" else "held-out folds of the training features"
-    how = f"on {where} among {tried}, the test split unseen"
-    if len(set(each)) == 1:
-        alike = "by the mean over backbones " if len(each) > 1 else ""
-        return f"<p><strong>λ = {each[0]}</strong> was chosen {alike}{how}.</p>"
-    listed = ", ".join(f"{b.name}: {lam}" for b, lam in zip(study.backbones, each, strict=True))
-    return f"<p>Each backbone chose its own λ {how}: <strong>{escape(listed)}</strong>.</p>"
+    candidates = ", ".join(f"{lam:g}" for lam in [*zero, *study.lams])
+    split_text = "the validation split" if study.chosen_on == "val" else "held-out folds of the training features"
+    basis = f"on {split_text} among {candidates}, the test split unseen"
+    if len(set(texts)) == 1:
+        alike = "by the mean over backbones " if len(texts) > 1 else ""
+        return f"<p><strong>λ = {texts[0]}</strong> was chosen {alike}{basis}.</p>"
+    by_backbone = ", ".join(f"{b.name}: {lam}" for b, lam in zip(study.backbones, texts, strict=True))
+    return f"<p>Each backbone chose its own λ {basis}: <strong>{escape(by_backbone)}</strong>.</p>"
 
 
 def methods(study: Study) -> str:
-    """What each tuned method was given and chose, and what that is worth on test."""
-    shown = [c for c in DIFFERENCES if study.spread(BASELINE, "test", c)]
+    """Return the table of tuned methods: trials, chosen parameters, accuracy on validation and test."""
+    present = [c for c in DIFFERENCES if study.spread(BASELINE, "test", c)]
     columns = [Column("Method"), Column("Trials"), Column("Chosen")]
-    columns += [Column("All", f"on {SPLITS[study.choosing_split]}"), *(Column(TITLES[c], "on test") for c in shown)]
+    columns += [Column("All", f"on {SPLITS[study.choosing_split]}"), *(Column(TITLES[c], "on test") for c in present)]
     lines = []
     for row in study.document["chosen"]:
         method = HeadId.of_row(row)
         heads = [replace(method, lam=b.tuned_lam(method.method)) for b in study.backbones]
         cells = [str(row["trials"]), chosen_text(row), f"{row['score']:.1f}"]
-        tested = (study.spread(heads, "test", column) for column in shown)
+        tested = (study.spread(heads, "test", column) for column in present)
         lines.append(Line([method.without_lam.name(), *cells, *tested], strong=heads == study.selected))
     notes = " ".join(sentences(study.document.get("notes", ())))
     return f"{Table(columns, lines).html()}<p class=note>{escape(notes)} All trials are in trials.csv.</p>"
 
 
 def _near(study: Study) -> str:
-    """How sure the choice is: what lies within one standard error of it."""
+    """Return the λ within one standard error of the chosen one."""
     lams = [f"{s['lam']:g}" for s in study.document.get("within_one_se", ()) if s.get("lam") is not None]
     if len(lams) < 2:
         return ""
@@ -154,14 +156,14 @@ def _near(study: Study) -> str:
 
 
 def _norm_term(study: Study) -> str:
-    """What the norm term adds to its loss, said apart from what the loss alone gives."""
+    """Return the gain by the norm term over its loss only."""
     if study.first.selected.lam is None:
         return ""
     parts, loss_only = [], study.first.loss_only
     for column in COLUMNS:
-        without, added = (study.spread(k, "test", column) for k in (loss_only, study.selected))
-        if without and added and without.mean is not None and added.mean is not None:
-            parts.append(f"{column} {signed(added.mean - without.mean)}")
+        without, with_term = (study.spread(k, "test", column) for k in (loss_only, study.selected))
+        if without and with_term and without.mean is not None and with_term.mean is not None:
+            parts.append(f"{column} {signed(with_term.mean - without.mean)}")
     return f"<p>The norm term itself, against {loss_only.name()}: {', '.join(parts)} points.</p>" if parts else ""
 
 
@@ -180,7 +182,8 @@ def data(study: Study) -> str:
     return _facts(lines)
 
 
-def made(study: Study) -> str:
+def origin(study: Study) -> str:
+    """Return network, stages, commands, versions and configuration behind the results."""
     first, store = study.first, study.first.store
     stage1, dump, stage2 = first.training, store.provenance, first.rebalancing
     views = f"{store.views('train')} view(s) of each training image, {store.dtype}, digest {store.digest[:16]}"
@@ -189,8 +192,8 @@ def made(study: Study) -> str:
         lines.insert(0, ("Network", network_text(n)))
     if first.metrics:
         took = _clock(sum(m.get("seconds", 0) for m in first.metrics))
-        where = f"{stage1.get('device', 'unknown device')}, {stage1.get('ranks', 1)} rank(s)"
-        lines.append(("Stage 1", f"{first.metrics[-1]['epoch']} epochs in {took} on {where}"))
+        device = f"{stage1.get('device', 'unknown device')}, {stage1.get('ranks', 1)} rank(s)"
+        lines.append(("Stage 1", f"{first.metrics[-1]['epoch']} epochs in {took} on {device}"))
     times = [f"{stage} {_clock(entry['seconds'])}" for stage, entry in study.stages.items() if "seconds" in entry]
     lines.append(("Times", ", ".join(times)))
     timing = first.results.get("timing", {})
@@ -198,11 +201,13 @@ def made(study: Study) -> str:
         text = f"{timing['heads']} heads fitted in {timing['fit_s']:.1f} s, features loaded in {timing['load_s']:.1f} s"
         lines.append(("Stage 2", text))
     trained = "Stage 1" if stage1.get("command") == "train-backbone" else "Backbone"
-    for name, made in ((trained, stage1), ("Dump", dump), ("Stage 2", stage2)):
-        if made.get("argv"):
-            when = (made.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
-            lines.append((f"{name} command", " ".join(made["argv"])))
-            lines.append((f"{name} made", f"{when}; git {made.get('git') or 'unknown'}; {made.get('platform', '')}"))
+    for name, record in ((trained, stage1), ("Dump", dump), ("Stage 2", stage2)):
+        if record.get("argv"):
+            when = (record.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
+            lines.append((f"{name} command", " ".join(record["argv"])))
+            lines.append(
+                (f"{name} made", f"{when}; git {record.get('git') or 'unknown'}; {record.get('platform', '')}")
+            )
     versions: Row = next((m["versions"] for m in (stage2, dump, stage1) if m.get("versions")), {})
     lines.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
     config = dump.get("config") or stage1.get("config")
@@ -232,13 +237,13 @@ def _facts(lines: Iterable[tuple[str, Any]]) -> str:
 
 
 def _selected_name(study: Study) -> str:
-    how = f"chosen on {SPLITS[study.choosing_split]}" if study.chosen_on else "given"
+    basis = f"chosen on {SPLITS[study.choosing_split]}" if study.chosen_on else "given"
     lams = {k.lam for k in study.selected if k.lam is not None}
     if not lams:
         return study.first.selected.name()
     if len(lams) == 1:
-        return f"{study.first.selected} ({how})"
-    return f"{study.first.selected.without_lam.name()}, λ of each backbone ({how})"
+        return f"{study.first.selected} ({basis})"
+    return f"{study.first.selected.without_lam.name()}, λ of each backbone ({basis})"
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a report is made from: one run folder, or the seed-N folders of several backbones, read into arrays."""
+"""The data of a report: one run folder, or the seed-N folders of several backbones, read into arrays."""
 
 import csv
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ class Backbone:
 
     @cached_property
     def directions(self) -> dict[str, Directions | None]:
-        """Of the clean features of training and test; None where there are none, or too many."""
+        """Directions of the clean features of training and test; None where there are none, or too many."""
         return {split: read_directions(self.store, split) for split in ("train", "test")}
 
     def tuned_lam(self, method: str) -> float | None:
@@ -74,24 +74,24 @@ class Backbone:
 
     def head(self, kind: HeadId) -> tuple[Row, Scorer]:
         """(what it is, head) of a kind, of several batch orders the first; DataError naming what there is instead."""
-        mine = [(what, head) for what, head in self.scorers if kind.matches(what)]
-        if mine:
-            return min(mine, key=lambda each: each[0].get("seed") or 0)
+        matching = [(entry, head) for entry, head in self.scorers if kind.matches(entry)]
+        if matching:
+            return min(matching, key=lambda pair: pair[0].get("seed") or 0)
         file = self.results_path.with_name("heads.safetensors")
-        others = [what for what, _ in self.scorers if HeadId.of_row(what).method == kind.method]
-        lams = ", ".join(f"{lam:g}" for lam in sorted({w["lam"] for w in others if w.get("lam") is not None}))
+        same_method = [entry for entry, _ in self.scorers if HeadId.of_row(entry).method == kind.method]
+        lams = ", ".join(f"{lam:g}" for lam in sorted({w["lam"] for w in same_method if w.get("lam") is not None}))
         if kind.lam is not None and lams:
             again = f"run `pipeline rebalance --lam {kind.lam:g}` for another"
             raise DataError(f"{file}: no head {kind}; it has λ = {lams}; {again}")
-        known = ", ".join(dict.fromkeys(what["method"] for what, _ in self.scorers))
+        methods = ", ".join(dict.fromkeys(entry["method"] for entry, _ in self.scorers))
         again = f"run `pipeline rebalance --method {kind.method}` first"
-        raise DataError(f"{file}: no head {kind}; it has {known}; {again}")
+        raise DataError(f"{file}: no head {kind}; it has {methods}; {again}")
 
     def norms(self, kind: HeadId) -> np.ndarray | None:
         """(C,) lengths of the class vectors, mean over batch orders; None where no such head was kept."""
         heads, weight, _ = self.heads
-        found = [np.linalg.norm(weight[i].astype(np.float64), axis=1) for i, h in enumerate(heads) if kind.matches(h)]
-        return np.mean(found, axis=0) if found else None
+        lengths = [np.linalg.norm(weight[i].astype(np.float64), axis=1) for i, h in enumerate(heads) if kind.matches(h)]
+        return np.mean(lengths, axis=0) if lengths else None
 
     @cached_property
     def per_class(self) -> list[Row]:
@@ -110,37 +110,37 @@ class Backbone:
 
         per_class.csv has few settings; the others are measured again with the heads that were kept.
         """
-        total, seen = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
+        total, samples = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
         for line in self.per_class:
             if line["split"] == split and kind.matches(line):
                 c, n = int(line["class"]), int(line["total"])
                 total[c] += int(line["correct"])
-                seen[c] += n
-        if not seen.any():
-            total, seen = self._measured(kind, split)
-        if not seen.any():
+                samples[c] += n
+        if not samples.any():
+            total, samples = self._measured(kind, split)
+        if not samples.any():
             return None
-        return np.where(seen > 0, 100 * total / np.maximum(seen, 1), np.nan)
+        return np.where(samples > 0, 100 * total / np.maximum(samples, 1), np.nan)
 
     def _measured(self, kind: HeadId, split: str) -> tuple[np.ndarray, np.ndarray]:
         """(right, seen) samples of every class (C,), summed over the heads of a kind."""
         heads, weight, bias = self.heads
-        right, seen = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
-        mine = [i for i, head in enumerate(heads) if kind.matches(head)]
+        right, samples = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
+        rows_of_head = [i for i, head in enumerate(heads) if kind.matches(head)]
         if (
             split not in self.store.splits
-            or self.store.rows(split) * weight[0].size * len(mine) > PRODUCTS_FOR_A_FIGURE
+            or self.store.rows(split) * weight[0].size * len(rows_of_head) > PRODUCTS_FOR_A_FIGURE
         ):
-            return right, seen
+            return right, samples
         labels, valid = self.store.labels(split), self.store.valid(split)
-        for chunk in self.store.chunks(split) if mine else ():
+        for chunk in self.store.chunks(split) if rows_of_head else ():
             rows = slice(chunk.start, chunk.stop)
             features, truth = self.store.read_chunk(chunk).astype(np.float32)[valid[rows]], labels[rows][valid[rows]]
-            for i in mine:
+            for i in rows_of_head:
                 hit = (features @ weight[i].T + bias[i]).argmax(1) == truth
                 right += np.bincount(truth[hit], minlength=len(right))
-                seen += np.bincount(truth, minlength=len(seen))
-        return right, seen
+                samples += np.bincount(truth, minlength=len(samples))
+        return right, samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,12 +169,12 @@ class Study:
     def classes_of(self, column: str) -> str:
         """`5 classes` of a group or of all; `4 of 5 classes with test images` where its mean on test is over fewer."""
         inside = np.ones_like(self.tested) if column == "all" else class_groups(self.counts)[column]
-        size, known = int(inside.sum()), int((inside & self.tested).sum())
-        return classes(size) if known == size else f"{known:,} of {classes(size)} with test images"
+        size, tested = int(inside.sum()), int((inside & self.tested).sum())
+        return classes(size) if tested == size else f"{tested:,} of {classes(size)} with test images"
 
     @property
     def averaged(self) -> str:
-        """What a mean on test is over: `classes`, or those of them that have test images."""
+        """The classes that a mean on test covers: `classes`, or `classes with test images`."""
         return "classes" if self.tested.all() else "classes with test images"
 
     @property
@@ -186,22 +186,22 @@ class Study:
     def lams(self) -> list[float]:
         """The positive λ that every backbone has a result for; λ = 0 is a reference of its own."""
         method = self.at(0.0).method
-        each = [{r["lam"] for r in b.rows if r["method"] == method and r.get("lam")} for b in self.backbones]
-        return sorted(set.intersection(*each))
+        by_backbone = [{r["lam"] for r in b.rows if r["method"] == method and r.get("lam")} for b in self.backbones]
+        return sorted(set.intersection(*by_backbone))
 
     def at(self, lam: float) -> HeadId:
         """The method with a λ that the curves show: the selected one, else IWB."""
-        chosen = self.first.selected
-        if chosen.lam is not None:
-            return HeadId(chosen.method, chosen.loss, lam)
+        selected = self.first.selected
+        if selected.lam is not None:
+            return HeadId(selected.method, selected.loss, lam)
         loss = next((r.get("loss") for r in self.first.rows if r["method"] == "iwb"), None)
         return HeadId("iwb", loss, lam)
 
     @property
     def start(self) -> str:
-        """What stage 2 started from: `stage 1` or `the linear probe`."""
-        found = start_name(self.first.store.fingerprint)
-        return f"the {found}" if found == PROBE else found
+        """The head that stage 2 started from: `stage 1` or `the linear probe`."""
+        start = start_name(self.first.store.fingerprint)
+        return f"the {start}" if start == PROBE else start
 
     @property
     def chosen_on(self) -> str | None:
@@ -215,7 +215,7 @@ class Study:
 
     @property
     def repeated(self) -> str:
-        """What the ± counts: `3 backbones`, or `3 batch orders of one backbone`."""
+        """The repetitions behind ±: `3 backbones`, or `3 batch orders of one backbone`."""
         if len(self.backbones) > 1:
             return f"{len(self.backbones)} backbones"
         n = len({r["seed"] for r in self.first.rows if self.first.selected.matches(r)})
@@ -223,14 +223,14 @@ class Study:
 
     def spread(self, kinds: HeadId | Sequence[HeadId], split: str, column: str) -> MeanStd | None:
         """MeanStd of one column of the table; a list gives each backbone its own kind; None where one lacks it."""
-        wanted = [kinds] * len(self.backbones) if isinstance(kinds, HeadId) else kinds
-        each = []
-        for backbone, kind in zip(self.backbones, wanted, strict=True):
+        heads = [kinds] * len(self.backbones) if isinstance(kinds, HeadId) else kinds
+        values = []
+        for backbone, kind in zip(self.backbones, heads, strict=True):
             rows = [r for r in backbone.rows if r["split"] == split and kind.matches(r)]
             if not rows:
                 return None
-            each.append([r.get(column) for r in rows])
-        return mean_std(each[0] if len(each) == 1 else [mean_std(values).mean for values in each])
+            values.append([r.get(column) for r in rows])
+        return mean_std(values[0] if len(values) == 1 else [mean_std(values).mean for values in values])
 
     @property
     def selected(self) -> list[HeadId]:
@@ -250,7 +250,7 @@ def classes(count: int) -> str:
 
 
 def labels(runs: Sequence[Path]) -> list[str]:
-    """What tells the runs apart: their folders' names, else their whole paths."""
+    """Return a name for each run: that of its folder, else its whole path."""
     names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
@@ -262,20 +262,20 @@ def read_study(run: Path) -> Study:
     """
     if not run.is_dir():
         raise DataError(f"{run}: no such run folder; make one with `pipeline run`")
-    found = results_files(run)
-    if not found and (told := holds_runs(run)):
-        raise DataError(told)
-    if not found:
+    paths = results_files(run)
+    if not paths and (advice := holds_runs(run)):
+        raise DataError(advice)
+    if not paths:
         first = f"run `pipeline rebalance {run / 'features.zarr'}` first"
         raise DataError(f"{run}: nothing to report: no rebalance/results.json; {first}")
     together = run / "results.json"
-    several = found[0].parent not in (run, run / "rebalance")
+    several = paths[0].parent not in (run, run / "rebalance")
     joint = read_results(together) if several and together.is_file() else None
-    backbones = [_read_backbone(path, joint["selected"] if joint else None) for path in found]
-    for other in backbones[1:]:
-        if other.store.class_names != backbones[0].store.class_names:
+    backbones = [_read_backbone(path, joint["selected"] if joint else None) for path in paths]
+    for backbone in backbones[1:]:
+        if backbone.store.class_names != backbones[0].store.class_names:
             raise DataError(
-                f"{other.results_path}: has other classes than {backbones[0].results_path}; report them apart"
+                f"{backbone.results_path}: has other classes than {backbones[0].results_path}; report them apart"
             )
     stages = read_record(run / "run.json").get("stages", {})
     return Study(run, backbones, joint or backbones[0].results, stages)
@@ -289,19 +289,19 @@ def results_files(run: Path) -> list[Path]:
 
 
 def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
-    """What lies in a backbone's folder; choice: what was selected for all backbones together, None for its own."""
+    """Read the folder of a backbone; choice: the head selected for all backbones together, None for its own."""
     folder = path.parent.parent if path.parent.name == "rebalance" else path.parent
     results = read_results(path)
-    beside = folder / "features.zarr"
+    neighbour = folder / "features.zarr"
     try:
         named = results["store"]
-        store = open_cache(beside if beside.exists() and not is_url(named) else named)
+        store = open_cache(neighbour if neighbour.exists() and not is_url(named) else named)
     except CacheError as error:
         raise DataError(f"{path}: its feature store cannot be read: {error}") from error
-    chosen = choice or results["selected"]
-    own = {c.method: c.lam for c in map(HeadId.of_row, results.get("chosen", ()))}  # λ as this backbone tuned it
-    selected = HeadId.of_row(chosen)
-    selected = replace(selected, lam=selected.lam or own.get(selected.method, selected.lam))
+    choice = choice or results["selected"]
+    tuned = {c.method: c.lam for c in map(HeadId.of_row, results.get("chosen", ()))}  # λ as this backbone tuned it
+    selected = HeadId.of_row(choice)
+    selected = replace(selected, lam=selected.lam or tuned.get(selected.method, selected.lam))
     epochs = read_epochs(folder / "backbone" / "metrics.jsonl")
     training, rebalancing = read_record(folder / "backbone" / "run.json"), read_record(path.with_name("run.json"))
     return Backbone(folder.name, path, results, selected, store, epochs, training, rebalancing)
@@ -309,5 +309,9 @@ def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
 
 def read_heads(path: Path) -> tuple[list[Row], np.ndarray, np.ndarray]:
     """(method, loss, lam, seed of each linear head; weight (H, C, D); bias (H, C)). DataError if it is missing or other."""
-    linear = [(what, head) for what, head in read_scorers(path) if isinstance(head, Linear)]
-    return [what for what, _ in linear], np.stack([h.weight for _, h in linear]), np.stack([h.bias for _, h in linear])
+    linear = [(entry, head) for entry, head in read_scorers(path) if isinstance(head, Linear)]
+    return (
+        [entry for entry, _ in linear],
+        np.stack([h.weight for _, h in linear]),
+        np.stack([h.bias for _, h in linear]),
+    )

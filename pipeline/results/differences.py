@@ -1,4 +1,4 @@
-"""How far the test accuracy of one row differs from another's on the same samples, and how sure that is."""
+"""Paired differences of test accuracy between rows on the same samples, with bootstrap intervals."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -36,26 +36,26 @@ def paired_difference(
     values, code = np.unique(np.round(first - second, 12), return_inverse=True)
     classes = len(counts)
     table = np.bincount(labels * len(values) + code, minlength=classes * len(values)).reshape(classes, -1)
-    known = table.sum(1) > 0
+    sampled = table.sum(1) > 0
     group = group_index(counts)
     # classes with equal sizes and equal values are drawn together: the sum of their draws is one larger draw
-    kinds, alike = np.unique(np.column_stack([group, table])[known], axis=0, return_counts=True)
+    kinds, alike = np.unique(np.column_stack([group, table])[sampled], axis=0, return_counts=True)
     random = np.random.default_rng(derive(seed, "bootstrap"))
-    point, drawn, sizes = np.zeros(len(GROUPS)), np.zeros((len(GROUPS), resamples)), np.zeros(len(GROUPS))
+    point, resampled, sizes = np.zeros(len(GROUPS)), np.zeros((len(GROUPS), resamples)), np.zeros(len(GROUPS))
     for (g, *row), number in zip(kinds, alike, strict=True):
-        there = np.flatnonzero(row)
-        share = np.array(row)[there] / np.sum(row)
-        point[g] += number * (share @ values[there])
-        drawn[g] += random.multinomial(number * np.sum(row), share, size=resamples) @ values[there] / np.sum(row)
+        present = np.flatnonzero(row)
+        share = np.array(row)[present] / np.sum(row)
+        point[g] += number * (share @ values[present])
+        resampled[g] += random.multinomial(number * np.sum(row), share, size=resamples) @ values[present] / np.sum(row)
         sizes[g] += number
-    found = {"all": _column(point.sum(), drawn.sum(0), sizes.sum())}
-    return found | {name: _column(point[g], drawn[g], sizes[g]) for g, name in enumerate(GROUPS)}
+    columns = {"all": _column(point.sum(), resampled.sum(0), sizes.sum())}
+    return columns | {name: _column(point[g], resampled[g], sizes[g]) for g, name in enumerate(GROUPS)}
 
 
-def _column(point: float, drawn: np.ndarray, classes: float) -> Column:
+def _column(point: float, resampled: np.ndarray, classes: float) -> Column:
     if not classes:
         return None
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {name: float(100 * v / classes) for name, v in (("difference", point), ("low", low), ("high", high))}
 
 
@@ -83,7 +83,7 @@ class Hits:
 
 
 def read_hits(path: Path) -> Hits:
-    """What Hits.to_bytes wrote; DataError if it is missing or other."""
+    """Read a file of Hits.to_bytes; DataError where it is missing or something else."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -97,7 +97,7 @@ def read_hits(path: Path) -> Hits:
 
 
 def differences(
-    selected: Mapping[str, Any], others: Mapping[str, Mapping[str, Any] | None], hits: Sequence[Hits]
+    selected: Mapping[str, Any], references: Mapping[str, Mapping[str, Any] | None], hits: Sequence[Hits]
 ) -> dict[str, Any]:
     """The selected row less each of the others, by their roles, over the test samples of all backbones.
 
@@ -106,14 +106,14 @@ def differences(
     """
 
     def rate(facts: Mapping[str, Any]) -> np.ndarray:
-        return np.mean([of_one.rate(facts) for of_one in hits], axis=0)
+        return np.mean([backbone_hits.rate(facts) for backbone_hits in hits], axis=0)
 
     first = hits[0]
-    if any(not np.array_equal(of_one.labels, first.labels) for of_one in hits[1:]):
+    if any(not np.array_equal(backbone_hits.labels, first.labels) for backbone_hits in hits[1:]):
         raise DataError("the backbones were tested on different samples: train them with the same data settings")
     rows = [
         {"against": role, **facts, **paired_difference(rate(selected), rate(facts), first.labels, first.counts)}
-        for role, facts in others.items()
+        for role, facts in references.items()
         if facts is not None and facts != selected
     ]
     return {"resamples": RESAMPLES, "level": LEVEL, "samples": len(first.labels), "rows": rows}

@@ -1,4 +1,4 @@
-"""What stage 2 leaves behind: heads that map features to logits, and how a file keeps them."""
+"""Heads that map features to logits, and the file that stores them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -100,7 +100,7 @@ def predict(head: Scorer, inputs: "Tensor") -> tuple[np.ndarray, np.ndarray]:
 
 
 def predict_array(head: Scorer, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `predict` gives, of an array of features (M, D) in float32 and without torch."""
+    """Return classes and probabilities as `predict` does, of an array of features (M, D) in float32 and without torch."""
     classes, probabilities = np.empty(len(features), np.int64), np.empty(len(features), np.float32)
     step = max(1, LOGITS_AT_ONCE // len(head.arrays[1]))
     for start in range(0, len(features), step):
@@ -119,8 +119,8 @@ def heads_file(heads: Sequence[tuple[dict[str, Any], Scorer]], facts: Mapping[st
     """
     from safetensors.numpy import save
 
-    linear = [(what, head) for what, head in heads if isinstance(head, Linear)]
-    gated = [(what, head) for what, head in heads if isinstance(head, Gated)]
+    linear = [(entry, head) for entry, head in heads if isinstance(head, Linear)]
+    gated = [(entry, head) for entry, head in heads if isinstance(head, Gated)]
     tensors = {
         "weight": np.stack([head.weight for _, head in linear]),
         "bias": np.stack([head.bias for _, head in linear]),
@@ -129,8 +129,8 @@ def heads_file(heads: Sequence[tuple[dict[str, Any], Scorer]], facts: Mapping[st
         tensors["gated_weight"] = np.stack([[head.first.weight, head.second.weight] for _, head in gated])
         tensors["gated_bias"] = np.stack([[head.first.bias, head.second.bias] for _, head in gated])
         tensors["gate"] = np.stack([head.gate for _, head in gated])
-    said = {"heads": [what for what, _ in linear], "gated": [what for what, _ in gated], **facts}
-    metadata = {key: json.dumps(value) for key, value in said.items()}
+    metadata_values = {"heads": [entry for entry, _ in linear], "gated": [entry for entry, _ in gated], **facts}
+    metadata = {key: json.dumps(value) for key, value in metadata_values.items()}
     return save({name: a.astype(np.float32) for name, a in tensors.items()}, metadata)
 
 
@@ -146,14 +146,14 @@ def read_scorers(path: Path) -> list[tuple[dict[str, Any], Scorer]]:
                 for text in (metadata["heads"], metadata.get("gated", "[]"))
             )
             weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
-            found: list[tuple[dict[str, Any], Scorer]] = [
-                (what, Linear(w, b)) for what, w, b in zip(linear, weight, bias, strict=True)
+            scorers: list[tuple[dict[str, Any], Scorer]] = [
+                (entry, Linear(w, b)) for entry, w, b in zip(linear, weight, bias, strict=True)
             ]
             if gated:
                 names = ("gated_weight", "gated_bias", "gate")
-                for what, w, b, gate in zip(gated, *map(file.get_tensor, names), strict=True):
-                    found.append((what, Gated(Linear(w[0], b[0]), Linear(w[1], b[1]), gate)))
-            return found
+                for entry, w, b, gate in zip(gated, *map(file.get_tensor, names), strict=True):
+                    scorers.append((entry, Gated(Linear(w[0], b[0]), Linear(w[1], b[1]), gate)))
+            return scorers
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; run `pipeline rebalance` again") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What `rebalance` returns and writes."""
+"""The result of `rebalance`, and its CSV files."""
 
 import json
 from collections.abc import Sequence

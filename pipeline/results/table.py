@@ -105,8 +105,8 @@ def _texts(line: Line) -> list[str]:
 
 
 def _html_line(line: Line) -> str:
-    first, *others = line.cells
-    cells = "".join(f"<td>{_html(cell)}</td>" for cell in others)
+    first, *rest = line.cells
+    cells = "".join(f"<td>{_html(cell)}</td>" for cell in rest)
     return f"<tr{' class=chosen' if line.strong else ''}><th>{_html(first)}</th>{cells}</tr>"
 
 

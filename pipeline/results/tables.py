@@ -62,8 +62,8 @@ def stacked(*tables: Table | None) -> "Group":
     """Return the tables that there are, one below the other."""
     from rich.console import Group
 
-    first, *others = [table for table in tables if table is not None]
-    return Group(first, *(part for table in others for part in ("", table)))
+    first, *rest = [table for table in tables if table is not None]
+    return Group(first, *(part for table in rest for part in ("", table)))
 
 
 def differences_table(document: Document) -> Table | None:

@@ -111,7 +111,7 @@ def test_folds_are_named_as_what_chose(tmp_path):
 
 
 def test_a_further_head_gets_its_own_line(run):
-    lines = summary(read_study(run), also=HeadId("iwb", "cb", 0.05))
+    lines = summary(read_study(run), extra=HeadId("iwb", "cb", 0.05))
     assert lines[-1].name == "iwb, λ = 0.05 (given)"
     assert [line.selected for line in lines] == [False, False, False, True, False]
 

@@ -136,4 +136,4 @@ def test_the_report_of_a_run_shows_it(run, tmp_path):
     made_file(run / "backbone" / "diagnostics.csv")
     written = write_report(run)
     assert "progress" in {figure.stem for figure in written.figures}
-    assert "How evenly the classes come along" in written.path.read_text(encoding="utf-8")
+    assert "Progress of large and small classes" in written.path.read_text(encoding="utf-8")
