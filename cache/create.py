@@ -48,15 +48,24 @@ def create_store(
     overwrite: bool = False,
     retry: Mapping[str, Collection[int]] | None = None,
 ) -> Writer:
-    """The writer of a new open store, or of the one that is there if its fingerprint is the same.
+    """Return the writer of a new open store, or of the existing one if its fingerprint is the same.
 
-    splits: by name, "train" among them; dtype: float16, float32 or bfloat16; weight (C, D); bias (C,), both None for a
-    classifier that follows from the features: `Writer.set_classifier` then has to come before the seal, and the
-    fingerprint has to say how it is made; counts (C,) of the training labels; fingerprint: flat, JSON; provenance: JSON.
-    A sealed store with damaged files is opened again for those alone, a whole one comes back sealed. retry: split → rows
-    that were skipped and can be had now; a sealed store is opened again for the chunks that hold them. The writer holds
-    the store's lock until it is closed.
-    Raises CacheError for another fingerprint (naming the fields), a second writer, or a path that is no feature store.
+    A sealed store with damaged files is opened again for those alone; an intact one comes back sealed. The writer holds the
+    store's lock until it is closed.
+
+    Arguments:
+        splits: by name, "train" among them.
+        width: D, numbers in a feature.
+        dtype: float16, float32 or bfloat16.
+        weight, bias: (C, D) and (C,) of the stage-1 classifier. Both None for one that follows from the features: then
+            `Writer.set_classifier` has to come before the seal, and the fingerprint has to say how it is made.
+        counts: (C,) training labels of each class.
+        fingerprint: flat JSON that decides the features: a store with another one is refused.
+        provenance: any JSON.
+        rows_per_chunk: None for chunks of about 16 MiB.
+        overwrite: replace what is there.
+        retry: split → rows that were skipped and have features now; a sealed store is opened again for their chunks.
+    Raises: CacheError: another fingerprint (the differing fields are named), a second writer, or a path that is no store.
     """
     place, root, contents = _wanted(
         path, splits=splits, width=width, dtype=dtype, weight=weight, bias=bias, class_names=class_names, counts=counts,
@@ -74,7 +83,7 @@ def create_store(
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What `create_store` would find: `new`, or a store that is `sealed`, `open`, `damaged` or to be `replaced`.
+    """The state in which `create_store` finds a store: `new`, or one that is `sealed`, `open`, `damaged` or to be `replaced`.
 
     layout: of the store that is wanted; missing: its chunks of features that are still to be written.
     """
@@ -90,19 +99,19 @@ def foresee_store(
     overwrite: bool = False,
     retry: Mapping[str, Collection[int]] | None = None,
     skipping: bool = True,
-    **wanted: Any,
+    **arguments: Any,
 ) -> Foreseen:
-    """What `create_store` would do with the same arguments, and refuse: it raises the same. Nothing is written.
+    """Return the state in which `create_store` would find a store, and raise what it would raise; nothing is written.
 
-    skipping: as `Writer.missing` has it; wanted: the other arguments of `create_store`. A store in a bucket that another
+    skipping: as `Writer.missing` has it; arguments: the other arguments of `create_store`. A store in a bucket that another
     process writes is not noticed.
     """
-    place, root, contents = _wanted(path, **wanted)
-    found = _foreseen(place, root, contents, overwrite=overwrite, retry=retry or {}, skipping=skipping)
-    if isinstance(place, Local) and found.missing:
+    place, root, contents = _wanted(path, **arguments)
+    foreseen = _foreseen(place, root, contents, overwrite=overwrite, retry=retry or {}, skipping=skipping)
+    if isinstance(place, Local) and foreseen.missing:
         with place.refusals():
             refuse_unwritable(place.path)
-    return found
+    return foreseen
 
 
 def _foreseen(
@@ -123,15 +132,15 @@ def _foreseen(
         return Foreseen("new", root.layout, every)
     if overwrite:
         return Foreseen("replaced", root.layout, every)
-    there = read_root(place)
-    if there.state == REMOVING:
+    existing = read_root(place)
+    if existing.state == REMOVING:
         return Foreseen("new", root.layout, every)
-    _refuse_other(place, there, root, contents)
-    if there.sealed:
-        lost = set(_to_open(place, there, contents, retry))
-        missing = tuple(chunk for chunk in every if (chunk.array, chunk.key) in lost)
-        return Foreseen("damaged" if lost else "sealed", there.layout, missing)
-    return Foreseen("open", there.layout, tuple(Writer(place, there, None).missing(skipping=skipping)))
+    _refuse_other(place, existing, root, contents)
+    if existing.sealed:
+        reopen = set(_to_open(place, existing, contents, retry))
+        missing = tuple(chunk for chunk in every if (chunk.array, chunk.key) in reopen)
+        return Foreseen("damaged" if reopen else "sealed", existing.layout, missing)
+    return Foreseen("open", existing.layout, tuple(Writer(place, existing, None).missing(skipping=skipping)))
 
 
 def _wanted(
@@ -176,14 +185,14 @@ def _contents(
     """Array name → values of everything that is known before the first image is encoded."""
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias: give both, or None for both")
-    given: dict[str, ArrayLike] = {}
+    values_by_name: dict[str, ArrayLike] = {}
     if weight is not None and bias is not None:
-        given |= {"classifier/weight": weight, "classifier/bias": bias}
+        values_by_name |= {"classifier/weight": weight, "classifier/bias": bias}
     for name, split in splits.items():
-        given |= {f"{name}/labels": split.labels, f"{name}/ids": split.ids}
+        values_by_name |= {f"{name}/labels": split.labels, f"{name}/ids": split.ids}
     contents = {}
-    for array in (a for a in layout.small() if a.name in given):
-        contents[array.name] = np.ascontiguousarray(given[array.name], array.stored)
+    for array in (a for a in layout.small() if a.name in values_by_name):
+        contents[array.name] = np.ascontiguousarray(values_by_name[array.name], array.stored)
         if contents[array.name].shape != array.shape:
             raise ValueError(f"{array.name} has shape {contents[array.name].shape}, expected {array.shape}")
     return contents
@@ -238,42 +247,42 @@ def _restore_small(place: Place, root: Root, contents: Mapping[str, NDArray]) ->
         for key in array.keys:
             values = contents[array.name]
             try:
-                same = read_chunk(place, f"{array.name}/{key}", np.empty_like(values)) == checksum(values)
+                intact = read_chunk(place, f"{array.name}/{key}", np.empty_like(values)) == checksum(values)
             except Torn:
-                same = False
-            if not same:
+                intact = False
+            if not intact:
                 store.write_chunk(place, array, key, values)
 
 
 def _continue(
-    place: Place, wanted: Root, contents: Mapping[str, NDArray], retry: Mapping[str, Collection[int]]
+    place: Place, requested: Root, contents: Mapping[str, NDArray], retry: Mapping[str, Collection[int]]
 ) -> Writer:
     """The writer of a store that is already there: swept, its small files restored, its damaged chunks open again."""
     if isinstance(place, Local):
         place.refuse_removal()
-    there = read_root(place)
-    if not isinstance(place, Local) and there.state == REMOVING:
-        return _make_of_objects(place, wanted, contents, overwrite=False)
-    _refuse_other(place, there, wanted, contents)
-    if there.sealed and not _to_open(place, there, contents, retry):
-        return Writer(place, there, None)
+    existing = read_root(place)
+    if not isinstance(place, Local) and existing.state == REMOVING:
+        return _make_of_objects(place, requested, contents, overwrite=False)
+    _refuse_other(place, existing, requested, contents)
+    if existing.sealed and not _to_open(place, existing, contents, retry):
+        return Writer(place, existing, None)
     lock = place.lock().take()
     try:
         with place.refusals():
             place.sweep()
-            there = read_root(place)  # its last owner may have sealed it just now
-            if there.sealed:
-                lost = _to_open(place, there, contents, retry)
-                for array, key in lost:  # else a whole chunk in the wrong place would pass for finished
+            existing = read_root(place)  # its last owner may have sealed it just now
+            if existing.sealed:
+                reopen = _to_open(place, existing, contents, retry)
+                for array, key in reopen:  # else a whole chunk in the wrong place would pass for finished
                     place.delete(f"{array}/{key}")
-                there = store.write_root(place, reopened(there, lost)) if lost else there
-            if not there.sealed:
-                _restore_metadata(place, there)
-                _restore_small(place, there, contents)
+                existing = store.write_root(place, reopened(existing, reopen)) if reopen else existing
+            if not existing.sealed:
+                _restore_metadata(place, existing)
+                _restore_small(place, existing, contents)
     except BaseException:
         lock.release()
         raise
-    return Writer(place, there, lock)
+    return Writer(place, existing, lock)
 
 
 def _to_open(
@@ -293,18 +302,18 @@ def _to_open(
     return list(dict.fromkeys([(damage.array, damage.chunk) for damage in damages(place, root)] + again))
 
 
-def _refuse_other(place: Place, there: Root, wanted: Root, contents: Mapping[str, NDArray]) -> None:
+def _refuse_other(place: Place, existing: Root, requested: Root, contents: Mapping[str, NDArray]) -> None:
     """Raises Otherwise naming each field in which the store differs from the one that is wanted."""
-    old, new = _identity(there), _identity(wanted)
+    old, new = _identity(existing), _identity(requested)
     if old == new:  # else labels and ids that differ follow from it
         for name, values in contents.items():
-            for key, crc in there.manifest.get(name, {}).items():
+            for key, crc in existing.manifest.get(name, {}).items():
                 old[f"crc32c of {name}/{key}"], new[f"crc32c of {name}/{key}"] = crc, checksum(values)
     fields = [f for f in dict.fromkeys([*new, *old]) if old.get(f) != new.get(f)]
     if fields:
-        listed = "; ".join("{} is {} there, {} wanted".format(f, *_shown(old.get(f), new.get(f))) for f in fields)
+        differences = "; ".join("{} is {} there, {} wanted".format(f, *_shown(old.get(f), new.get(f))) for f in fields)
         raise Otherwise(
-            f"{place}: holds features made otherwise: {listed}. Choose another --out, or replace it with --overwrite"
+            f"{place}: holds features made otherwise: {differences}. Choose another --out, or replace it with --overwrite"
         )
 
 
@@ -320,6 +329,6 @@ def _shown(*values: Any, most: int = 60) -> list[str]:
     texts = [canonical(value).decode() for value in values]
     if max(map(len, texts)) <= most:
         return texts
-    same = next((i for i, of in enumerate(zip(*texts, strict=False)) if len(set(of)) > 1), 0)
-    start = max(0, same - most // 3)
+    prefix = next((i for i, characters in enumerate(zip(*texts, strict=False)) if len(set(characters)) > 1), 0)
+    start = max(0, prefix - most // 3)
     return [("…" if start else "") + t[start : start + most] + ("…" if start + most < len(t) else "") for t in texts]

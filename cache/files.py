@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 def write_durably(path: Path | str, content: bytes | str | Callable[[BinaryIO], object]) -> Path:
-    """The path, after its content was replaced whole: temporary file, fsync, rename, fsync of the folder.
+    """Return the path, after its content was replaced whole: temporary file, fsync, rename, fsync of the folder.
 
     content: bytes, text (written as UTF-8) or a function that writes to an open binary file.
     Raises OSError (disk full, no permission); the old content is then still there.
@@ -39,14 +39,14 @@ def write_durably(path: Path | str, content: bytes | str | Callable[[BinaryIO], 
 
 
 def refuse_unwritable(folder: Path | str) -> None:
-    """Raises the OSError that making this folder, or a file in it, would meet; nothing is changed."""
+    """Raise the OSError that making this folder, or a file in it, would meet; nothing is changed."""
     folder = Path(folder)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        code = errno.EEXIST if there == folder else errno.ENOTDIR
-    elif not os.access(there, os.W_OK | os.X_OK):
-        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
-    elif os.statvfs(there).f_bavail == 0:
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        code = errno.EEXIST if nearest == folder else errno.ENOTDIR
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
+    elif os.statvfs(nearest).f_bavail == 0:
         code = errno.ENOSPC
     else:
         return
@@ -54,7 +54,7 @@ def refuse_unwritable(folder: Path | str) -> None:
 
 
 def fsync_tree(path: Path) -> None:
-    """Makes a folder and all that is in it survive a power cut, its own name excepted."""
+    """Make a folder and all that is in it survive a power cut, its own name excepted."""
     for folder, _, files in os.walk(path, topdown=False):
         for file in files:
             fsync(Path(folder, file))
@@ -62,7 +62,7 @@ def fsync_tree(path: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Makes what a file holds, or the names in a folder, survive a power cut."""
+    """Make what a file holds, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a feature store looks like: names, shapes and chunks. Pure arithmetic, no files."""
+"""The layout of a feature store: names, shapes and chunks. Pure arithmetic, no files."""
 
 import json
 import math
@@ -136,7 +136,7 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """What all chunks take on disk: whole ones, though the last may be partly filled, each with its checksum."""
+        """Return the bytes of all chunks on disk: whole ones, though the last may be partly filled, each with its checksum."""
         return sum(len(array.keys) * (array.chunk_bytes + CHECKSUM_BYTES) for array in self.arrays)
 
     @property
@@ -180,15 +180,15 @@ class Layout:
 
 
 def chunk_rows(*, width: int, itemsize: int) -> int:
-    """Rows of (width,) features that make a chunk of about 16 MiB; at least 1, at most CHUNK_ROWS."""
+    """Return the rows of (width,) features that make a chunk of about 16 MiB; at least 1, at most CHUNK_ROWS."""
     return max(1, min(CHUNK_ROWS, CHUNK_BYTES // (width * itemsize)))
 
 
 def owned_chunks(*, chunks: int, rank: int, world: int) -> range:
-    """Chunk numbers this rank writes: contiguous, whole, every chunk owned once."""
+    """Return the chunk numbers this rank writes: contiguous, whole, every chunk owned once."""
     return range(chunks * rank // world, chunks * (rank + 1) // world)
 
 
 def canonical(tree: Any) -> bytes:
-    """The one way to write a JSON tree that hashes and checksums are taken of."""
+    """Return a JSON tree as the bytes that hashes and checksums are taken of."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -59,10 +59,10 @@ class Lease:
         with self._busy:
             if self._tag is None or self._lost:
                 return
-            now = time.monotonic()
+            started = time.monotonic()
             try:
                 self._tag = self._put(self._tag)
-                self._renewed = now
+                self._renewed = started
             except Changed:
                 self._lost = "another process took over writing it, since the lease of this one had run out"
 
@@ -95,14 +95,14 @@ class Lease:
             return
         owner, seconds = _read(content)
         log.warning("%s: waiting up to %.0f s to see whether %s still writes it", self._place, seconds, owner)
-        seen = time.monotonic()
-        while (waited := time.monotonic() - seen) < seconds:
+        first_read = time.monotonic()
+        while (waited := time.monotonic() - first_read) < seconds:
             time.sleep(min(1.0, seconds / 20, seconds - waited))
             try:
-                content, now = self._place.read(LEASE)
+                content, current = self._place.read(LEASE)
             except FileNotFoundError:
                 return
-            if now != tag:
+            if current != tag:
                 owner, _ = _read(content)
                 raise CacheError(f"{self._place}: another process is writing it ({owner}); wait for it or stop it")
         self._renewed = time.monotonic()

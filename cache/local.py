@@ -36,7 +36,7 @@ class Local:
         return self.path.exists()
 
     def occupied(self) -> bool:
-        """Whether anything lies here that a new store would have to make room for."""
+        """Return True where anything lies here that a new store would have to make room for."""
         return self.path.is_dir() and any(self.path.iterdir())
 
     def names(self) -> Iterator[str]:
@@ -83,7 +83,7 @@ class Local:
             leftover.unlink(missing_ok=True)
 
     def zarr(self) -> Path:
-        """What zarr writes through."""
+        """Return the store that zarr writes to."""
         return self.path
 
     def lock(self) -> Lock:
@@ -133,11 +133,11 @@ class Local:
         """Takes a store, or an empty folder, away; a kill half-way leaves no half store under its name."""
         path = self.path
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.building"):
-            with _claimed(leftover) as ours:
-                if ours:
+            with _claimed(leftover) as claimed:
+                if claimed:
                     shutil.rmtree(leftover, ignore_errors=True)
-        seen = _inode(path)
-        if seen is None:
+        inode = _inode(path)
+        if inode is None:
             return
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
@@ -145,7 +145,7 @@ class Local:
         try:
             self.refuse_removal()
         except CacheError:
-            if _inode(path) == seen:
+            if _inode(path) == inode:
                 raise
             raise CacheError(f"{self}: another process has replaced it meanwhile; run the same command again") from None
         with Lock(path):
@@ -171,10 +171,10 @@ def _claimed(folder: Path) -> Iterator[bool]:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = True
+        claimed = True
     except OSError:
-        ours = False
+        claimed = False
     try:
-        yield ours
+        yield claimed
     finally:
         os.close(descriptor)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cache.layout import CacheError, Unlockable
 
-_held: set[int] = set()
+_descriptors: set[int] = set()
 
 
 class Lock:
@@ -35,9 +35,9 @@ class Lock:
                         f"{self._store}: this file system cannot lock files ({error.strerror}); mount it with locks, or "
                         "dump into a local folder and copy the sealed store"
                     ) from error
-                held = self._held_by(descriptor)
+                refusal = self._held_by(descriptor)
                 os.close(descriptor)
-                raise held from None
+                raise refusal from None
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._file).st_ino == os.fstat(descriptor).st_ino:
                     self._descriptor = descriptor
@@ -45,7 +45,7 @@ class Lock:
                 os.close(descriptor)
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
-        _held.add(self._descriptor)
+        _descriptors.add(self._descriptor)
         return self
 
     def refuse_held(self) -> None:
@@ -78,7 +78,7 @@ class Lock:
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._file).st_ino == os.fstat(self._descriptor).st_ino:  # else it is of who came after us
                     self._file.unlink()
-            _held.discard(self._descriptor)
+            _descriptors.discard(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -90,9 +90,9 @@ class Lock:
 
 
 def _forget() -> None:
-    for descriptor in _held:
+    for descriptor in _descriptors:
         os.close(descriptor)
-    _held.clear()
+    _descriptors.clear()
 
 
 # a forked data-loading worker that outlives its killed parent must not keep the lock

@@ -64,7 +64,7 @@ class Objects:
         return self.occupied()
 
     def occupied(self) -> bool:
-        """Whether anything lies here that a new store would have to make room for; a lease alone does not."""
+        """Return True where anything lies here that a new store would have to make room for; a lease alone does not."""
         return any(name != LEASE for name in self.names())
 
     def names(self) -> Iterator[str]:
@@ -79,15 +79,15 @@ class Objects:
         """(a stream with `readinto`, its size); FileNotFoundError where the object is missing."""
         obstore = _library(self)
         with self.refusals():
-            found = obstore.get(self._store, name)
-            yield _Stream(found.stream(min_chunk_size=PIECE)), found.meta["size"]
+            response = obstore.get(self._store, name)
+            yield _Stream(response.stream(min_chunk_size=PIECE)), response.meta["size"]
 
     def read(self, name: str) -> tuple[bytes, dict[str, Any]]:
         """(the content, the tag of this version of it); FileNotFoundError where the object is missing."""
         obstore = _library(self)
         with self.refusals():
-            found = obstore.get(self._store, name)
-            return bytes(found.bytes()), _tag(found.meta)
+            response = obstore.get(self._store, name)
+            return bytes(response.bytes()), _tag(response.meta)
 
     def write(self, name: str, content: bytes, *, tag: dict[str, Any] | None = None) -> dict[str, Any]:
         """The tag of the object that one PUT has replaced whole.
@@ -105,10 +105,10 @@ class Objects:
                     raise
                 refused = error
             try:  # a PUT whose answer was lost is sent again, and then refused for its own first success
-                there, version = self.read(name)
+                stored, version = self.read(name)
             except FileNotFoundError:
                 raise Changed(f"{self}: another process has removed {name} meanwhile") from refused
-            if there != content:
+            if stored != content:
                 raise Changed(f"{self}: another process has written {name} meanwhile") from refused
             return version
 
@@ -128,7 +128,7 @@ class Objects:
         """Nothing to do: a broken PUT leaves nothing."""
 
     def zarr(self) -> Any:
-        """What zarr writes through: each chunk one PUT, not zarr's several parts, which a kill would leave behind."""
+        """Return the store that zarr writes to: each chunk one PUT, not zarr's several parts, which a kill would leave behind."""
         from zarr.storage import ObjectStore
 
         obstore = _library(self)
@@ -149,10 +149,10 @@ class Objects:
         try:
             yield
         except Exception as error:
-            said = str(error)
-            if type(error).__module__.partition(".")[0] != "obstore" and "NoSuchBucket" not in said:
+            message = str(error)
+            if type(error).__module__.partition(".")[0] != "obstore" and "NoSuchBucket" not in message:
                 raise
-            raise CacheError(f"{self}: {_explained(said, self.bucket)}") from error
+            raise CacheError(f"{self}: {_explained(message, self.bucket)}") from error
 
 
 def _library(place: Objects) -> Any:
@@ -189,30 +189,30 @@ def _endpoint() -> str:
     return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
-def _explained(said: str, bucket: str) -> str:
-    """What the object store said, in one line, and what to check."""
-    found = re.search(r"<Code>(\w+)</Code>", said)
-    code = found.group(1) if found else ""
-    status = re.search(r"status code: (\d{3}[\w ]*)", said)
-    where = re.search(r"https?://[^/\s\"]+", said)
-    host = where.group(0) if where else _endpoint() or "the object store"
+def _explained(message: str, bucket: str) -> str:
+    """Return one line on the cause of an object store's message and what to check."""
+    code_match = re.search(r"<Code>(\w+)</Code>", message)
+    code = code_match.group(1) if code_match else ""
+    status = re.search(r"status code: (\d{3}[\w ]*)", message)
+    address = re.search(r"https?://[^/\s\"]+", message)
+    host = address.group(0) if address else _endpoint() or "the object store"
     keys = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
     if code == "NoSuchBucket":
         return f"there is no bucket {bucket} at {host}; make it, or check the URL and AWS_ENDPOINT_URL"
-    if "169.254." in said:
+    if "169.254." in message:
         return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN)"
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):
         return f"{host} refuses the credentials ({code}); {keys}"
-    if "status code: 401" in said or "status code: 403" in said:
+    if "status code: 401" in message or "status code: 403" in message:
         return f"{host} gives no permission for this ({code or 'Forbidden'}); {keys}, and the bucket's policy"
-    if code in ("PermanentRedirect", "AuthorizationHeaderMalformed") or "status code: 301" in said:
+    if code in ("PermanentRedirect", "AuthorizationHeaderMalformed") or "status code: 301" in message:
         return f"the bucket is in another region ({code or 'redirected'}); set AWS_REGION to the bucket's"
     if status:
         return (
             f"{host} answers {status.group(1).strip()}{f' ({code})' if code else ''}; run the same command again later"
         )
-    if "scheme is not allowed" in said or "URL scheme" in said:
+    if "scheme is not allowed" in message or "URL scheme" in message:
         return "plain http is off; set AWS_ALLOW_HTTP=true if you mean it"
-    if any(words in said for words in ("error sending request", "HTTP error", "timed out", "retries")):
+    if any(words in message for words in ("error sending request", "HTTP error", "timed out", "retries")):
         return f"no answer from {host}; check AWS_ENDPOINT_URL and the network, then run the same command again"
-    return " ".join(said.split("\n")[0].split())[:300]
+    return " ".join(message.split("\n")[0].split())[:300]

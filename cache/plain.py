@@ -47,7 +47,7 @@ class _Tensor(NamedTuple):
 
 
 def export(store: Cache | Path | str, out: Path | str, *, format: Literal["npy", "safetensors"] = "npy") -> Exported:
-    """Writes a sealed store into the new folder `out`, which is there whole or not at all.
+    """Write a sealed store into the new folder `out`, which is there whole or not at all.
 
     npy: SPLIT/features.npy (V, N, D), SPLIT/labels.npy and SPLIT/ids.npy (N,) int64, classifier/weight.npy (C, D) and
     classifier/bias.npy (C,) float32. safetensors: all of them in store.safetensors under the same names. Features have

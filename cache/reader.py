@@ -19,7 +19,7 @@ from cache.verify import checked_read, damaged_metadata, padding_bytes, unfinish
 
 
 def open_cache(path: Path | str) -> "Cache":
-    """The sealed store at a path or URL, for reading.
+    """Return the sealed store at a path or URL, for reading.
 
     Raises CacheError, naming path, field and what to do, where it is missing, no feature store, not sealed, of another
     format version, or its metadata is damaged.
@@ -90,13 +90,13 @@ class Cache:
         return self._root.layout.rows(split)
 
     def chunks(self, split: str, view: int = 0) -> list[Chunk]:
-        """The chunks of one view in row order, for `read_chunk`."""
+        """Return the chunks of one view in row order, for `read_chunk`."""
         if not 0 <= view < self.views(split):
             raise CacheError(f"{self._place}: no view {view} of {split}; it has views 0 to {self.views(split) - 1}")
         return list(self._root.layout.chunks_of(split, view))
 
     def read(self, split: str, view: int = 0, out: NDArray | None = None) -> NDArray:
-        """Features (N, D) of one view: float16 or float32 as stored, bfloat16 as float32; NaN in skipped rows.
+        """Return features (N, D) of one view: float16 or float32 as stored, bfloat16 as float32; NaN in skipped rows.
 
         out: receives them and is returned; of the stored type (uint16 takes the bits of bfloat16) or of a float type
         that holds it.
@@ -113,11 +113,11 @@ class Cache:
         return out
 
     def read_bits(self, split: str, view: int = 0) -> NDArray:
-        """Features (N, D) with the bits as stored: uint16 for bfloat16, otherwise what `read` gives."""
+        """Return features (N, D) with the bits as stored: uint16 for bfloat16, otherwise what `read` gives."""
         return self.read(split, view, np.empty((self.rows(split), self.width), self._stored(split)))
 
     def read_chunk(self, chunk: Chunk, out: NDArray | None = None) -> NDArray:
-        """Features (rows, D) of one chunk, as `read` gives them."""
+        """Return features (rows, D) of one chunk, as `read` gives them."""
         stored = self._stored(chunk.split)
         if out is not None and out.dtype == stored and out.flags.c_contiguous:
             self._load(chunk, out)
@@ -127,7 +127,7 @@ class Cache:
         return decode(rows, self.dtype, out)
 
     def read_rows(self, split: str, rows: ArrayLike, view: int = 0) -> NDArray:
-        """Features (len(rows), D) of the rows asked for, in that order, as `read` gives them.
+        """Return features (len(rows), D) of the rows asked for, in that order, as `read` gives them.
 
         Chunks that hold any of them are read whole, one at a time. Raises IndexError for a row that is not there.
         """
@@ -152,7 +152,7 @@ class Cache:
         multiple_of: int = 1,
         rows: ArrayLike | None = None,
     ) -> Iterator[Block]:
-        """Blocks (rows (n,) int64, features (n, D) as `read` gives them) of one epoch, in shuffled order.
+        """Yield blocks (rows (n,) int64, features (n, D) as `read` gives them) of one epoch, in shuffled order.
 
         Every row that has features comes exactly once. views: the epoch sees views[epoch % len(views)]. rows: those that
         come, None for all. n is a multiple of multiple_of in every block but the last, so batches can be cut from
@@ -171,7 +171,7 @@ class Cache:
     def stream_order(
         self, split: str, *, seed: int, epoch: int, memory_bytes: int, rows: ArrayLike | None = None
     ) -> NDArray[np.int64]:
-        """The rows (N,) in the order in which `stream` with the same arguments gives them; no features are read."""
+        """Return the rows (N,) in the order in which `stream` with the same arguments gives them; no features are read."""
         layout = self._root.layout
         window = stream_window(layout, split, memory_bytes=memory_bytes)
         per_chunk, only = layout.features(split).chunk[1], self._selection(split, rows)

@@ -59,9 +59,9 @@ class Root:
 
     def attributes(self) -> dict[str, Any]:
         digest = {"digest": self.digest} if self.sealed else {}
-        known = {**self._content(), "state": self.state, "provenance": self.provenance, **digest}
-        known |= {"manifest": self.manifest, "metadata": self.metadata}
-        return {**known, "check": checksum(canonical(known))}
+        document = {**self._content(), "state": self.state, "provenance": self.provenance, **digest}
+        document |= {"manifest": self.manifest, "metadata": self.metadata}
+        return {**document, "check": checksum(canonical(document))}
 
 
 def read_root(place: Place) -> Root:
@@ -89,10 +89,10 @@ def read_root(place: Place) -> Root:
     check = attributes.pop("check", None)
     try:
         is_group = (document["zarr_format"], document["node_type"]) == (3, "group")
-        whole = is_group and document.keys() <= FIELDS and check == checksum(canonical(attributes))
+        intact = is_group and document.keys() <= FIELDS and check == checksum(canonical(attributes))
     except (ValueError, KeyError) as error:
         raise CacheError(damaged) from error
-    if not whole:
+    if not intact:
         raise CacheError(damaged)
     version = attributes["format_version"]
     if version != FORMAT:
@@ -119,9 +119,9 @@ def read_root(place: Place) -> Root:
 
 def reopened(root: Root, damaged: list[tuple[str, str]]) -> Root:
     """An open root that still vouches for every chunk but the damaged (array, key) ones, and for no metadata file."""
-    lost = set(damaged)
+    open_chunks = set(damaged)
     manifest = {
-        array: {key: crc for key, crc in chunks.items() if (array, key) not in lost}
+        array: {key: crc for key, crc in chunks.items() if (array, key) not in open_chunks}
         for array, chunks in root.manifest.items()
     }
     return replace(root, state="open", manifest=manifest, metadata={})

@@ -43,9 +43,9 @@ def make(store: Path | dict[str, Any], root: Root) -> None:
 
 def metadata(root: Root) -> dict[str, bytes]:
     """Name of each group and array below the root → the zarr.json that zarr makes for it."""
-    made: dict[str, Any] = {}
-    make(made, root)
-    documents = {key.rpartition("/")[0]: document.to_bytes() for key, document in made.items()}
+    files: dict[str, Any] = {}
+    make(files, root)
+    documents = {key.rpartition("/")[0]: document.to_bytes() for key, document in files.items()}
     return {name: document for name, document in documents.items() if name}
 
 
@@ -56,19 +56,19 @@ def write_root(place: Place, root: Root) -> Root:
     """
     import zarr
 
-    made: dict[str, Any] = {}
-    zarr.create_group(made, attributes=root.attributes())
-    return replace(root, tag=place.write("zarr.json", made["zarr.json"].to_bytes(), tag=root.tag))
+    files: dict[str, Any] = {}
+    zarr.create_group(files, attributes=root.attributes())
+    return replace(root, tag=place.write("zarr.json", files["zarr.json"].to_bytes(), tag=root.tag))
 
 
 def write_chunk(
-    place: Place, array: Array, key: str, values: NDArray, where: tuple[slice, ...] | EllipsisType = ...
+    place: Place, array: Array, key: str, values: NDArray, selection: tuple[slice, ...] | EllipsisType = ...
 ) -> None:
-    """Assigns `where`, the rows of one whole chunk; it is durable on return, and absent or as before if that fails."""
+    """Assigns `selection`, the rows of one whole chunk; it is durable on return, and absent or as before if that fails."""
     import zarr
 
     with place.writing(f"{array.name}/{key}"):
         # else zarr compares each chunk with the fill value and leaves out equal ones: slow, and here all have to exist
         with zarr.config.set({"array.write_empty_chunks": True}):
             opened = zarr.open_array(place.zarr(), path=array.name, mode="r+")
-        opened[where] = values
+        opened[selection] = values

@@ -25,21 +25,21 @@ R = TypeVar("R")
 class Damage:
     """One file that is not what the store says it is.
 
-    array: such as "train/features"; chunk: its key, or "zarr.json"; rows: in words; what: what is wrong with it.
+    array: such as "train/features"; chunk: its key, or "zarr.json"; rows: in words; fault: what is wrong with it.
     """
 
     array: str
     chunk: str
     rows: str
-    what: str
+    fault: str
 
     def __str__(self) -> str:
-        where = f" ({self.rows})" if self.rows else ""
-        return f"{self.array}/{self.chunk}{where} {self.what}"
+        location = f" ({self.rows})" if self.rows else ""
+        return f"{self.array}/{self.chunk}{location} {self.fault}"
 
 
 def verify(path: Path | str) -> list[Damage]:
-    """Every damaged file of a sealed store, after reading all of it; an empty list means whole.
+    """Return every damaged file of a sealed store, after reading all of it; an empty list where it is intact.
 
     Repair is `pipeline dump-features` with the same settings: it recomputes just these chunks.
     Raises CacheError where there is no sealed store, or its root metadata is damaged.
@@ -58,12 +58,12 @@ def unfinished(place: Place, root: Root) -> str:
 
 
 def damages(place: Place, root: Root) -> list[Damage]:
-    """What is wrong in the store's metadata, small arrays and features, in this order."""
+    """Return the damaged files among metadata, small arrays and features, in this order."""
     return survey(place, root).damages
 
 
 class Survey(NamedTuple):
-    """All that reading a whole store tells.
+    """The outcome of reading a whole store.
 
     damages: as `verify` lists them; absent: split → rows without features in any of its views, splits that have such;
     manifest: the crc32c of every chunk that is whole.
@@ -75,17 +75,17 @@ class Survey(NamedTuple):
 
 
 def survey(place: Place, root: Root) -> Survey:
-    """What is damaged, what is absent and the checksums of the rest, after reading every file of the store once."""
+    """Return damaged files, absent rows and the checksums of intact chunks, after reading every file of the store once."""
     manifest: Manifest = {array.name: {} for array in root.layout.arrays}
     absent: dict[str, set[int]] = {}
-    found = list(damaged_metadata(place, root)) + _damaged_small(place, root, manifest)
-    for chunk, seen in inspect(place, root, root.layout.chunks()):
-        found += filter(None, [seen.damage])
-        if seen.damage is None:
-            manifest[chunk.array][chunk.key] = seen.crc
-        if len(seen.absent):
-            absent.setdefault(chunk.split, set()).update(seen.absent.tolist())
-    return Survey(found, {split: sorted(rows) for split, rows in absent.items()}, manifest)
+    faults = list(damaged_metadata(place, root)) + _damaged_small(place, root, manifest)
+    for chunk, reading in inspect(place, root, root.layout.chunks()):
+        faults += filter(None, [reading.damage])
+        if reading.damage is None:
+            manifest[chunk.array][chunk.key] = reading.crc
+        if len(reading.absent):
+            absent.setdefault(chunk.split, set()).update(reading.absent.tolist())
+    return Survey(faults, {split: sorted(rows) for split, rows in absent.items()}, manifest)
 
 
 def damaged_metadata(place: Place, root: Root) -> Iterator[Damage]:
@@ -94,14 +94,14 @@ def damaged_metadata(place: Place, root: Root) -> Iterator[Damage]:
 
     def fault(name: str) -> str | None:
         try:
-            same = checksum(place.read(f"{name}/zarr.json")[0]) == expected[name]
+            intact = checksum(place.read(f"{name}/zarr.json")[0]) == expected[name]
         except OSError as error:
             return f"cannot be read: {error.strerror or 'it is missing'}"
-        return None if same else "is not as it was made"
+        return None if intact else "is not as it was made"
 
-    for name, what in _side_by_side(place, fault, expected):
-        if what:
-            yield Damage(name, "zarr.json", "", what)
+    for name, reason in _side_by_side(place, fault, expected):
+        if reason:
+            yield Damage(name, "zarr.json", "", reason)
 
 
 def metadata_checksums(root: Root) -> dict[str, int]:
@@ -111,7 +111,7 @@ def metadata_checksums(root: Root) -> dict[str, int]:
 
 def _damaged_small(place: Place, root: Root, manifest: Manifest) -> list[Damage]:
     """Damaged labels, ids and classifier; also labels that do not give the class counts. Notes the rest in manifest."""
-    found, whole = [], {}
+    faults, values_by_name = [], {}
     small = [(array, key) for array in root.layout.small() for key in array.keys]
 
     def read(item: tuple[Array, str]) -> tuple[NDArray, str, int]:
@@ -119,28 +119,28 @@ def _damaged_small(place: Place, root: Root, manifest: Manifest) -> list[Damage]
         into = np.empty(array.shape, array.stored)
         return into, *_checked(place, root.manifest, array.name, key, into)
 
-    for (array, key), (values, what, crc) in _side_by_side(place, read, small):
-        if what:
-            found.append(Damage(array.name, key, "", what))
+    for (array, key), (values, reason, crc) in _side_by_side(place, read, small):
+        if reason:
+            faults.append(Damage(array.name, key, "", reason))
         else:
-            whole[array.name], manifest[array.name][key] = values, crc
-    labels = whole.get("train/labels")
+            values_by_name[array.name], manifest[array.name][key] = values, crc
+    labels = values_by_name.get("train/labels")
     if labels is not None and not counts_agree(labels, root.counts):
-        found.append(Damage("train/labels", "c/0", "", "does not give the class counts in the root metadata"))
-    return found
+        faults.append(Damage("train/labels", "c/0", "", "does not give the class counts in the root metadata"))
+    return faults
 
 
 def counts_agree(labels: np.ndarray, counts: tuple[int, ...]) -> bool:
-    """Whether labels in [0, C) occur as often as counts says."""
+    """Return True where labels in [0, C) occur as often as counts says."""
     if labels.size and (labels.min() < 0 or labels.max() >= len(counts)):
         return False
     return np.array_equal(np.bincount(labels, minlength=len(counts)), counts)
 
 
-class Seen(NamedTuple):
-    """What reading a chunk of features tells: what is wrong with it, its rows of the split that hold none, its crc32c.
+class ChunkReading(NamedTuple):
+    """The outcome of reading a chunk of features: its damage or None, its rows of the split that hold none, its crc32c.
 
-    Wrong is what its own checksum finds, and the manifest where that lists the chunk.
+    It is damaged where its own checksum differs, or the one in the manifest where that lists the chunk.
     """
 
     damage: Damage | None
@@ -148,16 +148,16 @@ class Seen(NamedTuple):
     crc: int
 
 
-def inspect(place: Place, root: Root, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Seen]]:
-    """Each chunk, in order, and what reading it tells; several are read side by side."""
+def inspect(place: Place, root: Root, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, ChunkReading]]:
+    """Yield each chunk, in order, with its reading; several are read at a time."""
 
-    def see(chunk: Chunk) -> Seen:
+    def see(chunk: Chunk) -> ChunkReading:
         array = root.layout.features(chunk.split)
         into = np.empty(array.chunk, array.stored)
-        what, crc = _checked(place, root.manifest, array.name, chunk.key, into)
-        if what:
-            return Seen(Damage(array.name, chunk.key, chunk.where, what), np.empty(0, np.int64), crc)
-        return Seen(None, chunk.start + absent_rows(into[0, : chunk.rows], array.dtype), crc)
+        reason, crc = _checked(place, root.manifest, array.name, chunk.key, into)
+        if reason:
+            return ChunkReading(Damage(array.name, chunk.key, chunk.where, reason), np.empty(0, np.int64), crc)
+        return ChunkReading(None, chunk.start + absent_rows(into[0, : chunk.rows], array.dtype), crc)
 
     return _side_by_side(place, see, chunks)
 
@@ -180,7 +180,7 @@ def checked_read(place: Place, manifest: Manifest, array: str, key: str, into: n
 
 
 def _checked(place: Place, manifest: Manifest, array: str, key: str, into: np.ndarray) -> tuple[str, int]:
-    """(what is wrong, nothing if whole; crc32c) of a chunk."""
+    """Return (the fault of a chunk, empty where it is intact; its crc32c)."""
     try:
         return "", checked_read(place, manifest, array, key, into)
     except Torn as torn:

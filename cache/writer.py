@@ -24,7 +24,7 @@ from cache.verify import checked_read, inspect, metadata_checksums, survey
 
 
 def open_writer(path: Path | str) -> "Writer":
-    """A writer of chunks beside the one that `create_store` returned, in another process of the same run.
+    """Return a writer of chunks beside the one that `create_store` returned, in another process of the same run.
 
     It takes no lock and cannot seal. Raises CacheError where there is no store.
     """
@@ -48,7 +48,7 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Lets another process write."""
+        """Let another process write."""
         if self._lock:
             self._lock.release()
 
@@ -78,16 +78,16 @@ class Writer:
         return self._root.skipped
 
     def missing(self, *, rank: int = 0, world: int = 1, skipping: bool = True) -> list[Chunk]:
-        """The chunks this rank owns that are absent, torn or damaged, in order; reads those that are there.
+        """Return the chunks this rank owns that are absent, torn or damaged, in order; reads those that are there.
 
         skipping: whether a chunk may hold rows without features; if not, such a chunk is missing too.
         """
         if self.sealed:
             return []
         chunks = self.chunks
-        mine = owned_chunks(chunks=len(chunks), rank=rank, world=world)
-        found = inspect(self.place, self._root, (chunks[i] for i in mine))
-        return [chunk for chunk, seen in found if seen.damage or (len(seen.absent) and not skipping)]
+        owned = owned_chunks(chunks=len(chunks), rank=rank, world=world)
+        readings = inspect(self.place, self._root, (chunks[i] for i in owned))
+        return [chunk for chunk, reading in readings if reading.damage or (len(reading.absent) and not skipping)]
 
     def write(
         self,
@@ -97,7 +97,7 @@ class Writer:
         absent: Collection[int] = (),
         name: Callable[[int], str] | None = None,
     ) -> None:
-        """Stores the features (chunk.rows, D) of one chunk.
+        """Store the features (chunk.rows, D) of one chunk.
 
         absent: rows of the chunk, counted from its first, that have none: NaN is stored, and the seal lists them.
         name: row of the split → what a person calls the sample beside its id.
@@ -114,9 +114,9 @@ class Writer:
             rows[list(absent)] = np.nan
         self._check_range(chunk, rows, absent, name)
         self._confirm()
-        where = slice(chunk.view, chunk.view + 1), slice(chunk.start, chunk.stop)
+        selection = slice(chunk.view, chunk.view + 1), slice(chunk.start, chunk.stop)
         with self.place.refusals():
-            store.write_chunk(self.place, array, chunk.key, encode(rows, array.dtype)[None], where)
+            store.write_chunk(self.place, array, chunk.key, encode(rows, array.dtype)[None], selection)
 
     def read(self, chunk: Chunk) -> NDArray:
         """Features (chunk.rows, D) that were written, as `Cache.read_chunk` gives them; NaN in rows that have none.
@@ -134,19 +134,19 @@ class Writer:
 
     @property
     def has_classifier(self) -> bool:
-        """Whether the classifier is final: of a sealed store, and of one opened again for other chunks."""
+        """Return True where the classifier is final: in a sealed store, and in one opened again for other chunks."""
         manifest = self._root.manifest
         return all(key in manifest.get(array.name, {}) for array in self.layout.classifier() for key in array.keys)
 
     def set_classifier(self, weight: ArrayLike, bias: ArrayLike) -> None:
-        """Stores the classifier (C, D), (C,) of a store that was made without one; until the seal it may be set again.
+        """Store the classifier (C, D), (C,) of a store that was made without one; until the seal it may be set again.
 
         Raises CacheError where the store is sealed or not ours, ValueError for other shapes or numbers that are not finite.
         """
         if not self._lock or self.has_classifier:
             raise CacheError(f"{self.place}: its classifier is set once, by the process that seals the store")
-        for array, given in zip(self.layout.classifier(), (weight, bias), strict=True):
-            values = np.ascontiguousarray(given, array.stored)
+        for array, parameter in zip(self.layout.classifier(), (weight, bias), strict=True):
+            values = np.ascontiguousarray(parameter, array.stored)
             if values.shape != array.shape or not np.isfinite(values).all():
                 raise ValueError(f"{array.name}: expected finite numbers of shape {array.shape}, got {values.shape}")
             self._confirm()
@@ -158,8 +158,8 @@ class Writer:
         if self._lock:
             self._lock.confirm()
             return
-        there = read_root(self.place)
-        if there.sealed or (there.layout, there.fingerprint) != (self.layout, self._root.fingerprint):
+        existing = read_root(self.place)
+        if existing.sealed or (existing.layout, existing.fingerprint) != (self.layout, self._root.fingerprint):
             raise CacheError(
                 f"{self.place}: another process has sealed or replaced it meanwhile; nothing more is written"
             )
@@ -177,11 +177,13 @@ class Writer:
         row, column = np.argwhere(bad)[0]
         value, sample = rows[row, column], self._sample(chunk.split, chunk.start + row)
         sample += f", {name(chunk.start + row)}," if name else ""
-        where = f"{self.place}: feature {column} of sample {sample} ({chunk.split} view {chunk.view}) is {value:g}"
+        location = f"{self.place}: feature {column} of sample {sample} ({chunk.split} view {chunk.view}) is {value:g}"
         if np.isfinite(value):
-            raise CacheError(f"{where}, beyond {dtype}'s ±{LARGEST[dtype]:g}; use --dtype float32 or --dtype bfloat16")
+            raise CacheError(
+                f"{location}, beyond {dtype}'s ±{LARGEST[dtype]:g}; use --dtype float32 or --dtype bfloat16"
+            )
         raise CacheError(
-            f"{where}; no dtype holds that: look at this image, and at the checkpoint's training: it may have diverged"
+            f"{location}; no dtype holds that: look at this image, and at the checkpoint's training: it may have diverged"
         )
 
     def _sample(self, split: str, row: int) -> str:
@@ -193,7 +195,7 @@ class Writer:
         return str(self._ids[split][row])
 
     def seal(self, identify: Callable[[Mapping[str, list[int]]], Mapping[str, Any]] | None = None) -> str:
-        """The store's digest, after every chunk was read back and the store marked sealed in one last write.
+        """Return the store's digest, after every chunk was read back and the store marked sealed in one last write.
 
         identify: the fingerprint of the content without the skipped rows (split → rows), where that is another one.
         Raises CacheError naming what is missing or damaged; the store then stays open.
@@ -202,11 +204,11 @@ class Writer:
             return self._root.digest
         if not self._lock:
             raise CacheError(f"{self.place}: only the process that created or resumed the store can seal it")
-        found, skipped, manifest = survey(self.place, self._root)
-        if found:
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        faults, skipped, manifest = survey(self.place, self._root)
+        if faults:
+            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
             again = "run the same pipeline dump-features command again"
-            raise CacheError(f"{self.place}: cannot be sealed: {found[0]}{more}; {again}")
+            raise CacheError(f"{self.place}: cannot be sealed: {faults[0]}{more}; {again}")
         sealed = replace(
             self._root,
             state="sealed",
