@@ -1,4 +1,4 @@
-"""How the figures look: one style, and axes for λ and for classes.
+"""The look of the figures: one style, and axes for λ and for classes.
 
 Colours are Okabe and Ito's, told apart by colour-blind readers; line styles and markers tell them apart in grey.
 """
@@ -68,24 +68,24 @@ def figure_of(width: float, height: float) -> "Figure":
 
 def legend(figure: "Figure", grid: np.ndarray) -> None:
     """One legend below all axes, every label once; in fewer columns where labels are long."""
-    known: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            known.setdefault(label, handle)
+            handles.setdefault(label, handle)
     place: Any = {
         "loc": "outside lower center",
-        "ncols": _columns(list(known), figure.get_figwidth()),
+        "ncols": _columns(list(handles), figure.get_figwidth()),
         "fontsize": 10.5,
         "handlelength": 3,
     }
-    figure.legend(list(known.values()), list(known), **place)
+    figure.legend(list(handles.values()), list(handles), **place)
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
     """As many as fit beside each other, five at most: an inch has room for 12 letters, a line takes 10."""
     for columns in range(min(len(labels), 5), 1, -1):
-        each = np.array_split(np.array([len(label) for label in labels]), columns)
-        if sum(lengths.max() + 10 for lengths in each) <= 12 * width:
+        label_lengths = np.array_split(np.array([len(label) for label in labels]), columns)
+        if sum(lengths.max() + 10 for lengths in label_lengths) <= 12 * width:
             return columns
     return 1
 
@@ -132,16 +132,16 @@ def counts_backdrop(axes: "Axes", counts: np.ndarray) -> None:
     """Training images per class (C,), in the order given, as grey ground with a logarithmic axis on the right."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    behind = axes.twinx()
-    behind.stairs(counts, np.arange(len(counts) + 1) + 0.5, baseline=0.8, fill=True, color=LIGHT, linewidth=0)
-    behind.set_yscale("log")
-    behind.set_ylim(0.8, counts.max() * 4)
-    behind.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    behind.yaxis.set_minor_formatter(NullFormatter())
-    behind.set_ylabel("training images per class", color=GREY)
-    behind.grid(visible=False)
-    behind.spines["right"].set_visible(True)
-    axes.set_zorder(behind.get_zorder() + 1)
+    backdrop = axes.twinx()
+    backdrop.stairs(counts, np.arange(len(counts) + 1) + 0.5, baseline=0.8, fill=True, color=LIGHT, linewidth=0)
+    backdrop.set_yscale("log")
+    backdrop.set_ylim(0.8, counts.max() * 4)
+    backdrop.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    backdrop.yaxis.set_minor_formatter(NullFormatter())
+    backdrop.set_ylabel("training images per class", color=GREY)
+    backdrop.grid(visible=False)
+    backdrop.spines["right"].set_visible(True)
+    axes.set_zorder(backdrop.get_zorder() + 1)
     axes.patch.set_visible(False)
 
 
@@ -151,5 +151,5 @@ def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(values) <= BINS:
         return rank, values
     groups = np.array_split(np.arange(len(values)), BINS)
-    known = [values[g][~np.isnan(values[g])] for g in groups]
-    return np.array([rank[g].mean() for g in groups]), np.array([k.mean() if len(k) else np.nan for k in known])
+    present = [values[g][~np.isnan(values[g])] for g in groups]
+    return np.array([rank[g].mean() for g in groups]), np.array([k.mean() if len(k) else np.nan for k in present])

@@ -30,11 +30,11 @@ def chart(traces: Sequence[Row], *, x: str | Row, y: str | Row, **layout: Any) -
     grid={"rows": 1, "columns": 2, "pattern": "independent"}, which narrow screens get below each other.
     """
     axes = {"xaxis": {"title": x} if isinstance(x, str) else x, "yaxis": {"title": y} if isinstance(y, str) else y}
-    given = {key: dict(value) if key[1:5] == "axis" else value for key, value in (axes | layout).items()}
-    for key, axis in given.items():
+    layout_of_axes = {key: dict(value) if key[1:5] == "axis" else value for key, value in (axes | layout).items()}
+    for key, axis in layout_of_axes.items():
         if key[1:5] == "axis" and isinstance(axis.get("title"), str):
             axis["title"] = {"text": escape(axis["title"], quote=False)}
-    return {"data": list(traces), "layout": given}
+    return {"data": list(traces), "layout": layout_of_axes}
 
 
 def trace(
@@ -53,8 +53,8 @@ def trace(
     dash = style.get("linestyle", "-")
     marker = style.get("marker")
     mode = "+".join([*(["lines"] if dash != "none" else []), *(["markers"] if marker else [])])
-    found: Row = {"type": "scatter", "name": escape(name, quote=False), "mode": mode, "x": plain(x), "y": plain(y)}
-    found["line"] = {
+    points: Row = {"type": "scatter", "name": escape(name, quote=False), "mode": mode, "x": plain(x), "y": plain(y)}
+    points["line"] = {
         "color": style["color"],
         "dash": DASHES.get(dash, "longdashdot") if isinstance(dash, str) else "longdashdot",
         "width": style.get("linewidth", 2),
@@ -62,9 +62,9 @@ def trace(
     if marker:
         edge = {"color": style.get("markeredgecolor", style["color"]), "width": 1.5}
         fill = style.get("markerfacecolor", style["color"])
-        size = style.get("markersize", 6) * (1.3 if len(found["x"]) <= 60 else 0.6)
-        found["marker"] = {"symbol": SYMBOLS.get(marker, "circle"), "size": size, "color": fill, "line": edge}
-    return found | ({"meta": "classes"} if of_classes else {}) | more
+        size = style.get("markersize", 6) * (1.3 if len(points["x"]) <= 60 else 0.6)
+        points["marker"] = {"symbol": SYMBOLS.get(marker, "circle"), "size": size, "color": fill, "line": edge}
+    return points | ({"meta": "classes"} if of_classes else {}) | more
 
 
 def bars(
@@ -81,8 +81,8 @@ def bars(
     look: Row = {"color": color, "line": {"color": color, "width": 1}}
     if pattern and len(x) <= PATTERNS:
         look["pattern"] = {"shape": pattern, "fgcolor": color, "bgcolor": "white", "solidity": 0.35, "size": 7}
-    found = {"type": "bar", "name": escape(name, quote=False), "x": plain(x), "y": plain(y), "marker": look}
-    return found | ({"meta": "classes"} if of_classes else {}) | more
+    series = {"type": "bar", "name": escape(name, quote=False), "x": plain(x), "y": plain(y), "marker": look}
+    return series | ({"meta": "classes"} if of_classes else {}) | more
 
 
 def class_axis(names: Sequence[str], counts: np.ndarray) -> Row:
@@ -97,11 +97,11 @@ def class_axis(names: Sequence[str], counts: np.ndarray) -> Row:
 
 def kept_apart(places: Sequence[float], share: float) -> list[int]:
     """Which of the sorted places get a label: the first, the last, and others a share of the axis from their neighbours."""
-    apart, last, found = share * (places[-1] - places[0]), len(places) - 1, [0]
+    apart, last, labelled = share * (places[-1] - places[0]), len(places) - 1, [0]
     for i in range(1, last):
-        if places[i] - places[found[-1]] >= apart and places[last] - places[i] >= apart:
-            found.append(i)
-    return [*found, last] if last else found
+        if places[i] - places[labelled[-1]] >= apart and places[last] - places[i] >= apart:
+            labelled.append(i)
+    return [*labelled, last] if last else labelled
 
 
 def plain(values: Sequence[Any] | np.ndarray) -> list[Any]:

@@ -13,15 +13,19 @@ COLUMNS = ("Class", "Training images", "Group", "Test images", "Before", "After"
 
 
 def class_data(study: Study, table: Sequence[Row] | None, key: str) -> str:
-    """Of every class, largest first: name, training images, group, accuracies, change, test images; table: class_change's."""
+    """Return the script element with the data of every class, largest first.
+
+    Arguments:
+        table: the rows of the figure `class_change`, or None where it was not drawn.
+    """
     counts, store = study.counts, study.first.store
     group = np.array(GROUPS)[group_index(counts)]
     tested = np.bincount(store.labels("test")[store.valid("test")], minlength=len(counts))
     start = study.start.removeprefix("the ")
     rows = []
     for i, c in enumerate(study.by_size.tolist()):
-        of = table[i] if table else {}
-        accuracy = [of.get(column) for column in (start, "selected", "change")]
+        row = table[i] if table else {}
+        accuracy = [row.get(column) for column in (start, "selected", "change")]
         rows.append([store.class_names[c], int(counts[c]), str(group[c]), *accuracy, int(tested[c])])
     return assets.data(f"classes-{key}", {"rows": rows})
 
@@ -31,7 +35,7 @@ def class_table(study: Study, key: str) -> str:
     present = [g for g, mask in class_groups(study.counts).items() if mask.any()]
     options = "".join(f"<option>{g}</option>" for g in present)
     head = "".join(f"<th scope=col><button type=button>{name}</button></th>" for name in COLUMNS)
-    before, after = escape(study.start.removeprefix("the ")), "the selected head"
+    start, selected = escape(study.start.removeprefix("the ")), "the selected head"
     return (
         f'<div class=classes data-classes="classes-{key}" hidden><h3>Every class</h3>'
         f"<div class=choose><label>Name <input type=search size=18></label>"
@@ -40,6 +44,6 @@ def class_table(study: Study, key: str) -> str:
         f"<div class=scroll><table class='main sortable'><thead><tr>{head}</tr></thead><tbody></tbody></table></div>"
         "<div class='choose pager'><button type=button>◀ before</button><span></span>"
         "<button type=button>next ▶</button></div>"
-        f"<p class=note>Test accuracy in %: before is {before}, after {after}. Click on a heading to sort.</p></div>"
+        f"<p class=note>Test accuracy in %: before is {start}, after {selected}. Click on a heading to sort.</p></div>"
         "<p class=note>The table of all classes needs JavaScript; its numbers are in the CSV.</p>"
     )

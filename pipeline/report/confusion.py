@@ -59,13 +59,13 @@ def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing
     if compared is None:
         return None
     counts, names = study.counts, head_names(study)
-    heads = dict(zip(names, (compared.before, compared.after), strict=True))
+    heads = dict(zip(names, (compared.start, compared.selected), strict=True))
     matrices = {
         name: compared.mean(of, [group_confusion(a.predicted, a.labels, counts) for a in of])
         for name, of in heads.items()
     }
     known = [g for g in range(len(GROUPS)) if (group_index(counts) == g).any()]
-    tested = np.unique(np.concatenate([a.labels for a in compared.before]))
+    tested = np.unique(np.concatenate([a.labels for a in compared.start]))
     due = 100 * np.bincount(group_index(counts)[tested], minlength=len(GROUPS)) / len(tested)
     shares = {name: np.nansum(due[:, None] * matrix / 100, axis=0) for name, matrix in matrices.items()}
 
@@ -80,7 +80,7 @@ def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing
     look.legend(figure, panels)
     sizes = ", ".join(f"{GROUPS[g]} {BOUNDS[GROUPS[g]]} images ({study.classes_of(GROUPS[g])})" for g in known)
     caption = (
-        f"{title}. Test split, {len(compared.before[0].labels):,} samples, clean view; % of the samples of a true group "
+        f"{title}. Test split, {len(compared.start[0].labels):,} samples, clean view; % of the samples of a true group "
         "(row), mean over its classes, that a head takes for a class of each group (column); the diagonal holds wrong classes "
         "of the same group too. Right: the share of predictions that each group gets, every class counting the same, and the "
         f"share that is due to it. {sizes}. Mean over {study.repeated}. The CSV lists the {WORST} most frequent confusions of "

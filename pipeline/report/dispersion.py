@@ -1,4 +1,4 @@
-"""How far the features of a class scatter around its mean, from sums of directions: one pass, whatever the number of rows."""
+"""The spread of the features of a class around its mean, from sums of directions: one pass, whatever the number of rows."""
 
 from dataclasses import dataclass
 
@@ -40,18 +40,21 @@ class Directions:
         """
         return 1 - np.sqrt(np.maximum(self.alike, 0))
 
-    def around(self, other: "Directions") -> np.ndarray:
+    def around(self, reference: "Directions") -> np.ndarray:
         """(C,) one less the mean cosine of these features to the class mean of the others, that one free of its noise.
 
         nan where there is no feature, or where the others are fewer than two or point anywhere.
         """
-        across = np.einsum("cd,cd->c", self.sums, other.sums) / np.maximum(self.number * other.number, 1)
-        known = (self.number > 0) & (np.nan_to_num(other.alike) > 0)
-        return np.where(known, 1 - across / np.sqrt(np.where(known, other.alike, 1)), np.nan)
+        across = np.einsum("cd,cd->c", self.sums, reference.sums) / np.maximum(self.number * reference.number, 1)
+        defined = (self.number > 0) & (np.nan_to_num(reference.alike) > 0)
+        return np.where(defined, 1 - across / np.sqrt(np.where(defined, reference.alike, 1)), np.nan)
 
 
 def directions(features: np.ndarray, labels: np.ndarray, classes: int) -> Directions:
-    """Of features (n, D) and their labels (n,); a feature that is all zeros has no direction and is left out."""
+    """Return the class sums of unit features (n, D) with labels (n,).
+
+    A feature that is all zeros has no direction and is left out.
+    """
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     order = np.argsort(np.where(lengths[:, 0] > 0, labels, classes), kind="stable")[: int((lengths > 0).sum())]
     unit, sorted_labels = features[order] / lengths[order], labels[order]
@@ -63,15 +66,18 @@ def directions(features: np.ndarray, labels: np.ndarray, classes: int) -> Direct
 
 
 def read_directions(store: Cache, split: str) -> Directions | None:
-    """Of the clean view of a split, read in whole chunks; None without it, or where reading would take minutes."""
+    """Return the directions of the clean view of a split, read in whole chunks.
+
+    None where the store has no such split, or where reading would take minutes.
+    """
     if split not in store.splits or store.rows(split) * store.width > PASS_FOR_A_FIGURE:
         return None
     labels, valid, classes = store.labels(split), store.valid(split), len(store.counts)
     sums, number = np.zeros((classes, store.width)), np.zeros(classes, np.int64)
     for chunk in store.chunks(split):
         rows = slice(chunk.start, chunk.stop)
-        kept = valid[rows]
-        part = directions(store.read_chunk(chunk)[kept].astype(np.float32), labels[rows][kept], classes)
+        usable = valid[rows]
+        part = directions(store.read_chunk(chunk)[usable].astype(np.float32), labels[rows][usable], classes)
         sums += part.sums
         number += part.number
     return Directions(sums, number) if number.any() else None

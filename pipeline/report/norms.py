@@ -21,20 +21,20 @@ MAXNORM: Row = {"color": PURPLE, "linestyle": (0, (1, 1)), "marker": "D"}
 def weight_norms(study: Study) -> Drawing:
     """Length of every class vector before and after and with other methods, largest class first, of the first backbone."""
     backbone, order = study.first, study.by_size
-    chosen, store = backbone.selected, backbone.store
-    before = np.linalg.norm(store.classifier[0].astype(np.float64), axis=1)
+    selected, store = backbone.selected, backbone.store
+    start_norms = np.linalg.norm(store.classifier[0].astype(np.float64), axis=1)
     aim = target_norms(backbone, target_of(backbone))
-    found = {"tau-norm": tau_norm(backbone), "maxnorm": maxnorm(backbone)}
-    others = {kind: other for kind, other in found.items() if other and kind != chosen.method}
+    rival_norms = {"tau-norm": tau_norm(backbone), "maxnorm": maxnorm(backbone)}
+    rivals = {kind: rival for kind, rival in rival_norms.items() if rival and kind != selected.method}
     lines: list[tuple[str, np.ndarray | None, Row]] = [
-        (study.start.removeprefix("the "), before, BEFORE | {"marker": "s"}),
+        (study.start.removeprefix("the "), start_norms, BEFORE | {"marker": "s"}),
         (backbone.loss_only.name(), backbone.norms(backbone.loss_only), ALONE | {"marker": "^"}),
-        *((other.name, other.norms, TAU_NORM if kind == "tau-norm" else MAXNORM) for kind, other in others.items()),
-        (str(chosen), backbone.norms(chosen), AFTER),
+        *((rival.name, rival.norms, TAU_NORM if kind == "tau-norm" else MAXNORM) for kind, rival in rivals.items()),
+        (str(selected), backbone.norms(selected), AFTER),
         ("target P of the norm term, at the same mean", aim, TARGET),
     ]
     table: list[Row] = class_table(study)
-    traces = [_images_behind(study)]
+    traces = [_images_ground(study)]
     figure = look.figure_of(11.5, 5.2)
     axes = figure.subplots()
     look.counts_backdrop(axes, study.counts[order])
@@ -51,27 +51,26 @@ def weight_norms(study: Study) -> Drawing:
     names = [store.class_names[c] for c in order]
     look.class_axis(axes, names, study.counts)
     axes.set_ylabel("length of the class vector ‖W‖")
-    title = _length_title(before[order], backbone.norms(chosen), order, start=study.start)
+    title = _length_title(start_norms[order], backbone.norms(selected), order, start=study.start)
     axes.set_title(title, pad=10)
     look.legend(figure, np.array([axes]))
-    caption = (
-        f"{title}. Classes from largest to smallest{_which(study)}; mean over batch orders. Grey: training images."
-    )
+    caption = f"{title}. Classes from largest to smallest{_first_backbone_note(study)}; mean over batch orders. "
+    caption += "Grey: training images."
     if aim is not None:
         caption += " The norm term fixes only differences of lengths: its target is drawn at the mean of the heads."
-    caption = " ".join([caption, *(other.told for other in others.values())])
-    if found["maxnorm"] is None:
-        caption += " MaxNorm is not drawn: it is not among the heads of this run, and fitting it would take minutes."
-    shown = chart(
+    caption = " ".join([caption, *(rival.source for rival in rivals.values())])
+    if rival_norms["maxnorm"] is None:
+        caption += " MaxNorm is not drawn, because it is not among the heads of this run; `--method maxnorm` adds it."
+    interactive = chart(
         traces,
         x=class_axis(names, study.counts),
         y={"title": "length of the class vector ‖W‖", "rangemode": "tozero", "overlaying": "y2", "tickmode": "auto"},
         yaxis2={"title": "training images per class", "type": "log", "dtick": 1, "side": "right", "showgrid": False},
     )
-    return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table, shown)
+    return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table, interactive)
 
 
-def _images_behind(study: Study) -> Row:
+def _images_ground(study: Study) -> Row:
     """Training images per class as grey ground, on a second, logarithmic axis."""
     counts = study.counts[study.by_size]
     ground: Row = {"yaxis": "y2", "fill": "tozeroy", "fillcolor": LIGHT, "hoverinfo": "skip"}
@@ -79,21 +78,21 @@ def _images_behind(study: Study) -> Row:
     return trace("training images", range(1, len(counts) + 1), counts, style, **ground)
 
 
-def _length_title(before: np.ndarray, after: np.ndarray | None, order: np.ndarray, *, start: str) -> str:
+def _length_title(start_norms: np.ndarray, selected_norms: np.ndarray | None, order: np.ndarray, *, start: str) -> str:
     tenth = max(1, len(order) // 10)
     text = "The smallest class against the largest"
     if tenth > 1:
         text = f"The {tenth} smallest classes against the {tenth} largest"
     whose = "their" if tenth > 1 else "its"
     when = f"after {start}" if start == "stage 1" else f"in {start}"
-    text += f": {_ratio(before[-tenth:], before[:tenth])} of {whose} length {when}"
-    if after is None:
+    text += f": {_ratio(start_norms[-tenth:], start_norms[:tenth])} of {whose} length {when}"
+    if selected_norms is None:
         return text
-    return text + f", {_ratio(after[order[-tenth:]], after[order[:tenth]])} rebalanced"
+    return text + f", {_ratio(selected_norms[order[-tenth:]], selected_norms[order[:tenth]])} rebalanced"
 
 
 def _ratio(small: np.ndarray, large: np.ndarray) -> str:
-    """Of mean lengths; a head that starts from nothing has none."""
+    """Return the ratio of mean norms as text, or a dash for a head that starts from zeros."""
     return f"{small.mean() / large.mean():.2f}" if large.mean() else "–"
 
 
@@ -101,16 +100,19 @@ def norm_against_size(study: Study) -> Drawing:
     """Length of class vectors against the logarithm of class size, before and after; and the target over λ."""
     backbone = study.first
     size = np.log(study.counts.astype(np.float64))
-    before = np.linalg.norm(backbone.store.classifier[0].astype(np.float64), axis=1)
-    norms = {study.start.removeprefix("the "): before}
-    if (after := backbone.norms(backbone.selected)) is not None:
-        norms[str(backbone.selected)] = after
+    start_norms = np.linalg.norm(backbone.store.classifier[0].astype(np.float64), axis=1)
+    norms = {study.start.removeprefix("the "): start_norms}
+    if (selected_norms := backbone.norms(backbone.selected)) is not None:
+        norms[str(backbone.selected)] = selected_norms
     number, target, base = number_of(backbone), target_of(backbone), log_base(backbone)
     aims = {"number coefficient NC": number}
     if target is not None:
         aims["NC · HC, the target P over λ"] = number * target.hardness
     looks: list[Row] = [{"color": BLACK, "marker": "s", "markerfacecolor": "white"}, {"color": BLUE, "marker": "o"}]
-    aimed: list[Row] = [{"color": GREEN, "marker": "v", "markerfacecolor": "white"}, {"color": ORANGE, "marker": "D"}]
+    target_styles: list[Row] = [
+        {"color": GREEN, "marker": "v", "markerfacecolor": "white"},
+        {"color": ORANGE, "marker": "D"},
+    ]
 
     figure = look.figure_of(11.5, 4.6)
     left, right = figure.subplots(1, 2)
@@ -118,10 +120,10 @@ def norm_against_size(study: Study) -> Drawing:
     for values, style, dashes in zip(norms.values(), looks, (":", "-"), strict=False):
         if line := _fitted(size, values):
             left.plot(np.exp(line[0]), line[1], color=style["color"], linestyle=dashes, linewidth=1.8)
-    _points(right, size, aims, aimed)
+    _points(right, size, aims, target_styles)
     for axes in (left, right):
         _images_axis(axes, study.counts)
-    left.set(ylabel="length of the class vector ‖W‖", title=_told(size, norms))
+    left.set(ylabel="length of the class vector ‖W‖", title=_correlations_text(size, norms))
     ends_of = (
         f"{number[study.by_size[0]]:.1f} for the largest class to {number[study.by_size[-1]]:.1f} for the smallest"
     )
@@ -135,7 +137,8 @@ def norm_against_size(study: Study) -> Drawing:
         ", HC the mean over the clean training features of (1 − cosine to the class vector) / 2" if target else ""
     )
     caption = (
-        f"{_told(size, norms)}. A point a class ({len(size):,}){_which(study)}; lines are least squares. r is Pearson's "
+        f"{_correlations_text(size, norms)}. A point a class ({len(size):,}){_first_backbone_note(study)}; "
+        "lines are least squares. r is Pearson's "
         "correlation of ln N with ‖W‖, ρ Spearman's; N are the class's training images. Right: what the target is made of, "
         f"P = λ · NC · HC; NC = log(ΣN / (N + 1)){hardness}."
     )
@@ -144,7 +147,7 @@ def norm_against_size(study: Study) -> Drawing:
         | {"spearman": rounded(spearman(size, values))}
         for name, values in norms.items()
     ]
-    pairs = list(zip(norms.items(), looks, strict=False)), list(zip(aims.items(), aimed, strict=False))
+    pairs = list(zip(norms.items(), looks, strict=False)), list(zip(aims.items(), target_styles, strict=False))
     title = "Length of the class vectors against class size"
     return Drawing("norm-size", title, caption, figure, correlations + table, _size_chart(study, *pairs, base=base))
 
@@ -156,14 +159,16 @@ def _size_chart(study: Study, norms: Styled, aims: Styled, *, base: str) -> Row:
     """Both panels; hovering tells the class."""
     order, counts = study.by_size, study.counts[study.by_size]
     traces: list[Row] = []
-    for (name, of), style in norms:
-        traces.append(trace(name, counts, of[order], style | {"linestyle": "none"}, of_classes=True))
-        if line := _fitted(np.log(counts), of[order]):
-            drawn: Row = {"color": style["color"], "linestyle": "-" if style["marker"] == "o" else ":"}
-            traces.append(trace(name, np.exp(line[0]), line[1], drawn, showlegend=False, hoverinfo="skip"))
-    beside: Row = {"xaxis": "x2", "yaxis": "y2"}
-    for (name, of), style in aims:
-        traces.append(trace(name, counts, of[order], style | {"linestyle": "none"}, of_classes=True, **beside))
+    for (name, values), style in norms:
+        traces.append(trace(name, counts, values[order], style | {"linestyle": "none"}, of_classes=True))
+        if line := _fitted(np.log(counts), values[order]):
+            line_style: Row = {"color": style["color"], "linestyle": "-" if style["marker"] == "o" else ":"}
+            traces.append(trace(name, np.exp(line[0]), line[1], line_style, showlegend=False, hoverinfo="skip"))
+    second_panel: Row = {"xaxis": "x2", "yaxis": "y2"}
+    for (name, values), style in aims:
+        traces.append(
+            trace(name, counts, values[order], style | {"linestyle": "none"}, of_classes=True, **second_panel)
+        )
     images: Row = {"title": "training images of the class", "type": "log"}
     return chart(
         traces,
@@ -197,26 +202,26 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    _, which, times = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(times) - (times - 1) / 2)[which]
+    _, position, times = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(times) - (times - 1) / 2)[position]
 
 
-def _told(size: np.ndarray, norms: dict[str, np.ndarray]) -> str:
+def _correlations_text(size: np.ndarray, norms: dict[str, np.ndarray]) -> str:
     """Both correlations, before → after."""
     parts = []
-    for name, of in (("r", pearson), ("ρ", spearman)):
-        found = [of(size, values) for values in norms.values()]
-        told = ["–" if v is None else f"{v:+.2f}".replace("-", "−") for v in found]
-        parts.append(f"{name} {' → '.join(told)}")
+    for name, correlation in (("r", pearson), ("ρ", spearman)):
+        coefficients = [correlation(size, values) for values in norms.values()]
+        texts = ["–" if v is None else f"{v:+.2f}".replace("-", "−") for v in coefficients]
+        parts.append(f"{name} {' → '.join(texts)}")
     return f"Length against size: {', '.join(parts)}"
 
 
-def _points(axes: "Axes", size: np.ndarray, of: dict[str, np.ndarray], looks: list[Row]) -> None:
+def _points(axes: "Axes", size: np.ndarray, norms: dict[str, np.ndarray], looks: list[Row]) -> None:
     """A mark a class; smaller and paler where there are many."""
     small = len(size) > 500
-    drawn: Row = {"linestyle": "none", "markersize": 2.5 if small else 5.5, "alpha": 0.4 if small else 0.85}
-    for (name, values), style in zip(of.items(), looks, strict=False):
-        axes.plot(np.exp(size), values, **drawn, **style)
+    mark_style: Row = {"linestyle": "none", "markersize": 2.5 if small else 5.5, "alpha": 0.4 if small else 0.85}
+    for (name, values), style in zip(norms.items(), looks, strict=False):
+        axes.plot(np.exp(size), values, **mark_style, **style)
         axes.plot([], [], label=name, linestyle="none", markersize=5.5, **style)  # for the legend
 
 
@@ -232,7 +237,7 @@ def _images_axis(axes: "Axes", counts: np.ndarray) -> None:
     axes.set_xlabel("training images of the class, N")
 
 
-def _which(study: Study) -> str:
-    """Whose heads these are where there are several backbones."""
+def _first_backbone_note(study: Study) -> str:
+    """Return which backbone the heads belong to, or nothing where there is only one."""
     several = len(study.backbones) > 1
     return f", first of {len(study.backbones)} backbones ({study.first.name})" if several else ""

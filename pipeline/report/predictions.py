@@ -1,4 +1,4 @@
-"""What heads say of the test samples, scored again from the store: for figures that need more than the table's numbers."""
+"""Predictions of the kept heads on the test samples, computed again from the store for figures that need them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,26 +28,28 @@ class Answers:
 class Compared:
     """The same test samples before and after: what stage 2 started from, and the selected heads of every backbone."""
 
-    before: Sequence[Answers]
-    after: Sequence[Answers]
+    start: Sequence[Answers]
+    selected: Sequence[Answers]
 
-    def mean(self, of: Sequence[Answers], measured: Sequence[np.ndarray | float]) -> np.ndarray:
+    def mean(self, answers: Sequence[Answers], measured: Sequence[np.ndarray | float]) -> np.ndarray:
         """Mean over backbones of the means over their heads, as in the table; nan only where all are."""
-        names = [answers.backbone for answers in of]
-        each = [_mean([m for n, m in zip(names, measured, strict=True) if n == name]) for name in dict.fromkeys(names)]
-        return _mean(each)
+        names = [head.backbone for head in answers]
+        backbone_means = [
+            _mean([m for n, m in zip(names, measured, strict=True) if n == name]) for name in dict.fromkeys(names)
+        ]
+        return _mean(backbone_means)
 
 
 def read_compared(study: Study) -> Compared | None:
     """Before and after on test; None where a backbone has no test sample, a head was not kept, or it would take minutes."""
-    before, after = [], []
+    start_answers, selected_answers = [], []
     for backbone in study.backbones:
-        both = answers(backbone, BASELINE), answers(backbone, backbone.selected)
-        if not all(both):
+        pair = answers(backbone, BASELINE), answers(backbone, backbone.selected)
+        if not all(pair):
             return None
-        before += both[0]
-        after += both[1]
-    return Compared(before, after)
+        start_answers += pair[0]
+        selected_answers += pair[1]
+    return Compared(start_answers, selected_answers)
 
 
 def answers(backbone: Backbone, kind: HeadId, split: str = "test") -> list[Answers]:
@@ -56,7 +58,7 @@ def answers(backbone: Backbone, kind: HeadId, split: str = "test") -> list[Answe
     if split not in store.splits or not store.valid(split).any():
         return []
     file = backbone.results_path.with_name("heads.safetensors")
-    heads = [head for what, head in read_scorers(file) if kind.matches(what)]
+    heads = [head for head_id, head in read_scorers(file) if kind.matches(head_id)]
     products = store.rows(split) * sum(head.arrays[0].size for head in heads[:1])
     heads = heads[: PRODUCTS_FOR_A_FIGURE // max(products, 1)]
     valid, parts = store.valid(split), []
@@ -65,14 +67,14 @@ def answers(backbone: Backbone, kind: HeadId, split: str = "test") -> list[Answe
         parts.append([predict_array(head, features) for head in heads])
     labels = store.labels(split)[valid]
     return [
-        Answers(backbone.name, labels, np.concatenate([p for p, _ in of]), np.concatenate([c for _, c in of]))
-        for of in zip(*parts, strict=True)
+        Answers(backbone.name, labels, np.concatenate([p for p, _ in by_head]), np.concatenate([c for _, c in by_head]))
+        for by_head in zip(*parts, strict=True)
     ]
 
 
 def _mean(values: Sequence[np.ndarray | float]) -> np.ndarray:
     """Mean over the first axis of what is not nan; nan where nothing is left."""
     stacked = np.asarray(values, np.float64)
-    known = ~np.isnan(stacked)
-    total, number = np.where(known, stacked, 0).sum(0), known.sum(0)
+    present = ~np.isnan(stacked)
+    total, number = np.where(present, stacked, 0).sum(0), present.sum(0)
     return np.where(number > 0, total / np.maximum(number, 1), np.nan)

@@ -66,7 +66,7 @@ def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | No
         return None
     group, heads = (
         group_index(study.counts),
-        dict(zip(head_names(study), (compared.before, compared.after), strict=True)),
+        dict(zip(head_names(study), (compared.start, compared.selected), strict=True)),
     )
     columns: dict[str, dict[str, Reliability]] = {
         "all": {name: reliability(compared, of) for name, of in heads.items()}
@@ -93,7 +93,7 @@ def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | No
     look.legend(figure, grid[:1])
     caption = (
         f"{title}. Accuracy (up) against confidence (across) in the bins that ECE has; test split, "
-        f"{len(compared.before[0].labels):,} samples, clean view. On the grey diagonal both agree, below it a head believes "
+        f"{len(compared.start[0].labels):,} samples, clean view. On the grey diagonal both agree, below it a head believes "
         "too much. Larger marks stand for more predictions. Groups are those of the predicted class, which is what one knows "
         "of a new image. The picture shows below how many predictions have which confidence. Bins hold all heads together, "
         f"ECE is the mean over {study.repeated}."

@@ -5,12 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.rebalance.engine.target import hardness_coefficient, number_coefficient, target
-from pipeline.rebalance.methods import losses
 from pipeline.report import norm_targets as lengths
 from pipeline.report.norm_targets import maxnorm, target_norms, target_of, tau_norm
 from pipeline.report.norms import norm_against_size, pearson, spearman, weight_norms
@@ -74,27 +72,18 @@ def test_tau_norm_and_maxnorm_are_those_that_the_run_tuned(tuned):
     np.testing.assert_allclose(of_tau.norms, expected * before.mean() / expected.mean(), rtol=1e-5)
     np.testing.assert_allclose(of_tau.norms / of_tau.norms[0], kept["tau-norm"] / kept["tau-norm"][0], rtol=1e-5)
     np.testing.assert_allclose(of_max.norms, backbone.norms(lengths.MAXNORM))
-    assert "own head" in of_max.told
-    assert "fitted" not in weight_norms(read_study(tuned)).caption
+    assert "own head" in of_max.source
+    assert "MaxNorm is not drawn" not in weight_norms(read_study(tuned)).caption
 
 
-def test_without_them_tau_is_the_literatures_and_maxnorm_is_fitted_and_both_are_said(run):
+def test_without_them_tau_is_the_literatures_and_maxnorm_is_left_out_and_both_are_said(run):
     study = read_study(run)
     store, drawing = study.first.store, weight_norms(study)
     before = np.linalg.norm(store.classifier[0].astype(np.float64), axis=1)
     shown = [row["τ-norm, τ = 0.7"] for row in drawing.table]
     scaled = before**0.3 * before.mean() / (before**0.3).mean()
     np.testing.assert_allclose(shown, scaled[study.by_size], atol=1e-4)
-    fitted = np.array([row["MaxNorm (fitted for this picture)"] for row in drawing.table])
-    threshold = losses.norm_threshold(type("Given", (), {"norms": torch.from_numpy(before)}))
-    assert fitted.max() <= threshold + 1e-4
-    assert "fitted for this picture on the clean view" in drawing.caption
     assert "Kang et al." in drawing.caption
-
-
-def test_a_run_too_large_to_fit_for_a_picture_says_that_maxnorm_is_missing(run, monkeypatch):
-    monkeypatch.setattr(lengths, "ROWS_TO_FIT", 100)
-    drawing = weight_norms(read_study(run))
     assert not [column for column in drawing.table[0] if "MaxNorm" in column]
     assert "MaxNorm is not drawn" in drawing.caption
 

@@ -123,7 +123,7 @@ def test_reliability_has_the_ece_of_the_table_and_bins_that_add_up_to_it(which, 
         assert sum(r["samples"] for r in bins) == row["samples"]
         gaps = [abs(r["accuracy"] - r["confidence"]) * r["samples"] for r in bins if r["samples"]]
         assert sum(gaps) / row["samples"] <= table + 1e-3  # of several heads together, equal for one
-        if len(compared.before) == 1 and name == "stage 1":
+        if len(compared.start) == 1 and name == "stage 1":
             assert sum(gaps) / row["samples"] == pytest.approx(table, abs=1e-2)
     by_group = [r["samples"] for r in drawing.table if r["from"] is None and r["predicted"] != "all"]
     assert sum(by_group) == sum(r["samples"] for r in summary.values())
@@ -173,7 +173,7 @@ def test_skipped_test_samples_and_a_class_that_lost_all_of_them(tmp_path):
     run = made_run(tmp_path / "run", absent=absent, lam="0.1", seeds=(0,))
     study = read_study(run)
     compared = read_compared(study)
-    assert len(compared.before[0].labels) == 47
+    assert len(compared.start[0].labels) == 47
     table = confusion_between_groups(study, compared).table
     assert "eel" not in {r["true"] for r in table if r["row"] == "class"}
     few = [r["percent"] for r in table if (r["row"], r["head"], r["true"]) == ("group", "stage 1", "few")]
