@@ -4,13 +4,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import yaml
 
 from pipeline.data.dataset import Dataset
-from pipeline.distributed import Ranks
 from pipeline.longtail import class_groups
 from pipeline.text import Shown, columns, size, wrapped
 
@@ -127,12 +126,22 @@ def classes_text(names: Sequence[str], counts: np.ndarray, most: int = 3) -> str
     return f"{len(names):,} ({groups}); training images: {examples}"
 
 
-def device_numbers(ranks: Ranks, precision: str) -> dict[str, Any]:
+class Processes(Protocol):
+    """The device and the number of the processes that a command computes in, such as `pipeline.distributed.Ranks`."""
+
+    @property
+    def device(self) -> object: ...
+
+    @property
+    def world(self) -> int: ...
+
+
+def device_numbers(ranks: Processes, precision: str) -> dict[str, Any]:
     """Return the numbers of a `Prepared` that say where it is computed."""
     return {"device": str(ranks.device), "precision": precision, "ranks": ranks.world}
 
 
-def device_text(ranks: Ranks, precision: str) -> str:
+def device_text(ranks: Processes, precision: str) -> str:
     """Return the fact of a `Prepared` that says where it is computed."""
     return f"{ranks.device}, {precision}, {ranks.world} rank(s)"
 
