@@ -1,14 +1,48 @@
 """The command line: parse, call one public function, print. Heavy libraries are imported inside the commands."""
 
 import sys
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import click
 
-from pipeline.cli import artefacts, bench, completion, config, features, import_features, reproduce, stages
-from pipeline.cli.exit_codes import exit_code
-
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+COMMANDS = {  # name → module of this package, line in the help; in the order of use
+    "run": ("stages", "Train, dump, rebalance and report in one go."),
+    "train-backbone": ("stages", "Stage 1: train, or continue, encoder and classifier."),
+    "dump-features": ("stages", "Run the encoder once over every image into a store."),
+    "import-features": ("import_features", "Make a feature store of features computed elsewhere."),
+    "rebalance": ("features", "Stage 2: fit classifiers on features, many λ at once."),
+    "evaluate": ("features", "Print the table of given heads on a split."),
+    "verify": ("features", "Check every byte of a feature store."),
+    "report": ("artefacts", "Write an interactive HTML page of one or several runs."),
+    "progress": ("artefacts", "Compare how evenly trainings learn their classes."),
+    "export": ("artefacts", "Write the whole model, or a store, as plain files."),
+    "predict": ("artefacts", "Label images with an exported model or a run."),
+    "info": ("artefacts", "Print what an artefact is and what made it."),
+    "doctor": ("artefacts", "Print versions and devices; run a self-test."),
+    "config": ("config", "List all settings, or the shipped configurations."),
+    "reproduce": ("reproduce", "Make the paper's tables from images, with deviations."),
+    "bench": ("bench", "Measure speed and memory on this machine."),
+    "completion": ("completion", "Let the Tab key complete commands, in your shell."),
+}
+
+
+class LazyCommands(Mapping[str, click.Command]):
+    """The commands by name; the module of a command is imported when the command is asked for."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        module, line = COMMANDS[name]
+        command = next(c for c in import_module(f"pipeline.cli.{module}").COMMANDS if c.name == name)
+        command.short_help = line
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
 
 
 class Commands(click.Group):
@@ -18,19 +52,23 @@ class Commands(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
             return super().resolve_command(ctx, args)
         except click.exceptions.NoSuchCommand as error:
-            matches = [name for name in self.list_commands(ctx) if name.startswith(args[0])]
+            matches = [name for name in COMMANDS if name.startswith(args[0])]
             if error.possibilities or not matches:
                 raise
             raise click.UsageError(f"{error.message} Did you mean {' or '.join(map(repr, matches))}?", ctx) from None
 
 
-@click.group(cls=Commands, context_settings=CONTEXT)
+@click.group(cls=Commands, commands=LazyCommands(), context_settings=CONTEXT)
 @click.version_option(package_name="iwb-pipeline", prog_name="pipeline")
 def cli() -> None:
     """Train an image classifier once on unbalanced classes, re-balance it in seconds.
@@ -43,13 +81,10 @@ def cli() -> None:
     """
 
 
-for _group in (stages, import_features, features, artefacts, config, reproduce, bench, completion):
-    for _command in _group.COMMANDS:
-        cli.add_command(_command)
-
-
 def invoke(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    from pipeline.cli.exit_codes import exit_code
+
     return exit_code(cli, sys.argv[1:] if arguments is None else arguments)
 
 

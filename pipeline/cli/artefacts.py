@@ -21,7 +21,6 @@ LISTED = 20  # images left out whose names are printed
 
 @click.command(
     "report",
-    short_help="Write an interactive HTML page of one or several runs.",
     cls=Command,
     example="pipeline report runs/digits-lt",
 )
@@ -43,7 +42,6 @@ def report_command(runs, out, dry_run, as_json, debug):
 
 @click.command(
     "progress",
-    short_help="Compare how evenly trainings learn their classes.",
     cls=Command,
     example="pipeline progress runs/cross-entropy runs/weakened",
 )
@@ -67,7 +65,6 @@ def progress_command(runs, out, dry_run, as_json, debug):
 
 @click.command(
     "export",
-    short_help="Write the whole model, or a store, as plain files.",
     cls=Command,
     example="pipeline export runs/digits-lt --to onnx --out model",
 )
@@ -115,7 +112,6 @@ def export_command(run, kind, out, lam, method, dry_run, as_json, debug):
 
 @click.command(
     "predict",
-    short_help="Label images with an exported model or a run.",
     cls=Command,
     example="pipeline predict model photos/ --top-k 3",
 )
@@ -197,7 +193,6 @@ def predict_command(model, images, top_k, layout, out, batch_size, compare, devi
 
 @click.command(
     "info",
-    short_help="Print what an artefact is and what made it.",
     cls=Command,
     example="pipeline info runs/digits-lt/features.zarr",
 )
@@ -210,9 +205,7 @@ def info_command(path, as_json, debug):
     show(describe(path), as_json)
 
 
-@click.command(
-    "doctor", short_help="Print versions and devices; run a self-test.", cls=Command, example="pipeline doctor"
-)
+@click.command("doctor", cls=Command, example="pipeline doctor")
 @shared
 def doctor_command(as_json, debug):
     """Print versions, devices, the precision chosen and the reason, and run a short self-test."""

@@ -11,7 +11,7 @@ repeat = count("--repeat", "Repetitions of each timing.", default=5)
 folder = option("--folder", type=PATH, help="Folder of temporary files.", shown_default="the system's")
 
 
-@click.group("bench", short_help="Measure speed and memory on this machine.")
+@click.group("bench")
 def bench() -> None:
     """Measure the program's speed and memory on this machine, beside those of the usual way without it."""
 

@@ -54,7 +54,6 @@ def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 @click.command(
     "completion",
-    short_help="Let the Tab key complete commands, in your shell.",
     cls=Command,
     example='eval "$(pipeline completion bash)"',
     lists={"To keep it, once": INSTALL},

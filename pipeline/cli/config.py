@@ -143,7 +143,6 @@ def _has(tree: Any, key: str) -> bool:
 
 @click.command(
     "config",
-    short_help="List all settings, or the shipped configurations.",
     cls=Command,
     example="pipeline config digits-lt --set backbone.epochs=10",
 )

@@ -26,7 +26,6 @@ from pipeline.method_names import METHODS
 
 @click.command(
     "rebalance",
-    short_help="Stage 2: fit classifiers on features, many λ at once.",
     cls=Command,
     example="pipeline rebalance --lam 0.01:0.5:log:12",
     lists={"Methods": METHODS},
@@ -126,7 +125,6 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
 
 @click.command(
     "evaluate",
-    short_help="Print the table of given heads on a split.",
     cls=Command,
     example="pipeline evaluate runs/digits-lt --split val",
 )
@@ -158,7 +156,6 @@ def evaluate_command(store, heads, split, as_json, debug):
 
 @click.command(
     "verify",
-    short_help="Check every byte of a feature store.",
     cls=Command,
     example="pipeline verify runs/digits-lt/features.zarr",
 )

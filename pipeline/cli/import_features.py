@@ -14,7 +14,6 @@ SPLITS = ("train", "val", "test")
 
 @click.command(
     "import-features",
-    short_help="Make a feature store of features computed elsewhere.",
     cls=Command,
     example="pipeline import-features features.npz --out runs/imported/features.zarr",
 )
@@ -27,7 +26,7 @@ SPLITS = ("train", "val", "test")
 @option("--class-names", type=PATH, metavar="FILE", help="Class names, one a line.")
 @option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True,
         help="Precision of the stored features.")  # fmt: skip
-@option("--out", type=STORE, metavar="FOLDER|URL", help="The store [default: runs/FILE-NAME/features.zarr].")
+@option("--out", type=STORE, metavar="FOLDER|URL", help="Store to write.", shown_default="runs/FILE-NAME/features.zarr")
 @option("--overwrite", is_flag=True, help="Replace a store of other features.")
 @dry_run
 @shared

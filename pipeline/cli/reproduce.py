@@ -11,7 +11,6 @@ from pipeline.cli.options import EXECUTION, PATH, Command, device, dry_run, opti
 
 @click.command(
     "reproduce",
-    short_help="Make the paper's tables from images, with deviations.",
     cls=Command,
     example="pipeline reproduce reproduce/cifar100-resnet32 --set data.download=true",
 )

@@ -32,7 +32,6 @@ on_error = setting_option("dump.on_error", group=EXECUTION)
 
 @click.command(
     "run",
-    short_help="Train, dump, rebalance and report in one go.",
     cls=Command,
     example="pipeline run digits-lt --seeds 0,1,2",
 )
@@ -104,7 +103,6 @@ def run_command(
 
 @click.command(
     "train-backbone",
-    short_help="Stage 1: train, or continue, encoder and classifier.",
     cls=Command,
     example="pipeline train-backbone digits-lt --set backbone.epochs=10",
 )
@@ -179,7 +177,6 @@ def train_command(
 
 @click.command(
     "dump-features",
-    short_help="Run the encoder once over every image into a store.",
     cls=Command,
     example="pipeline dump-features digits-lt --views 4",
 )
