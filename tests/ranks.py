@@ -90,6 +90,7 @@ def _one_rank(work: Callable, arguments: tuple, rank: int, environment: dict[str
 def _dump(checkpoint: Path, out: Path | str, settings: Sequence[str]) -> dict:
     import cache.layout
     from pipeline import dump
+    from pipeline.backbone import encoder
     from pipeline.backbone.checkpoint import load_checkpoint
     from pipeline.config import apply_setting, make_config
 
@@ -98,14 +99,14 @@ def _dump(checkpoint: Path, out: Path | str, settings: Sequence[str]) -> dict:
     tree = backbone.config.model_dump(mode="json")
     for setting in settings:
         apply_setting(tree, setting)
-    encode, encoded = dump.encode, 0
+    encode, encoded = encoder.encode, 0
 
     def counting(model, images):
         nonlocal encoded
         encoded += len(images)
         return encode(model, images)
 
-    dump.encode = counting
+    encoder.encode = counting
     result = dump.dump_features(backbone, make_config(tree, "test"), out=out, device="cpu")
     return {"encoded": encoded, "written": result.written, "digest": result.digest}
 
@@ -116,7 +117,7 @@ def _train(tree: dict, folders: Sequence[Path]) -> dict:
     from pipeline.config import make_config
 
     train.SAVING_SHARE = float("inf")  # every epoch is saved, however long that takes
-    folder.SEEN_WITHIN = 0.1
+    folder.VISIBLE_WITHIN = 0.1
     notes: list[str] = []
     result = train.train_backbone(
         make_config(tree, "test"),

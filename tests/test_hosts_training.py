@@ -145,7 +145,7 @@ def test_the_others_end_when_the_place_where_all_meet_is_gone(config, tmp_path):
 
 def test_hosts_that_do_not_share_the_folder_are_refused(config, undisturbed, tmp_path):
     """As ranks that somebody else has started: the second host has no checkpoint."""
-    soon = "from pipeline.backbone import folder; from pipeline.cli import main; folder.SEEN_WITHIN = 0.5; main()"
+    soon = "from pipeline.backbone import training_dir; from pipeline.cli import main; training_dir.VISIBLE_WITHIN = 0.5; main()"
     command = ["-c", soon, "train-backbone", str(config), "--device", "cpu", "--out"]
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     outs = [undisturbed, tmp_path / "other"]

@@ -48,5 +48,6 @@ class EpochCounts:
 
 
 def hits_by_class(predicted: np.ndarray, labels: np.ndarray, *, classes: int) -> np.ndarray:
-    """Return (2, C) correct predictions and samples of each class, from predicted (B,) and true labels (B,)."""
+    """Return (2, C) correct predictions and samples of each class; negative labels do not count."""
+    predicted, labels = predicted[labels >= 0], labels[labels >= 0]
     return np.stack([np.bincount(rows, minlength=classes) for rows in (labels[predicted == labels], labels)])

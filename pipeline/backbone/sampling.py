@@ -1,6 +1,7 @@
 """The order of the training images, and their shares by rank: pure functions, so that resuming is skipping."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,41 @@ def epoch_order(labels: np.ndarray, *, seed: int, epoch: int, sampler: str = "in
         return shuffled
     epoch_quotas = quotas(np.bincount(labels), sampler=sampler, seed=seed, epochs=epoch + 1)
     return _from_rounds(labels, first=epoch_quotas[:-1].sum(0), many=epoch_quotas[-1], seed=seed)[shuffled]
+
+
+class Batch(NamedTuple):
+    """A global batch.
+
+    Arguments:
+        rows: positions of all its training images.
+        parts: this rank's share of them, in the parts whose gradients are added up.
+        draws: shaped like `parts`, how often each image was drawn before in the epoch.
+    """
+
+    rows: np.ndarray
+    parts: list[np.ndarray]
+    draws: list[np.ndarray]
+
+
+def epoch_batches(
+    labels: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    sampler: str,
+    steps: int,
+    rank: int,
+    world: int,
+    parts: int,
+    group: int,
+) -> list[Batch]:
+    """Return the global batches of an epoch, one a step, with the share of a rank in each."""
+    order = epoch_order(labels, seed=seed, epoch=epoch, sampler=sampler)
+    batches, draws = (np.array_split(array, steps) for array in (order, nth_draw(order)))
+    return [
+        Batch(rows, *(shares(array, world=world, parts=parts, group=group)[rank] for array in (rows, nth)))
+        for rows, nth in zip(batches, draws, strict=True)
+    ]
 
 
 def quotas(counts: np.ndarray, *, sampler: str, seed: int, epochs: int) -> np.ndarray:

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ from pipeline.backbone.ema import WeightAverage
 from pipeline.backbone.epoch_counts import EpochCounts, hits_by_class
 from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult, group_fields
 from pipeline.backbone.image_classifier import ImageClassifier, Parallel
-from pipeline.backbone.losses import UNREADABLE, Objective
+from pipeline.backbone.labelled_images import LabelledImages
+from pipeline.backbone.losses import Objective
 from pipeline.backbone.prepare import PreparedTraining, prepare_training
-from pipeline.backbone.sampling import epoch_order, nth_draw, rank_batches, shares
+from pipeline.backbone.sampling import Batch, epoch_batches, rank_batches
 from pipeline.backbone.training_dir import TrainingFolder, exclusive
 from pipeline.config import Config
 from pipeline.data import Dataset
-from pipeline.data.copies import on_device
-from pipeline.data.transform import Loader
 from pipeline.distributed import GO_ON, SAVE, STOP, Obeyed, Ranks, Signals
 from pipeline.errors import DataError, Diverged, Elsewhere, PipelineError, Terminated
 from pipeline.killpoint import KillPoint
@@ -145,9 +143,12 @@ class Trainer:
         self.parallel = Parallel(
             self.classifier, ranks, sync_batch_norm=settings.sync_batch_norm, mode=settings.compile
         )
-        load = partial(Loader, transform=self.transform, device=device, workers=self.config.data.workers)
-        self.train_loader = load(self.dataset.train)
-        self.val_loader = load(self.dataset.val) if self.dataset.val else None
+        images = partial(
+            LabelledImages, transform=self.transform, arithmetic=self.arithmetic, device=device,
+            workers=self.config.data.workers, skip=self.config.dump.on_error == "skip",
+        )  # fmt: skip
+        self.train_images = images(self.dataset.train)
+        self.val_images = images(self.dataset.val) if self.dataset.val else None
 
     @property
     def evaluated(self) -> ImageClassifier:
@@ -171,14 +172,22 @@ class Trainer:
 
     def _train_epoch(self) -> Iterator[Step]:
         self.epoch_started, self.first_step = time.perf_counter(), self.step_in_epoch
-        batches, rank_parts, draws = self._batches()
-        images = self._read(list(chain(*rank_parts)), draws=list(chain(*draws)))
+        batches = epoch_batches(
+            self.dataset.train.labels, seed=self.settings.seed, epoch=self.epoch, sampler=self.settings.sampler,
+            steps=self.steps, rank=self.ranks.rank, world=self.ranks.world, parts=self.settings.accumulate,
+            group=self.prepared.group,
+        )[self.step_in_epoch :]  # fmt: skip
+        images = self.train_images.batches(
+            [part for batch in batches for part in batch.parts],
+            key=derive(self.settings.seed, "augment", self.epoch),
+            draws=[part for batch in batches for part in batch.draws],
+        )
         self.parallel.train()
-        for batch, parts in zip(batches, rank_parts, strict=True):
+        for batch in batches:
             step = self.epoch * self.steps + self.step_in_epoch
             with self.kill.around(f"step-{step + 1}"):
                 seed_torch(derive(self.settings.seed, "step", step, self.ranks.rank), self.ranks.device)
-                self._backward(batch, parts, images, step)
+                self._backward(batch, images, step)
                 with self.kill.around(f"update-{step + 1}"):
                     self._update(step)
                 self.step_in_epoch += 1
@@ -189,30 +198,17 @@ class Trainer:
             if wish == SAVE:
                 self._save(complete=False)
 
-    def _batches(self) -> tuple[list[np.ndarray], list[list[np.ndarray]], list[list[np.ndarray]]]:
-        """Return what is left of the epoch by step: the rows of the global batch, this rank's parts of them, and how
-        often each row of these parts was drawn before."""
-        order = epoch_order(
-            self.dataset.train.labels, seed=self.settings.seed, epoch=self.epoch, sampler=self.settings.sampler
-        )
-        batches, draws = (np.array_split(rows, self.steps)[self.step_in_epoch :] for rows in (order, nth_draw(order)))
-        cut = partial(shares, world=self.ranks.world, parts=self.settings.accumulate, group=self.prepared.group)
-        rank = self.ranks.rank
-        return batches, [cut(batch)[rank] for batch in batches], [cut(draw)[rank] for draw in draws]
-
-    def _backward(
-        self, batch: np.ndarray, parts: list[np.ndarray], images: Iterator[tuple[Tensor, Tensor]], step: int
-    ) -> None:
+    def _backward(self, batch: Batch, images: Iterator[tuple[Tensor, Tensor]], step: int) -> None:
         """Add up the gradients of a global batch from this rank's parts of it."""
         at = {"epoch": self.epoch, "step": self.step_in_epoch}
         # DDP averages over ranks
-        scale = self.ranks.world / self.objective.denominator(self.dataset.train.labels[batch], epoch=self.epoch)
+        scale = self.ranks.world / self.objective.denominator(self.dataset.train.labels[batch.rows], epoch=self.epoch)
         self.optimiser.zero_grad(set_to_none=True)
-        for number, rows in enumerate(parts):
+        for number, rows in enumerate(batch.parts):
             pixels, labels = self._next_part(images, step, started=number > 0)
             weakened = self.prepared.weakening.inputs(rows, labels, **at)
             mixture = self.prepared.mixup.mixture(rows, labels, **at)
-            with self.parallel.summing(last=number == len(parts) - 1):
+            with self.parallel.summing(last=number == len(batch.parts) - 1):
                 with self.arithmetic.autocast(self.ranks.device):
                     logits = self.parallel(mixture.images(pixels), *weakened)
                 losses = partial(self.objective.terms, logits.float(), epoch=self.epoch)
@@ -239,26 +235,6 @@ class Trainer:
                 return next(images)
         except Obeyed:
             raise self._saved_and_stopped() from None
-
-    def _read(
-        self, batches: list[np.ndarray], *, draws: list[np.ndarray] | None = None, augmented: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (pixels, labels) of each array of training positions, augmented for this epoch, another way at each
-        draw, or clean."""
-        unreadable: list[int] = []
-        key = derive(self.settings.seed, "augment", self.epoch) if augmented else None
-        all_labels = self.dataset.train.labels
-        images = self.train_loader.batches(batches, key=key, draws=draws, unreadable=self._skip_into(unreadable))
-        for positions, pixels in zip(batches, images, strict=True):
-            labels = all_labels[positions]
-            if unreadable:
-                labels = np.where(np.isin(positions, unreadable), UNREADABLE, labels)
-            unreadable.clear()
-            yield self.arithmetic.arrange(pixels), on_device(labels, self.ranks.device)
-
-    def _skip_into(self, unreadable: list[int]) -> Callable[[int], None] | None:
-        """Return where a loader notes images that cannot be read; None where such an image is an error."""
-        return unreadable.append if self.config.dump.on_error == "skip" else None
 
     def _finish_epoch(self) -> Epoch:
         settings, class_counts = self.settings, self.dataset.counts
@@ -313,21 +289,17 @@ class Trainer:
 
     def _validate(self) -> np.ndarray | None:
         """Return (C,) validation accuracy in 0…1 per class, None without a validation split."""
-        if self.val_loader is None:
+        if self.val_images is None:
             return None
-        labels, classes = self.val_loader.split.labels, len(self.dataset.class_names)
-        batches = rank_batches(np.arange(len(labels)), rank=self.ranks.rank, world=self.ranks.world)
-        unreadable: list[int] = []
-        images = self.val_loader.batches(batches, unreadable=self._skip_into(unreadable))
+        rows, classes = np.arange(len(self.val_images.labels)), len(self.dataset.class_names)
+        batches = rank_batches(rows, rank=self.ranks.rank, world=self.ranks.world)
         self.ranks.take_from_first(self.evaluated.buffers())
         self.evaluated.eval()
         sums = np.zeros((2, classes))
         try:
             with self.signals.obeyed():
-                for rows, pixels in zip(batches, images, strict=True):
-                    predicted = self._predict(pixels)
-                    readable = ~np.isin(rows, unreadable)
-                    sums += hits_by_class(predicted[readable], labels[rows[readable]], classes=classes)
+                for pixels, labels in self.val_images.batches(batches):
+                    sums += hits_by_class(self._predict(pixels), labels.cpu().numpy(), classes=classes)
                     self.kill.before(f"validation-{self.epoch + 1}")
         except Obeyed:
             pass
@@ -339,7 +311,7 @@ class Trainer:
     @torch.inference_mode()
     def _predict(self, pixels: Tensor) -> np.ndarray:
         with self.arithmetic.autocast(self.ranks.device):
-            return self.evaluated(self.arithmetic.arrange(pixels)).argmax(1).cpu().numpy()
+            return self.evaluated(pixels).argmax(1).cpu().numpy()
 
     def _diagnose(self) -> np.ndarray:
         """Return (3, C) the `diagnosis.class_sums` of the fixed training images."""
@@ -352,7 +324,7 @@ class Trainer:
         self.classifier.eval()
         sums = diagnosis.class_sums(
             self.classifier,
-            self._read(batches, augmented=False),
+            self.train_images.batches(batches),
             classes=len(self.dataset.class_names),
             arithmetic=self.arithmetic,
         )
