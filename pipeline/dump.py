@@ -330,7 +330,7 @@ def _fit_head(writer: Writer, config: Config, dataset: Dataset, ranks: Ranks, si
 
     with as_data_error():
         weight, bias = fit_probe(
-            blocks, classes=layout.classes, width=layout.width, stop=lambda: _obey(signals, writer.place.where)
+            blocks, classes=layout.classes, width=layout.width, stop=lambda: _obey(signals, writer.place.location)
         )
         writer.set_classifier(weight, bias)
 
