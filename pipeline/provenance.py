@@ -18,7 +18,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git": git_revision(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        "versions": {"python": platform.python_version(), **{name: library_version(name) for name in LIBRARIES}},
         "platform": platform.platform(),
         **facts,
     }
@@ -40,7 +40,7 @@ def git_revision() -> str | None:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
 
 
-def _version(name: str) -> str | None:
+def library_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

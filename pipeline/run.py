@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache import write_durably
 from pipeline import distributed
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
 from pipeline.backbone.external_checkpoint import origin_text
@@ -24,6 +23,7 @@ from pipeline.rebalance.combine_seeds import combine
 from pipeline.report import write_report
 from pipeline.report.ablation import write_accuracy_figure
 from pipeline.results.differences import read_hits
+from pipeline.results.files import write_artefact
 from pipeline.results.tables import results_tables
 from pipeline.run_prepare import ExternalBackbone, PreparedBackbone, prepare_run, training_is_good
 from pipeline.text import Shown
@@ -188,7 +188,7 @@ def run_pipeline(
             results = combine(
                 documents, [read_hits(folder / "rebalance" / "test_hits.safetensors") for folder in folders]
             )
-            write_durably(out / "results.json", json.dumps(recorded_document(results, out), indent=1))
+            write_artefact(out / "results.json", "results", recorded_document(results, out))
         report, pictures = _report(out, folders, ledger, talk)
         ledger.write(
             command="run", config=config.model_dump(mode="json"), seeds=list(seeds or [config.backbone.seed]), ranks=ranks.world

@@ -4,7 +4,6 @@ The test split is never looked at: nothing here can be selected on it.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from pipeline.distributed import Ranks, planned_ranks
 from pipeline.errors import ConfigError, Diverged
 from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.provenance import provenance
-from pipeline.results.files import csv_text
+from pipeline.results.files import csv_text, write_artefact
 from pipeline.results.mean_std import means_and_stds
 from pipeline.results.selection import Choice, select
 from pipeline.results.tables import tries_table
@@ -215,7 +214,7 @@ def sweep_hparams(
         document["provenance"] = provenance(
             command="train-backbone", config=config.model_dump(mode="json"), tried=list(options), ranks=ranks.world
         )
-        write_durably(out / "tries.json", json.dumps(document, indent=1))
+        write_artefact(out / "tries.json", "sweep", document)
         write_durably(
             out / "tries.csv", csv_text([{**row["set"], **run} for row in document["tries"] for run in row["runs"]])
         )

@@ -1,11 +1,10 @@
 """Commands that measure the claims about speed and memory on this machine."""
 
-import json
-
 import click
 
 from pipeline.cli.exit_codes import show
 from pipeline.cli.options import PATH, Command, count, device, option, out_json, shared
+from pipeline.results.files import write_artefact
 
 repeat = count("--repeat", "Repetitions of each timing.", default=5)
 folder = option("--folder", type=PATH, help="Folder of temporary files.", shown_default="the system's")
@@ -91,10 +90,9 @@ def train_command(repeat, small, folder, device, out, as_json, debug):
 
 def finish(result, out, as_json) -> None:
     """Print a benchmark, and write it to the file of --out."""
-    from cache import write_durably
 
     if out:
-        write_durably(out, json.dumps(result.to_dict(), indent=1, allow_nan=False))
+        write_artefact(out, "bench", result.to_dict())
     show(result, as_json)
 
 

@@ -119,6 +119,9 @@ def _document(path: Path) -> Artefact:
     if isinstance(document, list) and document and "table" in document[0]:
         return reproduction(path)
     if isinstance(document, dict):
+        header = document.get("header")
+        if isinstance(header, dict) and header.get("kind") in _KINDS:
+            return _KINDS[header["kind"]](path)
         for key, tell in (("measures", bench), ("tries", tries), ("selected", results), ("argv", _run_json)):
             if key in document:
                 return tell(path)
@@ -200,6 +203,7 @@ _FOLDERS: list[tuple[Callable[[Path], bool], Callable[[Path], Artefact]]] = [
     (lambda p: (p / "progress.csv").is_file(), progress),
     (lambda p: (p / REPORT).is_file(), lambda p: Artefact(p, "report", {})),
 ]
+_KINDS = {"results": results, "ablation": ablation, "sweep": tries, "bench": bench}  # by header
 _FILES: dict[str, Callable[[Path], Artefact]] = {
     "results.json": results,
     "ablation.json": ablation,

@@ -1,6 +1,5 @@
 """Variants of stage 2 side by side: each fitted and chosen for itself on validation, all tested once."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from pipeline.rebalance.run import (
 )
 from pipeline.rebalance.sweep import Scored, score
 from pipeline.results.differences import LEVEL, RESAMPLES, paired_difference
-from pipeline.results.files import csv_text
+from pipeline.results.files import csv_text, write_artefact
 from pipeline.results.rebalance_result import over_seeds
 from pipeline.results.tables import ablation_row, ablation_tables, stacked
 from pipeline.text import Shown
@@ -182,4 +181,4 @@ def _write(result: AblationResult, config: RebalanceConfig) -> None:
     write_durably(out / "table.csv", csv_text([ablation_row(row) for row in result.rows]))
     write_durably(out / "heads.csv", csv_text(result.heads))
     write_run(out, config, result)
-    write_durably(out / "ablation.json", json.dumps(recorded_document(document, out), indent=1, allow_nan=False))
+    write_artefact(out / "ablation.json", "ablation", recorded_document(document, out))

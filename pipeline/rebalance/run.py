@@ -1,6 +1,5 @@
 """Stage 2 from a store to a table: fit, validate, choose, write the choice, and only then look at the test split."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from pipeline.rebalance.selection import AUTO, border_notes, refine
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import is_comparison
 from pipeline.results.differences import Hits, differences
+from pipeline.results.files import json_text, write_artefact, write_json
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import heads_file
 from pipeline.results.mean_std import MEASURES
@@ -186,7 +186,7 @@ def load_together(prepared: PreparedRebalance) -> Loaded:
 
 def write_choice(out: Path, choice: Any, ranks: Ranks) -> None:
     """Write selection.json before any rank goes on, so that the choice cannot depend on what is read after it."""
-    text = json.dumps(choice, indent=1)
+    text = json_text(choice)
     ranks.together(lambda: write_durably(out / "selection.json", text) if ranks.first else None)
 
 
@@ -255,7 +255,7 @@ def write_run(out: Path, config: RebalanceConfig, result: Any) -> None:
         made_from={"store": recorded_path(result.store, out), "digest": result.digest},
         network=result.network,
     )
-    write_durably(out / "run.json", json.dumps(run, indent=1))
+    write_json(out / "run.json", run)
 
 
 def _write(
@@ -284,4 +284,4 @@ def _write(
     else:
         (out / "trials.csv").unlink(missing_ok=True)  # of results that were here before
     write_run(out, config, result)
-    write_durably(out / "results.json", json.dumps(recorded_document(result.to_dict(), out), indent=1, allow_nan=False))
+    write_artefact(out / "results.json", "results", recorded_document(result.to_dict(), out))

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pipeline.errors import DataError
 from pipeline.method_names import RENAMED
 from pipeline.paths import read_document
+from pipeline.results.files import FORMAT
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -168,6 +169,9 @@ def checked(path: Path, document: Any, shape: Any, advice: str) -> Any:
         advice: the command to type next.
     Raises: DataError: the file and the field that is missing or wrong.
     """
+    header = document.get("header") if isinstance(document, dict) else None
+    if isinstance(header, dict) and header.get("format", FORMAT) > FORMAT:
+        raise DataError(f"{path}: header.format: {header['format']} is of a newer version; update with pip install -U")
     try:
         TypeAdapter(shape).validate_python(document)
     except ValidationError as error:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cache import write_durably
+from pipeline.provenance import library_version
+
+FORMAT = 2  # of documents with a header; those of version 0.1 have none
 
 
 def json_text(document: Any) -> str:
@@ -18,6 +21,12 @@ def json_text(document: Any) -> str:
 def write_json(path: Path, document: Any) -> Path:
     """Write a document as JSON, whole or not at all."""
     return write_durably(path, json_text(document))
+
+
+def write_artefact(path: Path, kind: str, document: Mapping[str, Any]) -> Path:
+    """Write a document behind the header by which readers know its kind, its format and the version that made it."""
+    header = {"kind": kind, "format": FORMAT, "made_by": f"iwb-pipeline {library_version('iwb-pipeline')}"}
+    return write_json(path, {"header": header, **document})
 
 
 def csv_line(cells: Iterable[Any]) -> str:

@@ -50,7 +50,7 @@ def test_runs_are_compared_with_their_own_numbers(run, runs):
             assert rows[1][key][column] == pytest.approx(document[of][column])
     assert [row["repeated"] for row in rows] == ["2 batch orders of one backbone", "3 backbones"]
     assert [row["imbalance_factor"] for row in rows] == [30, 30]
-    assert f"{rows[1]['selected']['few']:.1f} ± {rows[1]['selected']['few_std']:.1f}" in html
+    assert f"{rows[1]['selected']['few']:.1f}<small> ± {rows[1]['selected']['few_std']:.1f}" in html
     assert "The runs share network, class sizes and augmentation" in html
 
 

@@ -8,8 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import DATA, DataError
+from pipeline.info import describe
 from pipeline.results import documents
 from pipeline.results.differences import read_hits
+from pipeline.results.files import write_artefact
 from pipeline.results.heads import read_scorers
 
 KEPT = Path(__file__).parents[1] / "golden" / "format-0.1"
@@ -66,6 +68,19 @@ def test_a_wrong_field_is_named_with_its_file(name, field, value, tmp_path):
     assert caught.value.exit_code == DATA
     assert str(path) in str(caught.value)
     assert field in str(caught.value)
+
+
+def test_a_document_begins_with_its_kind_and_one_of_a_newer_version_is_refused(tmp_path):
+    document = json.loads((KEPT / "one/rebalance/results.json").read_text())
+    path = write_artefact(tmp_path / "mine.json", "results", document)
+    written = json.loads(path.read_text())
+    assert next(iter(written)) == "header"
+    assert written["header"]["kind"] == "results"
+    assert {key: value for key, value in written.items() if key != "header"} == document
+    assert describe(path).kind == "rebalancing results"
+    path.write_text(json.dumps(altered(written, "header.format", 3)))
+    with pytest.raises(DataError, match=r"mine\.json: header\.format: 3 is of a newer version"):
+        documents.read_results(path)
 
 
 @pytest.mark.parametrize(("file", "read"), [("heads.safetensors", read_scorers), ("test_hits.safetensors", read_hits)])
