@@ -27,20 +27,22 @@ __all__ = ["Dataset", "Split", "load_dataset"]
 
 
 def load_dataset(config: DataConfig, *, resize: bool = True) -> Dataset:
-    """The images a configuration means: long-tailed as asked, with validation and test splits.
+    """Return the images of a configuration: long-tailed as configured, with validation and test splits.
 
     Validation is the source's own, else what the subset left over, else min(val_per_class, N_c // 5) images of each
     class held out of training; a test split that is missing is held out the same way, and a note says so.
     resize: whether images in memory get the size data.image_size; a frozen encoder's are resized batch by batch.
     Raises DataError naming the file, sample or class that is wrong, ConfigError for an impossible subset.
     """
-    found = SOURCES[config.source](config)
-    classes, notes = len(found.class_names), list(found.notes)
-    train, val, test = found.train, found.val, found.test
+    source = SOURCES[config.source](config)
+    classes, notes = len(source.class_names), list(source.notes)
+    train, val, test = source.train, source.val, source.test
     if test is None and config.test_per_class:
-        keep, held = hold_out(train.labels, per_class=config.test_per_class, seed=config.subset_seed, classes=classes)
-        train, test = train.take(keep), train.take(held)
-        notes.append(f"no test split: {len(held)} training images were held out as one")
+        keep, held_out = hold_out(
+            train.labels, per_class=config.test_per_class, seed=config.subset_seed, classes=classes
+        )
+        train, test = train.take(keep), train.take(held_out)
+        notes.append(f"no test split: {len(held_out)} training images were held out as one")
     if config.subset != "none":
         sizes = np.bincount(train.labels, minlength=classes)
         train, left = _subset(config, train, classes)
@@ -51,16 +53,16 @@ def load_dataset(config: DataConfig, *, resize: bool = True) -> Dataset:
             )
         val = val or left
     elif val is None and config.val_per_class:
-        keep, held = hold_out(
+        keep, held_out = hold_out(
             train.labels, per_class=config.val_per_class, seed=config.subset_seed + 1, classes=classes
         )
-        train, val = train.take(keep), train.take(held)
-        notes.append(f"no validation split: {len(held)} training images were held out as one")
-    dataset = check_classes(Dataset(config.source, found.class_names, train, val, test, tuple(notes)))
+        train, val = train.take(keep), train.take(held_out)
+        notes.append(f"no validation split: {len(held_out)} training images were held out as one")
+    dataset = check_classes(Dataset(config.source, source.class_names, train, val, test, tuple(notes)))
     for name, split in (("validation", val), ("test", test)):
         if split:
-            told = unmeasured(np.bincount(split.labels, minlength=classes), found.class_names, name)
-            dataset = replace(dataset, notes=(*dataset.notes, *told))
+            remarks = unmeasured(np.bincount(split.labels, minlength=classes), source.class_names, name)
+            dataset = replace(dataset, notes=(*dataset.notes, *remarks))
     if resize and config.image_size is not None:
         dataset = _resized(dataset, config.image_size)
     return dataset
@@ -87,8 +89,8 @@ def _subset(config: DataConfig, pool: Split, classes: int) -> tuple[Split, Split
             f"data.max_per_class={largest}: class {short[0]} would need {sizes[short[0]]} images and has {available[short[0]]}; "
             + (f"set it to {most} or less" if most else "no size fits: the classes are not in the order of their sizes")
         )
-    kept, left = long_tail(pool.labels, sizes, val_per_class=config.val_per_class, seed=config.subset_seed)
-    return pool.take(kept), pool.take(left) if len(left) else None
+    selected, left = long_tail(pool.labels, sizes, val_per_class=config.val_per_class, seed=config.subset_seed)
+    return pool.take(selected), pool.take(left) if len(left) else None
 
 
 def _resized(dataset: Dataset, size: int) -> Dataset:

@@ -62,11 +62,11 @@ class ArrowColumn:
         content, path = self._cell(row)
         if content is None and path is None:
             raise DataError(f"{self.name_of(row)}: unreadable image (the row has none); take the row away")
-        held = io.BytesIO(content) if content is not None else Path(self.root, path or "")
-        return decode_image(held, self.name_of(row))
+        content_or_file = io.BytesIO(content) if content is not None else Path(self.root, path or "")
+        return decode_image(content_or_file, self.name_of(row))
 
     def name_of(self, row: int) -> str:
-        """What a person calls a row: where it is, and the name of its image's file if it is known."""
+        """Return the name of a row for people: its place, and the file name of its image if that is recorded."""
         _, path = self._cell(row)
         return f"{self.origin}, row {row}" + (f" ({path})" if path else "")
 
@@ -98,8 +98,8 @@ class ArrowColumn:
         if not self._struct:
             return [None] * len(rows)
         root = os.path.join(self.root, "")
-        found = self._part("path").take(rows).to_pylist()
-        return [path and path.removeprefix(root) for path in found]
+        names = self._part("path").take(rows).to_pylist()
+        return [path and path.removeprefix(root) for path in names]
 
     @cached_property
     def _cells(self) -> Any:
@@ -136,7 +136,7 @@ class ArrowRows:
         return int(self.rows[i])
 
     def name_of(self, i: int) -> str:
-        """What a person calls image i."""
+        """Return the name of image i for people."""
         return self.reader.name_of(self[i])
 
     def take(self, rows: np.ndarray) -> "ArrowRows":

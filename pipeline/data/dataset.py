@@ -50,7 +50,7 @@ class Split:
         )
 
     def name_of(self, row: int) -> str:
-        """What a person calls sample `row`: its file, else its number in the source."""
+        """Return the name of sample `row` for people: its file, else its number in the source."""
         return f"image {self.ids[row]}" if self.stored is None else self.stored.name_of(row)
 
     def read(self, row: int) -> Image.Image:
@@ -88,8 +88,8 @@ class Dataset:
 
     @property
     def splits(self) -> dict[str, Split]:
-        found = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: split for name, split in found.items() if split is not None and len(split)}
+        by_name = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in by_name.items() if split is not None and len(split)}
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -114,12 +114,12 @@ class Dataset:
     def fingerprint_without(self, rows: Mapping[str, Collection[int]]) -> str:
         """The fingerprint of what is left when the files of some rows of the splits may hold anything."""
         digests = {name: digest for name, (digest, _) in self._digests.items()}
-        digests |= {name: self.splits[name].digest(of)[0] for name, of in rows.items() if of}
+        digests |= {name: self.splits[name].digest(unread)[0] for name, unread in rows.items() if unread}
         return hashlib.sha256(repr([self.class_names, sorted(digests.items())]).encode()).hexdigest()
 
     @property
     def fingerprint_covers(self) -> str:
-        """What of the images the fingerprint saw: pixels, file contents, or file names and sizes."""
+        """Return the part of the images in the fingerprint: pixels, file contents, or file names and sizes."""
         return ", ".join(sorted({covers for _, covers in self._digests.values()}))
 
     def summary(self) -> dict:

@@ -67,7 +67,7 @@ class Files:
         return os.fsdecode(self.text[self.starts[i] : self.stops[i]])
 
     def name_of(self, i: int) -> str:
-        """What a person calls file i."""
+        """Return the name of file i for people."""
         return self[i]
 
     def take(self, rows: np.ndarray) -> "Files":
@@ -118,15 +118,15 @@ class Files:
         return (name if name.startswith(b"/") else root + name for name in self._names(rows))
 
     def _ask(self) -> np.ndarray:
-        first, *others = [*_pieces(len(self))] or [range(0)]
+        first, *rest = [*_pieces(len(self))] or [range(0)]
         started = time.perf_counter()
-        found = [self._sizes(first)]
+        sizes = [self._sizes(first)]
         if time.perf_counter() - started < SLOW * max(len(first), 1):
-            found += map(self._sizes, others)
+            sizes += map(self._sizes, rest)
         else:
             with ThreadPoolExecutor(THREADS, "stat") as pool:
-                found += pool.map(self._sizes, others)
-        return np.fromiter(chain.from_iterable(found), np.int64, len(self))
+                sizes += pool.map(self._sizes, rest)
+        return np.fromiter(chain.from_iterable(sizes), np.int64, len(self))
 
     def _sizes(self, rows: range) -> list[int]:
         return [_size(path) for path in self._paths(rows)]
@@ -138,7 +138,7 @@ def _pieces(count: int) -> Iterator[range]:
 
 def _size(path: bytes) -> int:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return -1
-    return found.st_size if stat.S_ISREG(found.st_mode) else -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1

@@ -35,61 +35,61 @@ def huggingface(config: DataConfig) -> DataSource:
     """
     datasets = _library()
     origin = str(config.hub or config.path)
-    found = _open(config, datasets, origin)
-    asked = {"train": config.train_split, "val": config.val_split, "test": config.test_split}
-    names = choose_splits(tuple(found), asked, origin)
-    train = found[names["train"]]
+    available = _open(config, datasets, origin)
+    requested = {"train": config.train_split, "val": config.val_split, "test": config.test_split}
+    names = choose_splits(tuple(available), requested, origin)
+    train = available[names["train"]]
     image = choose_column(train.features, "image", config.image_column, _image_kinds(datasets), origin)
     label = choose_column(train.features, "label", config.label_column, _label_kinds(datasets), origin)
     for name in names.values():
-        if missing := [column for column in (image, label) if column not in found[name].features]:
+        if missing := [column for column in (image, label) if column not in available[name].features]:
             raise DataError(
-                f"{origin}, {name}: no column {missing[0]}, which train has; it has {_shown(found[name].features)}"
+                f"{origin}, {name}: no column {missing[0]}, which train has; it has {_shown(available[name].features)}"
             )
-    columns = {s: read_table(found[name].files)[label] for s, name in names.items()}
+    columns = {s: read_table(available[name].files)[label] for s, name in names.items()}
     for s, name in names.items():
         _refuse_missing(columns[s], f"{origin}, {name}", label, s)
     classes = _class_names(train.features[label], columns["train"], config, origin)
     root = config.path.expanduser().absolute() if config.path else Path()
     splits: dict[str, Split] = {}
     for s, name in names.items():
-        theirs = getattr(found[name].features[label], "names", None)
-        if theirs is not None and tuple(theirs) != classes and config.class_names is None:
+        split_classes = getattr(available[name].features[label], "names", None)
+        if split_classes is not None and tuple(split_classes) != classes and config.class_names is None:
             raise DataError(f"{origin}, {name}: its {label} names other classes than that of train; make the two alike")
         labels = _numbers(columns[s], classes, f"{origin}, {name}, column {label}")
-        reader = ArrowColumn(found[name].files, image, f"{origin}, {name}", root if root.is_dir() else root.parent)
+        reader = ArrowColumn(available[name].files, image, f"{origin}, {name}", root if root.is_dir() else root.parent)
         rows = np.arange(len(labels))
         splits[s] = Split(labels=labels, ids=rows, stored=ArrowRows(reader, rows))
     return DataSource(class_names=classes, train=splits["train"], val=splits.get("val"), test=splits.get("test"))
 
 
-def choose_splits(there: tuple[str, ...], asked: Mapping[str, str | None], origin: str) -> dict[str, str]:
+def choose_splits(available: tuple[str, ...], requested: Mapping[str, str | None], origin: str) -> dict[str, str]:
     """train, val, test → the split that it is; ConfigError where one that was asked for, or any for training, is not there.
 
     Not asked for, a split is known by its usual names; a single split of whatever name is the training split.
     """
-    chosen: dict[str, str] = {}
-    for s, name in asked.items():
-        if name is not None and name != UNUSED and name not in there:
-            raise ConfigError(f"data.{s}_split={name}: {origin} has {', '.join(there)}{nearest(name, there)}")
-        usual = next((known for known in SPLITS[s] if known in there), None)
-        if (taken := usual if name is None else name) and taken != UNUSED:
-            chosen[s] = taken
-    if "train" not in chosen and asked["train"] is None and len(there) == 1:
-        chosen = {"train": there[0]}
-    if "train" not in chosen:
+    selected: dict[str, str] = {}
+    for s, name in requested.items():
+        if name is not None and name != UNUSED and name not in available:
+            raise ConfigError(f"data.{s}_split={name}: {origin} has {', '.join(available)}{nearest(name, available)}")
+        usual = next((candidate for candidate in SPLITS[s] if candidate in available), None)
+        if (selection := usual if name is None else name) and selection != UNUSED:
+            selected[s] = selection
+    if "train" not in selected and requested["train"] is None and len(available) == 1:
+        selected = {"train": available[0]}
+    if "train" not in selected:
         raise ConfigError(
-            f"{origin} has {', '.join(there)}; say with --set data.train_split=NAME which one to train on"
+            f"{origin} has {', '.join(available)}; say with --set data.train_split=NAME which one to train on"
         )
-    if len(set(chosen.values())) < len(chosen):
-        said = ", ".join(f"data.{s}_split={name}" for s, name in chosen.items())
-        raise ConfigError(f"{said}: the same images for two purposes; {origin} has {', '.join(there)}")
-    return chosen
+    if len(set(selected.values())) < len(selected):
+        settings = ", ".join(f"data.{s}_split={name}" for s, name in selected.items())
+        raise ConfigError(f"{settings}: the same images for two purposes; {origin} has {', '.join(available)}")
+    return selected
 
 
 def choose_column(
     features: Mapping[str, Any],
-    what: str,
+    content: str,
     named: str | None,
     kinds: tuple[Callable[[Any], bool], ...],
     origin: str,
@@ -98,24 +98,24 @@ def choose_column(
 
     Of several columns of the last kind, plain numbers and text, one called as what is sought is meant.
     """
-    key = f"data.{what}_column"
+    key = f"data.{content}_column"
     if named is not None:
         if named not in features:
             raise ConfigError(f"{key}={named}: {origin} has {_shown(features)}{nearest(named, features)}")
         if not any(fits(features[named]) for fits in kinds):
-            raise ConfigError(f"{key}={named}: holds no {what}s; {origin} has {_shown(features)}")
+            raise ConfigError(f"{key}={named}: holds no {content}s; {origin} has {_shown(features)}")
         return named
     candidates: list[str] = next(filter(None, ([n for n, f in features.items() if fits(f)] for fits in kinds)), [])
-    if what in candidates and kinds[-1](features[what]):
-        return what
+    if content in candidates and kinds[-1](features[content]):
+        return content
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
         raise ConfigError(
-            f"{origin}: {len(candidates)} columns may hold the {what}s: {', '.join(candidates)}; "
+            f"{origin}: {len(candidates)} columns may hold the {content}s: {', '.join(candidates)}; "
             f"choose one with --set {key}={candidates[0]}"
         )
-    raise ConfigError(f"{origin}: no column of {what}s; it has {_shown(features)}")
+    raise ConfigError(f"{origin}: no column of {content}s; it has {_shown(features)}")
 
 
 def _library() -> Any:
@@ -136,20 +136,20 @@ def _open(config: DataConfig, datasets: Any, origin: str) -> dict[str, Rows]:
     try:
         with _bars_for_people(datasets):
             if path is None:
-                found = datasets.load_dataset(config.hub, name=config.hub_config, keep_in_memory=False)
+                loaded = datasets.load_dataset(config.hub, name=config.hub_config, keep_in_memory=False)
             elif path.is_file() and path.suffix == ".arrow":
                 return _arrow_files([path], datasets)
             elif path.is_file():
                 kind = {".parquet": "parquet", ".pq": "parquet"}.get(path.suffix.lower())
                 if kind is None:
                     raise DataError(f"{path}: neither .parquet nor .arrow; give such a file or a folder of them")
-                found = datasets.load_dataset(kind, data_files={"train": str(path)}, keep_in_memory=False)
+                loaded = datasets.load_dataset(kind, data_files={"train": str(path)}, keep_in_memory=False)
             elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-                found = datasets.load_from_disk(str(path), keep_in_memory=False)
+                loaded = datasets.load_from_disk(str(path), keep_in_memory=False)
             elif arrows := sorted(path.glob("*.arrow")):
                 return _arrow_files(arrows, datasets)
             else:
-                found = datasets.load_dataset(str(path), keep_in_memory=False)
+                loaded = datasets.load_dataset(str(path), keep_in_memory=False)
     except DataError:
         raise
     except Exception as error:  # the library and what it calls raise a dozen kinds
@@ -158,7 +158,7 @@ def _open(config: DataConfig, datasets: Any, origin: str) -> dict[str, Rows]:
         if path is None:
             raise DataError(f"data.hub={origin}: cannot be had ({cause}); without a network, set data.path") from error
         raise DataError(f"{damaged or path}: cannot be read as a data set ({cause})") from error
-    splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
+    splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
     return {
         name: Rows(tuple(f["filename"] for f in split.cache_files), split.features) for name, split in splits.items()
     }
@@ -170,8 +170,10 @@ def _arrow_files(files: list[Path], datasets: Any) -> dict[str, Rows]:
     for file in files:
         name = re.sub(r"-\d+-of-\d+$", "", file.stem) if len(files) > 1 else "train"
         shards.setdefault(name, []).append(str(file))
-    schemas = {name: read_table(tuple(of)).schema for name, of in shards.items()}
-    return {name: Rows(tuple(of), datasets.Features.from_arrow_schema(schemas[name])) for name, of in shards.items()}
+    schemas = {name: read_table(tuple(paths)).schema for name, paths in shards.items()}
+    return {
+        name: Rows(tuple(paths), datasets.Features.from_arrow_schema(schemas[name])) for name, paths in shards.items()
+    }
 
 
 def _damaged_parquet(path: Path) -> Path | None:
@@ -192,13 +194,13 @@ def _damaged_parquet(path: Path) -> Path | None:
 @contextmanager
 def _bars_for_people(datasets: Any) -> Iterator[None]:
     """The library's progress bars only at a terminal."""
-    shown = datasets.utils.are_progress_bars_disabled()
+    disabled = datasets.utils.are_progress_bars_disabled()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if not shown:
+        if not disabled:
             datasets.enable_progress_bars()
 
 
@@ -268,9 +270,9 @@ def _numbers(column: Any, classes: tuple[str, ...], origin: str) -> np.ndarray:
     if not _is_text(column):
         return check_labels(column.to_numpy(), len(classes), origin)
     labels = pc.fill_null(pc.index_in(column, value_set=pa.array(classes, column.type)), -1).to_numpy()
-    strange = np.flatnonzero(labels < 0)
-    if len(strange):
+    unknown = np.flatnonzero(labels < 0)
+    if len(unknown):
         raise DataError(
-            f"{origin}: row {strange[0]} is {column[int(strange[0])].as_py()!r}, a class that train does not have"
+            f"{origin}: row {unknown[0]} is {column[int(unknown[0])].as_py()!r}, a class that train does not have"
         )
     return labels.astype(np.int64)

@@ -1,4 +1,4 @@
-"""What augmentation policies are made of: operations on whole batches (B, 3, H, W) uint8, each image with its own numbers.
+"""Operations of the augmentation policies, on whole batches (B, 3, H, W) uint8, each image with its own numbers.
 
 What becomes of an image is the same in any batch: sums are exact, and every product and sum is rounded by itself.
 """
@@ -25,8 +25,8 @@ def affine(images: Tensor, maps: Tensor) -> Tensor:
     column, row = (a * x + b * y + c).round(), (d * x + e * y + f).round()
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     source = torch.where(inside, row * width + column, 0).long().view(batch, 1, -1).expand(-1, channels, -1)
-    found = images.flatten(2).gather(2, source).view_as(images)
-    return torch.where(inside[:, None], found, 0)
+    moved = images.flatten(2).gather(2, source).view_as(images)
+    return torch.where(inside[:, None], moved, 0)
 
 
 def brightness(images: Tensor, numbers: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ def sharpness(images: Tensor, numbers: Tensor) -> Tensor:
     """Each image blended with its blurred version, weights 5 in the middle and 1 around; the border stays."""
     if min(images.shape[-2:]) <= 2:
         return images
-    whole = images.short()
-    rows = whole[:, :, :-2] + whole[:, :, 1:-1] + whole[:, :, 2:]
+    pixels = images.short()
+    rows = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
     around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    inner = whole[:, :, 1:-1, 1:-1]
+    inner = pixels[:, :, 1:-1, 1:-1]
     blurred = (around + 4 * inner + 6).div_(13, rounding_mode="floor")
     done = images.clone()
     done[:, :, 1:-1, 1:-1] = _blend(inner, blurred, _first(numbers))
@@ -105,15 +105,15 @@ def numbers_of(name: str, magnitudes: np.ndarray, *, height: int, width: int) ->
     Shears are slopes, translations pixels (cut to whole ones), rotations degrees against the clock; Brightness, Color,
     Contrast and Sharpness differences of the factor from 1; Posterize bits; Solarize a threshold in 0…255.
     """
-    one, none = np.ones_like(magnitudes), np.zeros_like(magnitudes)
+    ones, zeros = np.ones_like(magnitudes), np.zeros_like(magnitudes)
     if name == "ShearX":  # around the upper left corner, as the policies were searched with
-        columns = [one, magnitudes, magnitudes / 2, none, one, none]
+        columns = [ones, magnitudes, magnitudes / 2, zeros, ones, zeros]
     elif name == "ShearY":
-        columns = [one, none, none, magnitudes, one, magnitudes / 2]
+        columns = [ones, zeros, zeros, magnitudes, ones, magnitudes / 2]
     elif name == "TranslateX":
-        columns = [one, none, -np.trunc(magnitudes), none, one, none]
+        columns = [ones, zeros, -np.trunc(magnitudes), zeros, ones, zeros]
     elif name == "TranslateY":
-        columns = [one, none, none, none, one, -np.trunc(magnitudes)]
+        columns = [ones, zeros, zeros, zeros, ones, -np.trunc(magnitudes)]
     elif name == "Rotate":
         cos, sin = np.cos(np.radians(magnitudes)), np.sin(np.radians(magnitudes))
         x, y = (width - 1) / 2, (height - 1) / 2
@@ -146,5 +146,5 @@ def _grey(images: Tensor) -> Tensor:
     return (red * 0.2989 + green * 0.587 + blue * 0.114).floor_()[:, None]
 
 
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor + other * (1 - factor)).clamp_(0, 255).to(torch.uint8)
+def _blend(images: Tensor, overlay: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor + overlay * (1 - factor)).clamp_(0, 255).to(torch.uint8)

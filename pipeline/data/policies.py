@@ -77,7 +77,7 @@ _AUTOAUGMENT = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to a batch, step by step: names (S, B) of operations, magnitudes (S, B) in their own units."""
+    """The operations on a batch, step by step: names (S, B) of operations, magnitudes (S, B) in their own units."""
 
     names: np.ndarray
     magnitudes: np.ndarray
@@ -102,15 +102,15 @@ def drawn(policy: str, ids: np.ndarray, key: int, *, height: int, width: int, ra
         levels, signs = table_levels[pair].T / (LEVELS - 1), draws[3:]
     magnitudes = np.zeros(names.shape)
     for name in np.unique(names):
-        met = names == name
-        magnitudes[met] = magnitude(str(name), levels[met], height=height, width=width)
+        matches = names == name
+        magnitudes[matches] = magnitude(str(name), levels[matches], height=height, width=width)
         if name in SIGNED:
-            magnitudes[met] *= np.where(signs[met] < 0.5, -1, 1)
+            magnitudes[matches] *= np.where(signs[matches] < 0.5, -1, 1)
     return Plan(names, magnitudes)
 
 
 def magnitude(name: str, level: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """Magnitudes in the operation's own units at levels 0…1 (Cubuk et al., 2019, table 6)."""
+    """Return magnitudes in the operation's own units at levels 0…1 (Cubuk et al., 2019, table 6)."""
     tops = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0}
     tops |= {"TranslateX": 150 / 331 * width, "TranslateY": 150 / 331 * height}
     tops |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9)
@@ -128,25 +128,25 @@ def autoaugment(policy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def apply(plan: Plan, images: Tensor) -> Tensor:
-    """The images (B, 3, H, W) uint8 after the operations of a plan; the tensor given is overwritten.
+    """Return the images (B, 3, H, W) uint8 after the operations of a plan; the tensor given is overwritten.
 
     Each operation runs once a step, on the images that it meets; all that move pixels run as one.
     """
     height, width = images.shape[-2:]
     for names, magnitudes in zip(plan.names, plan.magnitudes, strict=True):
-        met: dict[Batched, list[np.ndarray]] = {}
+        matches: dict[Batched, list[np.ndarray]] = {}
         numbers = np.zeros((len(names), NUMBERS), np.float32)
         for name in map(str, np.unique(names[names != IDENTITY])):
             rows = np.flatnonzero(names == name)
             numbers[rows] = numbers_of(name, magnitudes[rows], height=height, width=width)
-            met.setdefault(BATCHED[name], []).append(rows)
-        groups = [np.concatenate(rows) for rows in met.values()]
+            matches.setdefault(BATCHED[name], []).append(rows)
+        groups = [np.concatenate(rows) for rows in matches.values()]
         if not groups:
             continue
         order = np.concatenate(groups)
         sizes = [len(rows) for rows in groups]
         places = on_device(order, images.device).split(sizes)
         values = on_device(numbers[order], images.device).split(sizes)
-        for operation, rows, own in zip(met, places, values, strict=True):
-            images[rows] = operation(images[rows], own)
+        for operation, rows, arguments in zip(matches, places, values, strict=True):
+            images[rows] = operation(images[rows], arguments)
     return images

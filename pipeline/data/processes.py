@@ -1,4 +1,4 @@
-"""How the processes that decode images start: each a fork of one that has imported all they need."""
+"""Start of the processes that decode images: each a fork of one that has imported all they need."""
 
 import multiprocessing
 import os

@@ -136,16 +136,16 @@ def folder(config: DataConfig) -> DataSource:
 def image_list(config: DataConfig) -> DataSource:
     """Lines `relative/path label` (ImageNet-LT, iNaturalist2018, Places-LT), paths relative to data.path or the list's folder."""
     lists = {"train": config.train_list, "val": config.val_list, "test": config.test_list}
-    found = {
+    splits = {
         s: _read_list(path, (config.path or path.parent).expanduser()) for s, path in lists.items() if path is not None
     }
-    classes = int(found["train"].labels.max()) + 1
+    classes = int(splits["train"].labels.max()) + 1
     names = tuple(str(c) for c in range(classes))
     if config.class_names is not None:
         names = listed_names(config.class_names)
-    for s, split in found.items():
+    for s, split in splits.items():
         check_labels(split.labels, len(names), str(lists[s]))
-    return DataSource(class_names=names, train=found["train"], val=found.get("val"), test=found.get("test"))
+    return DataSource(class_names=names, train=splits["train"], val=splits.get("val"), test=splits.get("test"))
 
 
 def as_rgb(images: np.ndarray, origin: str) -> np.ndarray:
@@ -175,38 +175,40 @@ def _folders(place: Path) -> list[str]:
 
 
 def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[str]) -> Split:
-    there = _folders(place)
+    folders = _folders(place)
     alike = {
-        unicodedata.normalize("NFC", name): name for name in there
+        unicodedata.normalize("NFC", name): name for name in folders
     }  # é is one letter or two, as who packed them has it
-    own = {name: name if name in there else alike.get(unicodedata.normalize("NFC", name), name) for name in names}
-    known = set(own.values())
-    strangers = [name for name in there if name not in known]
+    folder_of = {
+        name: name if name in folders else alike.get(unicodedata.normalize("NFC", name), name) for name in names
+    }
+    folder_names = set(folder_of.values())
+    strangers = [name for name in folders if name not in folder_names]
     if strangers:
         raise DataError(
             f"{place}: class folder {strangers[0]} is not among the training classes; rename it or add it to train"
         )
-    found, labels = FileNames(), array("q")
+    images, labels = FileNames(), array("q")
     ignored: list[str] = []
     again: list[str] = []
     for label, name in enumerate(names):
         read: set[str] = set()
-        for folder, below, files in os.walk(place / own[name], followlinks=True):
+        for folder, below, files in os.walk(place / folder_of[name], followlinks=True):
             below.sort()
-            here, real = os.path.relpath(folder, root), os.path.realpath(folder)
+            relative, real = os.path.relpath(folder, root), os.path.realpath(folder)
             if real in read:
                 below.clear()
-                again.append(here)
+                again.append(relative)
                 continue
             read.add(real)
             for file in sorted(files):
                 if file.startswith("."):
                     continue
                 if os.path.splitext(file)[1].lower() in EXTENSIONS:
-                    found.append(os.path.join(here, file))
+                    images.append(os.path.join(relative, file))
                     labels.append(label)
                 else:
-                    ignored.append(os.path.join(here, file))
+                    ignored.append(os.path.join(relative, file))
     if ignored:
         notes.append(
             f"{len(ignored)} file(s) under {place} are no images by their ending and were left out: {', '.join(ignored[:3])}"
@@ -218,7 +220,7 @@ def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[st
         )
     if not labels:
         raise DataError(f"{place}: no images in its class folders (known endings: {' '.join(sorted(EXTENSIONS))})")
-    return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(labels)), stored=found.below(root))
+    return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(labels)), stored=images.below(root))
 
 
 def _read_list(path: Path, root: Path) -> Split:

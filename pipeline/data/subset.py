@@ -26,23 +26,23 @@ def long_tail(labels: np.ndarray, sizes: np.ndarray, *, val_per_class: int, seed
     val_per_class: the public CIFAR-LT recipe. A class with fewer left over gives what it has.
     """
     random = np.random.RandomState(seed)
-    kept, left = [], []
+    selected, left = [], []
     for size, order in zip(sizes, of_each_class(labels, len(sizes)), strict=True):
         random.shuffle(order)
-        kept.append(order[:size])
+        selected.append(order[:size])
         left.append(order[size : size + val_per_class])
-    return np.concatenate(kept), np.concatenate(left)
+    return np.concatenate(selected), np.concatenate(left)
 
 
 def hold_out(labels: np.ndarray, *, per_class: int, seed: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """(positions that stay, positions held out): min(per_class, N_c // 5) of each class, none of classes under 5."""
     random = np.random.RandomState(seed)
-    held = []
+    held_out = []
     for order in of_each_class(labels, classes):
         random.shuffle(order)
-        held.append(order[: min(per_class, len(order) // 5)])
+        held_out.append(order[: min(per_class, len(order) // 5)])
     out = np.zeros(len(labels), bool)
-    out[np.concatenate(held)] = True
+    out[np.concatenate(held_out)] = True
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 

@@ -51,8 +51,8 @@ class Transform:
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> "Transform":
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
-        return cls(**known)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without what is not used of what came later: the identity of what was made before stays."""
@@ -88,7 +88,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 def drawn_ids(ids: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """What augmentation knows images by: their ids (below 2⁴⁰) when first drawn in an epoch, others when drawn again."""
+    """Return augmentation ids of images: their ids (below 2⁴⁰) when first drawn in an epoch, others when drawn again."""
     return ids + (draws << 40)
 
 
@@ -146,7 +146,7 @@ class Loader:
         draws: Sequence[np.ndarray] | None = None,
         unreadable: Callable[[int], object] | None = None,
     ) -> Iterator[Tensor]:
-        """Normalised images (len(rows[k]), 3, H, W) for each array of positions; key None = evaluation transform.
+        """Yield normalised images (len(rows[k]), 3, H, W) for each array of positions; key None = evaluation transform.
 
         With a key, sample i is augmented as a function of (key, id of i, draw), draw 0 where draws, shaped like rows, are
         not given. unreadable: called with the position of each image that cannot be read before its batch comes, where it
@@ -154,12 +154,12 @@ class Loader:
         """
         ids = [self.split.ids[positions] for positions in rows]
         if draws is not None:
-            ids = [drawn_ids(of, nth) for of, nth in zip(ids, draws, strict=True)]
+            ids = [drawn_ids(split_ids, nth) for split_ids, nth in zip(ids, draws, strict=True)]
         if self.split.images is not None:
-            each = iter(ids)
+            batch_ids = iter(ids)
             pixels = max(math.prod(self.split.images.shape[1:3]), math.prod(self.transform.size))
             for block in _blocks(rows, limit=BLOCK // (3 * pixels)):
-                images = self._take(np.concatenate(block), np.concatenate([next(each) for _ in block]), key)
+                images = self._take(np.concatenate(block), np.concatenate([next(batch_ids) for _ in block]), key)
                 for batch in images.split([len(positions) for positions in block]):
                     yield self.transform.normalise(batch)
             return
@@ -175,28 +175,34 @@ class Loader:
 
     def _take(self, positions: np.ndarray, ids: np.ndarray, key: int | None) -> Tensor:
         """uint8 (B, 3, H, W)."""
-        how, stored = self.transform, self._images[on_device(positions, self.device)]
-        if stored.shape[1:3] != how.size:
-            mode = InterpolationMode(how.interpolation)
-            resized = v2.functional.resize(stored.permute(0, 3, 1, 2), list(how.size), mode, antialias=True)
+        transform, stored = self.transform, self._images[on_device(positions, self.device)]
+        if stored.shape[1:3] != transform.size:
+            mode = InterpolationMode(transform.interpolation)
+            resized = v2.functional.resize(stored.permute(0, 3, 1, 2), list(transform.size), mode, antialias=True)
             stored = resized.permute(0, 2, 3, 1)
-        if key is None or how.augment == "none":
+        if key is None or transform.augment == "none":
             images = stored.permute(0, 3, 1, 2).contiguous()
         else:
-            images = augment(stored, padding=how.padding, flip="flip" in how.augment, ids=ids, key=key)
+            images = augment(stored, padding=transform.padding, flip="flip" in transform.augment, ids=ids, key=key)
         if key is None:
             return images
-        if how.policy != "none":
-            height, width = how.size
+        if transform.policy != "none":
+            height, width = transform.size
             plan = drawn(
-                how.policy, ids, derive(key, "policy"), height=height, width=width, rand_n=how.rand_n, rand_m=how.rand_m
+                transform.policy,
+                ids,
+                derive(key, "policy"),
+                height=height,
+                width=width,
+                rand_n=transform.rand_n,
+                rand_m=transform.rand_m,
             )
             images = apply(plan, images)
-        return cut_out(images, how, ids=ids, key=key)
+        return cut_out(images, transform, ids=ids, key=key)
 
 
 def from_workers(files: "DataLoader[Any]", advice: str = WITHOUT_WORKERS) -> Iterator[tuple[Tensor, list[str | None]]]:
-    """What `collate` made of each batch; PipelineError that says what to do where a process that reads images is gone."""
+    """Yield the result of `collate` for each batch; raise PipelineError with advice where a reading process is gone."""
     try:
         yield from files
     except RuntimeError as error:
@@ -221,7 +227,7 @@ def _blocks(rows: Sequence[np.ndarray], *, limit: int) -> Iterator[list[np.ndarr
 
 
 class _Plan:
-    """What the next pass reads; kept apart so that worker processes outlive an epoch."""
+    """The batches of the next pass; an object of its own so that worker processes outlive an epoch."""
 
     batches: Iterable[list[Wanted]]
 
@@ -273,12 +279,12 @@ class ImageFiles(torch.utils.data.Dataset):
         }
         self.train = v2.Compose([*moves[transform.augment], *policies[transform.policy], v2.PILToTensor()])
 
-    def __getitems__(self, wanted: list[Wanted]):
-        return [self._one(*one) for one in wanted]
+    def __getitems__(self, requests: list[Wanted]):
+        return [self._one(*request) for request in requests]
 
-    def _one(self, where: Any, ident: int, key: int | None):
+    def _one(self, location: Any, ident: int, key: int | None):
         try:
-            image = self.read(where)
+            image = self.read(location)
         except DataError as error:
             return torch.zeros(3, *self.size, dtype=torch.uint8), str(error)
         if key is None:
