@@ -235,7 +235,7 @@ def _run_stage2(device: str) -> str:
 
     from pipeline.rebalance.engine.features import Features
     from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
-    from pipeline.rebalance.engine.formulation import penalty
+    from pipeline.rebalance.engine.objective import penalty
 
     labels = np.repeat([0, 1], [100, 10])
     noise = np.random.default_rng(0).normal(size=(110, 4)).astype(np.float32)

@@ -17,8 +17,7 @@ from pipeline.longtail import class_balanced_weights
 from pipeline.rebalance.engine.c_backend import instruction_sets
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
-from pipeline.rebalance.engine.formulation import penalty
-from pipeline.rebalance.engine.target import number_coefficient
+from pipeline.rebalance.engine.objective import number_coefficient, penalty
 
 SWEEP = 32
 HEADS = (1, 2, 4, 8, 16)  # times the threads, so that all of them are busy

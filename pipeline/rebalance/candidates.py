@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from pipeline.config import RebalanceConfig, nearest
 from pipeline.errors import ConfigError
 from pipeline.method_names import METHODS, RENAMED
 from pipeline.rebalance.engine.fit import NO_PENALTY, Head, Schedule
-from pipeline.rebalance.engine.formulation import Penalty, penalty, preset_cb
+from pipeline.rebalance.engine.objective import Penalty, penalty, preset_cb
 from pipeline.rebalance.methods import RIVALS, Trained, methods_in
 from pipeline.rebalance.methods.iwb_la import iwb_la_head, iwb_la_schedule
 from pipeline.rebalance.selection import AUTO
@@ -128,16 +128,7 @@ def references(config: RebalanceConfig) -> list[HeadId]:
 
 def penalty_of(config: RebalanceConfig) -> Penalty:
     """Return the norm term of a configuration."""
-    return penalty(
-        config.formulation,
-        log_base=config.log_base,
-        direction=config.direction,
-        kl_weight=config.kl_weight,
-        detach_target=config.detach_target,
-        hardness=config.hardness,
-        number=config.number,
-        divergence=config.divergence,
-    )
+    return penalty(config.formulation, **{switch.name: getattr(config, switch.name) for switch in fields(Penalty)})
 
 
 def cb_form(config: RebalanceConfig) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.bench import rebalance as bench
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
-from pipeline.rebalance.engine.formulation import penalty
+from pipeline.rebalance.engine.objective import penalty
 
 SMALL = bench.Size("small", 150, 8, 10, Schedule(batch_size=16, epochs=2), views=3)
 

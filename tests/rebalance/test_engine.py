@@ -16,8 +16,7 @@ from pipeline.rebalance.engine import c_backend as native
 from pipeline.rebalance.engine.batches import batch_order
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads, plan
-from pipeline.rebalance.engine.formulation import penalty
-from pipeline.rebalance.engine.objective import iwb_objective
+from pipeline.rebalance.engine.objective import iwb_objective, penalty
 from pipeline.rebalance.engine.tensor_backend import stacked
 
 COUNTS = np.array([23, 11, 6, 3, 2])

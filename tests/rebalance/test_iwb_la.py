@@ -7,7 +7,7 @@ from pipeline.distributed import Ranks, choose_device
 from pipeline.rebalance.candidates import head_of, is_trained, schedule_of
 from pipeline.rebalance.engine.features import Features, FeatureSplit
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
-from pipeline.rebalance.engine.formulation import penalty
+from pipeline.rebalance.engine.objective import penalty
 from pipeline.rebalance.methods.iwb_la import with_means
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import is_comparison, next_trials

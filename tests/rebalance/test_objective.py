@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.longtail import class_balanced_weights
-from pipeline.rebalance.engine.formulation import Penalty, penalty
-from pipeline.rebalance.engine.objective import iwb_objective, norm_penalty
-from pipeline.rebalance.engine.target import hardness_coefficient, number_coefficient
+from pipeline.rebalance.engine.objective import (
+    Penalty,
+    hardness_coefficient,
+    iwb_objective,
+    norm_penalty,
+    number_coefficient,
+    penalty,
+)
 
 WEIGHT = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]], dtype=torch.float64)  # norms 5, 2, 1
 BIAS = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)

@@ -19,7 +19,7 @@ from pipeline.config import RebalanceConfig
 from pipeline.rebalance import rebalance
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
-from pipeline.rebalance.engine.formulation import penalty
+from pipeline.rebalance.engine.objective import penalty
 
 COUNTS = np.array([23, 11, 6, 3, 2])
 SHORT = Schedule(epochs=3, lr=0.05, momentum=0.9, weight_decay=0.01, batch_size=8)

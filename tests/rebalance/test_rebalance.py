@@ -16,7 +16,7 @@ from pipeline.metrics import scores
 from pipeline.rebalance import RebalanceResult, rebalance, run, sweep
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
-from pipeline.rebalance.engine.formulation import penalty
+from pipeline.rebalance.engine.objective import penalty
 from pipeline.rebalance.folds import CAVEAT
 from pipeline.rebalance.load import load
 from pipeline.rebalance.prepare import prepare_rebalance

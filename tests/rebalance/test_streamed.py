@@ -9,7 +9,7 @@ from pipeline.config import RebalanceConfig, parse_bytes
 from pipeline.errors import DataError
 from pipeline.rebalance.engine.c_backend import instruction_sets
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
-from pipeline.rebalance.engine.formulation import penalty
+from pipeline.rebalance.engine.objective import penalty
 from pipeline.rebalance.engine.streamed import StreamedViews
 from pipeline.rebalance.load import StoredViews, load
 

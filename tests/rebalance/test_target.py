@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.longtail import class_balanced_weights
-from pipeline.rebalance.engine.target import (
+from pipeline.rebalance.engine.objective import (
     cosines,
     hardness_coefficient,
     number_coefficient,

@@ -16,7 +16,7 @@ import numpy as np, torch
 from pipeline.rebalance.engine import tensor_backend as by_stacks
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.features import Features
-from pipeline.rebalance.engine.formulation import penalty
+from pipeline.rebalance.engine.objective import penalty
 
 random, counts = np.random.default_rng(5), np.array([23, 11, 6, 3, 2])
 labels = random.permutation(np.repeat(np.arange(5), counts))

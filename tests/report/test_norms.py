@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.rebalance.engine.target import hardness_coefficient, number_coefficient, target
+from pipeline.rebalance.engine.objective import hardness_coefficient, number_coefficient, target
 from pipeline.report import norm_targets as lengths
 from pipeline.report.norm_targets import maxnorm, target_norms, target_of, tau_norm
 from pipeline.report.norms import norm_against_size, pearson, spearman, weight_norms

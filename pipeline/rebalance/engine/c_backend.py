@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.rebalance.engine.epochs import Epochs
-from pipeline.rebalance.engine.formulation import Penalty
 from pipeline.rebalance.engine.head import Head, class_weights
+from pipeline.rebalance.engine.objective import KERNEL_SWITCHES, Penalty
 
 try:
     from pipeline.rebalance.engine import _c_kernel  # type: ignore[attr-defined]
@@ -27,7 +27,7 @@ PIECE_BYTES = 4 << 20  # features that all heads pass before the next ones come;
 SHARED = 10**7  # operations of a step from which threads gain by sharing a head
 
 _ADDRESSES = ("weight", "velocity", "bias", "bias_velocity", "half_target", "class_weight", "prior")
-_SWITCHES = ("penalised", "summed", "loss", "by_sum", "divergence", "direction", "hardness", "moving")
+_SWITCHES = ("penalised", "summed", "loss", "by_sum", *KERNEL_SWITCHES, "moving")
 HEAD = np.dtype(
     [(name, np.uint64) for name in _ADDRESSES] + [("kl_weight", np.float64)] + [(name, np.int32) for name in _SWITCHES],
     align=True,
@@ -158,10 +158,8 @@ class KernelHeads:
                 summed,
                 bce[k],
                 class_weights[weights][1],
-                rule.divergence == "mse",
-                rule.direction == "target-to-norms",
-                ("vector", "scalar", "none").index(rule.hardness),
-                not rule.detach_target and rule.hardness != "none",
+                *rule.codes,
+                rule.moving_target,
             )
 
     @property

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.longtail import class_balanced_weights, log_prior
-from pipeline.rebalance.engine.formulation import CBLoss, Penalty
-from pipeline.rebalance.engine.target import number_coefficient
+from pipeline.rebalance.engine.objective import CBLoss, Penalty, number_coefficient
 from pipeline.schedule import learning_rate
 
 NO_PENALTY = Penalty(kl_weight=0.0)
@@ -24,12 +23,12 @@ class Form:
     @property
     def moving_target(self) -> bool:
         """True where gradient passes through P into the class vectors."""
-        return not self.penalty.detach_target and self.penalty.hardness != "none"
+        return self.penalty.moving_target
 
     @property
     def needs_every_target(self) -> bool:
         """True where P of every sample is needed, not only its mean over the batch."""
-        return self.moving_target or (self.penalty.divergence == "kl" and self.penalty.direction == "target-to-norms")
+        return self.penalty.needs_every_target
 
 
 @dataclass(frozen=True)

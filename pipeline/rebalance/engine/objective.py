@@ -1,20 +1,108 @@
-"""The objective of stage 2 as the paper writes it; the engine computes the same gradients by hand."""
+"""The objective of stage 2 as the paper writes it: its switches and their presets, the target P, the loss of a batch.
+
+The engine computes the same gradients by hand. All functions of tensors are pure and keep their dtype.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config import nearest
 from pipeline.errors import ConfigError
 from pipeline.longtail import class_balanced_weights
-from pipeline.rebalance.engine.formulation import CBLoss, Direction, Divergence, Penalty, penalty
-from pipeline.rebalance.engine.target import (
-    Hardness,
-    LogBase,
-    hardness_coefficient,
-    number_coefficient,
-    target,
-)
+
+Hardness = Literal["vector", "scalar", "none"]
+LogBase = Literal["2", "e"]
+Direction = Literal["norms-to-target", "target-to-norms"]
+Divergence = Literal["kl", "mse"]
+CBLoss = Literal["softmax", "bce"]
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The divergence of the norms of the class vectors from the target P, and its weight beside the classification loss.
+
+    Arguments:
+        log_base: base of the logarithm in NC.
+        direction: norms-to-target is KL(softmax n ‖ softmax P).
+        kl_weight: factor on the batch mean; `batch` makes it the sum over the batch.
+        detach_target: let no gradient pass through P into the class vectors.
+        hardness: HC by class (vector), by the true class (scalar), or 1 (none).
+        number: False replaces NC by 1.
+    Source: IWB, AAAI 2024, Eq. 3–8.
+    """
+
+    log_base: LogBase = "2"
+    direction: Direction = "norms-to-target"
+    kl_weight: float | Literal["batch"] = 1.0
+    detach_target: bool = True
+    hardness: Hardness = "vector"
+    number: bool = True
+    divergence: Divergence = "kl"
+
+    @property
+    def moving_target(self) -> bool:
+        """True where gradient passes through P into the class vectors."""
+        return not self.detach_target and self.hardness != "none"
+
+    @property
+    def needs_every_target(self) -> bool:
+        """True where P of every sample is needed, not only its mean over the batch."""
+        return self.moving_target or (self.divergence == "kl" and self.direction == "target-to-norms")
+
+    @property
+    def codes(self) -> list[int]:
+        """The numbers of the C kernel for the switches KERNEL_SWITCHES, as its enums count them."""
+        return [_VALUES[name].index(getattr(self, name)) for name in KERNEL_SWITCHES]
+
+
+KERNEL_SWITCHES = ("divergence", "direction", "hardness")  # in the order of `struct head` in csrc/kernel.h
+PRESETS: dict[str, tuple[Penalty, CBLoss]] = {
+    "mixed": (Penalty(), "bce"),  # penalty of the text, loss of the code: see docs/results.md
+    "paper": (Penalty(), "softmax"),
+    "code": (Penalty(log_base="e", direction="target-to-norms", kl_weight="batch", detach_target=False), "bce"),
+}
+_VALUES: dict[str, tuple] = {
+    "log_base": ("2", "e"),
+    "direction": ("norms-to-target", "target-to-norms"),
+    "hardness": ("vector", "scalar", "none"),
+    "divergence": ("kl", "mse"),
+    "detach_target": (True, False),
+    "number": (True, False),
+}
+
+
+def penalty(formulation: str = "paper", **switches: Any) -> Penalty:
+    """Return the penalty of a preset, changed by the switches that are not None.
+
+    Raises: ConfigError: unknown formulation or value.
+    """
+    return replace(_preset(formulation)[0], **{k: _checked(k, v) for k, v in switches.items() if v is not None})
+
+
+def preset_cb(formulation: str) -> CBLoss:
+    """Return the form of the class-balanced loss of a formulation."""
+    return _preset(formulation)[1]
+
+
+def _preset(formulation: str) -> tuple[Penalty, CBLoss]:
+    if formulation not in PRESETS:
+        raise ConfigError(f"no formulation {formulation!r}; known: {', '.join(PRESETS)}{nearest(formulation, PRESETS)}")
+    return PRESETS[formulation]
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name == "kl_weight":
+        if value == "batch" or (isinstance(value, int | float) and 0 <= value < float("inf")):
+            return value
+        raise ConfigError(f"kl_weight {value!r}: expected a number of 0 or more, or 'batch'")
+    if value not in _VALUES[name]:
+        raise ConfigError(f"{name} {value!r}: expected one of {', '.join(map(str, _VALUES[name]))}")
+    return value
 
 
 def iwb_objective(
@@ -110,3 +198,49 @@ def norm_penalty(weight: Tensor, features: Tensor, labels: Tensor, counts: Tenso
     if rule.direction == "norms-to-target":
         return (log_s.exp() * (log_s - log_q)).sum(1).mean()
     return (log_q.exp() * (log_q - log_s)).sum(1).mean()
+
+
+def number_coefficient(counts: Tensor, *, log_base: LogBase = "2") -> Tensor:
+    """Return NC (C,) = log(N / (N_c + 1)), large for classes with few images.
+
+    Arguments:
+        counts: (C,) training images of each class.
+    Source: IWB paper, Eq. 3; base e: its released code.
+    """
+    ratio = counts.sum() / (counts + 1)
+    return torch.log2(ratio) if log_base == "2" else torch.log(ratio)
+
+
+def cosines(weight: Tensor, features: Tensor) -> Tensor:
+    """Return the cosine (B, C) between every feature (B, D) and every class vector (C, D), without the bias.
+
+    A feature or class vector of zeros has cosine 0.
+
+    Source: IWB paper, Eq. 5.
+    """
+    tiny = torch.finfo(weight.dtype).tiny
+    unit = features / features.norm(dim=1, keepdim=True).clamp_min(tiny)
+    return unit @ weight.T / weight.norm(dim=1).clamp_min(tiny)
+
+
+def hardness_coefficient(weight: Tensor, features: Tensor, labels: Tensor, *, hardness: Hardness = "vector") -> Tensor:
+    """Return HC = (1 − cosine) / 2 in [0, 1], large where a feature is far from a class vector.
+
+    Arguments:
+        weight: (C, D).
+        features: (B, D).
+        labels: (B,).
+    Returns: vector: (B, C), for every class. scalar: (B, 1), for the true class. none: (1, 1), a one.
+    Source: IWB paper, Eq. 6; scalar: Eq. 4.
+    """
+    if hardness == "none":
+        return weight.new_ones(1, 1)
+    cosine = cosines(weight, features)
+    if hardness == "scalar":
+        cosine = cosine.gather(1, labels[:, None])
+    return (1 - cosine) / 2
+
+
+def target(number: Tensor, hardness: Tensor, lam: float | Tensor) -> Tensor:
+    """Return P = λ · NC · HC, (B, C), or (1, C) where HC is the same for all samples. [IWB paper, Eq. 7]"""
+    return lam * number * hardness

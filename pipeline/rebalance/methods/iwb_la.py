@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.rebalance.engine.formulation import penalty
 from pipeline.rebalance.engine.head import Head, Schedule
+from pipeline.rebalance.engine.objective import penalty
 
 RATE = 0.4  # of the configuration's learning rate, in the middle of what is tried
 TRIALS = ((0.3, 0.25), (0.6, 0.25), (1.0, 0.25), (0.6, 0.5))  # λ, share of means

@@ -54,8 +54,8 @@ def adaptive_adjustment(cosines: Tensor, labels: Tensor, stage1: Stage1, scale: 
     Q_c = ln 2 / ln(N_c/N_min + 1). [Zhao et al., AAAI 2022]
     """
     quantity = math.log(2) / (stage1.counts / stage1.counts.min() + 1).log()
-    hardness = (1 - at(cosines, labels).detach()) / 2
-    return cross_entropy(scale * _less_at(cosines, labels, hardness * quantity[_like(labels, cosines)]), labels)
+    difficulty = (1 - at(cosines, labels).detach()) / 2
+    return cross_entropy(scale * _less_at(cosines, labels, difficulty * quantity[_like(labels, cosines)]), labels)
 
 
 def smoothing(stage1: Stage1, head: float | Tensor, tail: float | Tensor) -> Tensor:

@@ -9,18 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SOFTMAX, BCE };
-enum { KL, MSE };
-enum { NORMS_TO_TARGET, TARGET_TO_NORMS };
-enum { VECTOR, SCALAR, NONE };
-
-/* One head; arrays of REAL: weight, velocity (D, P), the others (P). The same fields as HEAD in c_backend.py. */
-struct head {
-    void *weight, *velocity, *bias, *bias_velocity, *half_target, *class_weight, *prior;
-    double kl_weight;
-    int32_t penalised, summed, loss, by_sum, divergence, direction, hardness, moving;
-};
-
 /* Rows of one order, in steps of `batch`. The same fields as BLOCK in c_backend.py. */
 struct block {
     const void *features;     /* (rows, D) REAL */

@@ -6,6 +6,21 @@ kept as (D, P), P being C padded to whole vectors; padding has weight 0 and bias
 
 Formulas: IWB (AAAI 2024) Eq. 3–10 and their gradients as engine/norm_gradient.py states them. */
 
+#ifndef PIPELINE_HEAD
+#define PIPELINE_HEAD
+enum { SOFTMAX, BCE };
+enum { KL, MSE };
+enum { NORMS_TO_TARGET, TARGET_TO_NORMS };
+enum { VECTOR, SCALAR, NONE };
+
+/* One head; arrays of REAL: weight, velocity (D, P), the others (P). The same fields as HEAD in c_backend.py. */
+struct head {
+    void *weight, *velocity, *bias, *bias_velocity, *half_target, *class_weight, *prior;
+    double kl_weight;
+    int32_t penalised, summed, loss, by_sum, divergence, direction, hardness, moving;
+};
+#endif
+
 typedef REAL NAME(vec) __attribute__((vector_size(BYTES)));
 typedef INT NAME(ints) __attribute__((vector_size(BYTES)));
 typedef uint32_t NAME(bits) __attribute__((vector_size(BYTES)));
