@@ -94,7 +94,7 @@ def test_the_row_of_a_method_is_its_chosen_trial(run):
 def test_the_table_names_what_was_chosen(run):
     text = " ".join(str(run[1]).split())
     assert "Chosen for each method on validation" in text
-    assert "each trained method has 4 trials; a method without training tries its whole grid" in text
+    assert "Each trained method has 4 trials; a method without training tries its whole grid" in text
     assert "n = 2 batch orders of one backbone" in text
     for c in run[1].chosen:
         assert c["method"] in text

@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from pipeline.rebalance.prepare import prepare_rebalance
 from pipeline.report.study import read_heads
 from pipeline.results.differences import paired_difference
 from pipeline.results.tables import results_table
+from tests.small_run import made_store
 
 REAL = Path(__file__).parents[3] / "shared/data/features/cifar100_lt_if100_resnet32.npz"
 COUNTS = np.array([120, 60, 8])
@@ -495,3 +499,18 @@ def test_real_features_give_the_known_table(tmp_path):
 
 def test_what_is_public():
     assert run.rebalance is rebalance
+
+
+def test_a_dry_run_reads_no_features_and_loads_neither_timm_nor_torchvision(tmp_path):
+    store = made_store(tmp_path / "features.zarr")
+    for split in ("train", "val", "test"):
+        shutil.rmtree(store / split / "features" / "c")
+    code = f"""import sys
+import pipeline.rebalance.selection
+assert "torch" not in sys.modules
+from pipeline.config import RebalanceConfig
+from pipeline.rebalance.prepare import prepare_rebalance
+print(prepare_rebalance({str(store)!r}, RebalanceConfig(lam="0.1,0.2")).description.numbers["heads"])
+print([m for m in ("timm", "torchvision", "matplotlib") if m in sys.modules])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr

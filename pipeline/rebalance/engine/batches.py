@@ -74,8 +74,8 @@ class Batches:
         self.size = size
         batch_bytes = seeds * (size + 1) * (width + 1) * like.element_size() * (1 + len(weightings) + unit)
         self.at_once = max(1, min(rows // size, BLOCK_BYTES[like.device.type] // batch_bytes))
-        self._make = lambda batches, rows: Block(batches, seeds, rows, width, weightings, unit=unit, ranks=ranks)
-        self._blocks: dict[tuple[int, int], Block] = {}
+        self._make = lambda batches, rows: BatchBlock(batches, seeds, rows, width, weightings, unit=unit, ranks=ranks)
+        self._blocks: dict[tuple[int, int], BatchBlock] = {}
 
     def epoch(self, features: Tensor, labels: Tensor, order: Tensor) -> Iterator[Sequence[Batch]]:
         """Yield blocks of batches, a short batch last; each block overwrites the one before.
@@ -92,13 +92,13 @@ class Batches:
         if last:
             yield self._block(1, last).fill(features, labels, order, full * self.size)
 
-    def _block(self, batches: int, size: int) -> "Block":
+    def _block(self, batches: int, size: int) -> "BatchBlock":
         if (batches, size) not in self._blocks:
             self._blocks[batches, size] = self._make(batches, size)
         return self._blocks[batches, size]
 
 
-class Block:
+class BatchBlock:
     """n batches of one size in one set of buffers, and the views of them that a step reads."""
 
     def __init__(

@@ -8,20 +8,20 @@ from pipeline.rebalance.engine.stack import Buffers, Stack
 
 
 class Steps:
-    """The steps of a stack, one Step for each batch size: the full batch and the short last one."""
+    """The steps of a stack, one StackStep for each batch size: the full batch and the short last one."""
 
     def __init__(self, stack: Stack):
         self.stack = stack
-        self._steps: dict[int, Step] = {}
+        self._steps: dict[int, StackStep] = {}
 
     def __call__(self, batch: Batch) -> None:
         """Take one step as torch.optim.SGD does, without nesterov and dampening, at the learning rate in minus_lr."""
         if batch.size not in self._steps:
-            self._steps[batch.size] = Step(self.stack, batch.size, batch.labels.shape[1])
+            self._steps[batch.size] = StackStep(self.stack, batch.size, batch.labels.shape[1])
         self._steps[batch.size].run(batch)
 
 
-class Step:
+class StackStep:
     """The arithmetic of a step for one batch size; arguments as of Buffers."""
 
     def __init__(self, stack: Stack, total: int, size: int):
