@@ -164,12 +164,17 @@ out_json = option("--out", type=PATH, help="JSON file to write the result to as 
 
 
 def with_encoder(sets: Sequence[str], name: str | None, checkpoint: Path | None) -> tuple[str, ...]:
-    """Return the settings with that of --encoder; raise ConfigError where --checkpoint names another network."""
+    """Return the settings with those of --encoder; raise ConfigError where --checkpoint names another network.
+
+    A configuration made for training may ask for many augmented views: with --encoder only the clean one is encoded, unless
+    a setting says otherwise.
+    """
     if name is None:
         return tuple(sets)
     if checkpoint is not None:
         raise ConfigError(f"--encoder {name} and --checkpoint {checkpoint} both name a network; leave one of them out")
-    return (*sets, f"backbone.encoder={name}")
+    views = () if last_value(sets, "dump.views") else ("dump.views=1",)
+    return (*sets, *views, f"backbone.encoder={name}")
 
 
 def count(name: str, text: str, *, default: int | None = None, group: str = COMMON) -> Decorator:

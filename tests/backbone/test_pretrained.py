@@ -1,7 +1,9 @@
 """Pretrained encoders by name: the packaged weights are the networks they claim to be, and no hub costs no patience."""
 
+import importlib.util
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,15 @@ import torch
 
 from cache import open_cache
 from pipeline.backbone import pretrained
-from pipeline.backbone.build import build_model, encode
+from pipeline.backbone.arithmetic import Arithmetic
+from pipeline.backbone.build import build_model, encode, input_transform
 from pipeline.backbone.checkpoint import load_checkpoint
+from pipeline.backbone.encoder import encode_in_parts
 from pipeline.backbone.pretrained import ALIASES, installed_aliases, load_encoder, tensors_by_order
 from pipeline.cli import invoke
-from pipeline.config import BackboneConfig, find_config, load_config, make_config
+from pipeline.config import BackboneConfig, DataConfig, find_config, load_config, make_config
 from pipeline.data import load_dataset
+from pipeline.data.dataset import Split
 from pipeline.data.transform import Loader
 from pipeline.errors import ConfigError
 
@@ -158,3 +163,35 @@ def test_training_a_frozen_network_and_naming_two_are_refused(tmp_path, capsys):
     assert "both name a network" in " ".join(capsys.readouterr().err.split())
     assert invoke(words("run", "--encoder", "lite0", "--dry-run", "--out", str(tmp_path / "dry"))) == 0
     assert not (tmp_path / "dry").exists()
+
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "cifar100_test.medz").is_file(), reason="CIFAR-100 is not beside the checkout")
+def test_real_photographs_get_the_features_and_labels_that_another_program_gave_them():
+    """300 test images of CIFAR-100 at 160 px, against features and a linear probe of an independent implementation."""
+    spec = importlib.util.spec_from_file_location("unpack_cifar100", SHARED / "unpack_cifar100.py")
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    rows = np.arange(0, 10_000, 33)[:300]
+    with np.load(SHARED / "features" / "cifar100_lt_if100_effnet_lite0.npz") as archive:
+        features, labels = archive["test_features"][rows].astype(np.float32), archive["test_labels"][rows]
+        weight, bias = archive["weight"], archive["bias"]
+    images = unpack.decode(SHARED / "cifar100_test.medz")[rows]
+    encoder = load_encoder("lite0")
+    network = timm.create_model(encoder.model).eval()
+    network.load_state_dict(encoder.tensors)
+    split = Split(labels=labels.astype(np.int64), ids=rows, images=images)
+    settings = BackboneConfig(encoder="lite0", model=encoder.model)
+    transform = input_transform(DataConfig(source="digits", image_size=160), settings, split, input_facts=encoder.input)
+    batches = Loader(split, transform, device=torch.device("cpu")).batches(np.array_split(np.arange(300), 20))
+    arithmetic = Arithmetic(torch.float32, "channels_last")
+    ours = torch.cat([encode_in_parts(network, batch, arithmetic) for batch in batches]).numpy()
+    cosine = (ours * features).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(features, axis=1)
+    accuracy = [((x @ weight.T + bias).argmax(1) == labels).mean() for x in (ours, features)]
+    assert np.median(cosine) > 0.97
+    assert abs(accuracy[0] - accuracy[1]) < 0.05
+    assert accuracy[0] > 0.4
+    print(f"cosine: median {np.median(cosine):.4f}, least {cosine.min():.4f}; accuracy {accuracy}")
