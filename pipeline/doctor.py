@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.provenance import LIBRARIES
+from pipeline.provenance import LIBRARIES, library_version
 from pipeline.resources import measured_free_memory, usable_cores
 from pipeline.text import Shown, callable_as, columns, wrapped
 
@@ -123,7 +123,7 @@ def doctor(folder: Path | None = None) -> Diagnosis:
         ok=all(check.ok for check in checks),
         python=platform.python_version(),
         platform=platform.platform(),
-        versions={name: _version(name) for name in SHOWN},
+        versions={name: library_version(name) for name in SHOWN},
         devices=tuple(devices),
         device=device,
         precision=precision,
@@ -296,7 +296,7 @@ def extras() -> dict[str, tuple[str, ...]]:
         wanted, _, marker = line.partition(";")
         if (extra := re.search(r"""extra == ["'](\w+)["']""", marker)) and extra[1] not in FOR_DEVELOPERS:
             name = re.match(r"[\w.-]+", wanted.strip())
-            missing = (name[0],) if name and _version(name[0]) is None else ()
+            missing = (name[0],) if name and library_version(name[0]) is None else ()
             found[extra[1]] = found.get(extra[1], ()) + missing
     return found
 
@@ -355,13 +355,6 @@ def _without_kernel(device: str) -> list[str]:
     return [
         "stage 2 has no compiled kernel and fits heads several times slower: install a C compiler, then the package again"
     ]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 callable_as(__name__, doctor)
