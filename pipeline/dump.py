@@ -292,7 +292,7 @@ def _in_background(write: Callable[..., None]) -> Iterator[Callable[..., None]]:
 
 
 def _writer(prepared: PreparedDump) -> Writer:
-    """Return the writer of the store, which rank 0 makes or takes up before the others join."""
+    """Return the writer of the store, which rank 0 makes or opens before the other ranks open it."""
     ranks, out = prepared.ranks, prepared.source.out
 
     def create() -> Writer | None:

@@ -218,6 +218,34 @@ def test_a_training_that_was_stopped_goes_on_as_said(place, tmp_path, monkeypatc
     assert before.keys() | {"before"} == tree(tmp_path).keys()
 
 
+def test_what_several_processes_refuse_is_refused_before_they_start(place, tmp_path):
+    """A setting that only GPUs share, and more ranks than images in a batch: told without a process group."""
+    from pipeline import load_config
+    from pipeline.backbone.prepare import prepare_training
+    from pipeline.errors import ConfigError
+
+    config = load_config(place / "pipeline.yaml", ["backbone.sync_batch_norm=true"])
+    assert prepare_training(config, out=tmp_path / "out", device="cpu").steps == 6
+    with pytest.raises(ConfigError, match="only between GPUs"):
+        prepare_training(config, out=tmp_path / "out", device="cpu", world=2)
+    with pytest.raises(ConfigError, match="too few for 10000 rank"):
+        prepare_training(load_config(place / "pipeline.yaml"), out=tmp_path / "out", device="cpu", world=10_000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_that_finished_is_described_in_the_precision_of_its_checkpoint(place, tmp_path, monkeypatch):
+    from pipeline import load_config, train_backbone
+    from pipeline.backbone import arithmetic
+    from pipeline.backbone.prepare import prepare_training
+
+    monkeypatch.setattr(arithmetic, "computes_bfloat16", lambda device: True)
+    out = tmp_path / "backbone"
+    train_backbone(load_config(place / "pipeline.yaml", ["backbone.precision=bfloat16", "backbone.epochs=1"]), out=out)
+    again = prepare_training(load_config(place / "pipeline.yaml", ["backbone.epochs=1"]), out=out)
+    assert again.complete
+    assert again.description.numbers["precision"] == "bfloat16"
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_as_said(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")

@@ -217,7 +217,7 @@ def refuse_other_backbone(backbone: Checkpoint, folder: Path, *, overwrite: bool
             "transform": "another input transform",
         }
         raise ConfigError(
-            f"{path}: keeps the backbone brought along from {source}; what is asked for, from {backbone.path}, has "
+            f"{path}: holds the external backbone of {source}; the requested one, of {backbone.path}, has "
             f"{', '.join(differences[key] for key in differing_keys)}. Choose another --out, or replace it with --overwrite"
         )
 

@@ -370,7 +370,7 @@ def test_one_folder_keeps_one_backbone_and_never_loses_a_trained_one(tmp_path, t
     before = (tmp_path / "backbone" / "last.pt").read_bytes()
     assert invoke(words(tmp_path / "b.pt", tmp_path)) == 2
     assert (
-        f"brought along from {tmp_path / 'a.pt'}; what is asked for, from {tmp_path / 'b.pt'}, has other weights"
+        f"external backbone of {tmp_path / 'a.pt'}; the requested one, of {tmp_path / 'b.pt'}, has other weights"
         in " ".join(capsys.readouterr().err.split())
     )
     assert (tmp_path / "backbone" / "last.pt").read_bytes() == before
