@@ -1,4 +1,4 @@
-"""What can go wrong, each with the exit code it ends the command with."""
+"""The errors of the program, each with the exit code that a command ends with."""
 
 OK, FAILED, USAGE, DATA, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 

@@ -1,4 +1,4 @@
-"""Which hosts a job wants, where they meet, and by which address and network this one is seen by the others."""
+"""The hosts of a job, the endpoint where they meet, and the address and network interface of this host."""
 
 import fcntl
 import ipaddress
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import ConfigError, PipelineError
 
-TOLD = "PIPELINE_TOLD"  # names the file into which a worker writes the exit code of an error that it has told
+TOLD = "PIPELINE_TOLD"  # names the file into which a worker writes the exit code of an error that it has printed
 PORT = 29400  # torchrun's own default
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
@@ -44,10 +44,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Seat:
-    """This host among the others. address: where they reach it; here: whether it is the one where all meet."""
+    """This host among the others; address is where they reach it, is_endpoint is True for the host where all meet."""
 
     address: str
-    here: bool
+    is_endpoint: bool
 
     @property
     def interface(self) -> str | None:
@@ -55,8 +55,8 @@ class Seat:
         with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
             for _, name in socket.if_nameindex():
                 with suppress(OSError):  # an interface without an address
-                    found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
-                    if socket.inet_ntoa(found[20:24]) == self.address:
+                    request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                    if socket.inet_ntoa(request[20:24]) == self.address:
                         return name
         return None
 
@@ -67,42 +67,42 @@ def meet(endpoint: tuple[str, int], *, patience: float, say: Callable[[str], Non
     PipelineError if nobody does within `patience` seconds, ConfigError where no address of this host is seen by others.
     """
     host, port = endpoint
-    shown, deadline, told = f"{host}:{port}", time.monotonic() + patience, False
+    name, deadline, announced = f"{host}:{port}", time.monotonic() + patience, False
     while True:
         try:
-            address, here = _towards(host, port)
+            address, is_endpoint = _towards(host, port)
             break
         except OSError as error:
             if time.monotonic() > deadline:
                 raise PipelineError(
-                    f"--rdzv-endpoint {shown}: nobody answered within {patience:g} s ({error.strerror or error}); type the "
+                    f"--rdzv-endpoint {name}: nobody answered within {patience:g} s ({error.strerror or error}); type the "
                     f"same command on {host} too (is the name right?), and let other hosts through to its port {port}"
                 ) from error
-            if not told:
-                say(f"waiting for {shown}: the same command has to run there ({error.strerror or error})")
-            told = True
+            if not announced:
+                say(f"waiting for {name}: the same command has to run there ({error.strerror or error})")
+            announced = True
             time.sleep(min(1, patience / 4))
     if _is_loopback(address) and not _means_loopback(host):  # Debian lets a host's own name be 127.0.1.1
         address = _outward() or ""
         if not address:
             raise ConfigError(
-                f"--rdzv-endpoint {shown}: {host} means {socket.gethostbyname(host)} here, which no other host can reach; "
+                f"--rdzv-endpoint {name}: {host} means {socket.gethostbyname(host)} here, which no other host can reach; "
                 f"give the address by which the others see it, such as 192.0.2.1:{port}"
             )
-    return Seat(address, here)
+    return Seat(address, is_endpoint)
 
 
 def _towards(host: str, port: int) -> tuple[str, bool]:
     """(own address on the way to host, whether host is this one); OSError while it neither is nor answers."""
-    family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with closing(socket.socket(family, kind)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with suppress(OSError):  # not an address of this host, or another process of this job is there already
-            probe.bind(where)
-            return str(where[0]), True
+            probe.bind(address)
+            return str(address[0]), True
     with closing(socket.socket(family, kind)) as probe:
         probe.settimeout(5)
-        probe.connect(where)
+        probe.connect(address)
         return str(probe.getsockname()[0]), False
 
 
@@ -128,5 +128,5 @@ def _outward() -> str | None:
 
 
 def in_worker() -> bool:
-    """Whether torchrun, of this program or the user's own, has started this process."""
+    """Return True where torchrun, of this program or of the user, has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

@@ -44,7 +44,7 @@ SAME_AGAIN = "what is finished is kept and the same command goes on"
 
 
 def launch(job: Job, arguments: Sequence[str]) -> int:
-    """Runs `python -m pipeline ARGUMENTS` in a job's workers on this host; the exit code, of what a worker has told.
+    """Run `python -m pipeline ARGUMENTS` in the workers of a job on this host; return their exit code.
 
     Raises PipelineError for what no worker could tell: it was killed, or another host is gone, closed the job, or never came.
     """
@@ -69,8 +69,8 @@ def _launch(job: Job, arguments: Sequence[str]) -> int:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     rendezvous_handler_registry.register(Watched.name, Watched)
     with ExitStack() as at_end:
-        told = Path(at_end.enter_context(tempfile.TemporaryDirectory())) / "exit_code"
-        os.environ[TOLD] = str(told)
+        code_file = Path(at_end.enter_context(tempfile.TemporaryDirectory())) / "exit_code"
+        os.environ[TOLD] = str(code_file)
         config = LaunchConfig(
             min_nodes=job.nodes[0],
             max_nodes=job.nodes[1],
@@ -78,7 +78,7 @@ def _launch(job: Job, arguments: Sequence[str]) -> int:
             run_id=job.name or _name(job, arguments),
             rdzv_backend=Watched.name,
             rdzv_endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-            rdzv_configs={"is_host": seat.here, "told": told, "talk": talk, "at_end": at_end, **job.conf},
+            rdzv_configs={"is_host": seat.is_endpoint, "told": code_file, "talk": talk, "at_end": at_end, **job.conf},
             local_addr=seat.address,
             max_restarts=job.restarts,
         )
@@ -88,8 +88,8 @@ def _launch(job: Job, arguments: Sequence[str]) -> int:
             return end.exit_code
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            if told.exists():
-                return int(told.read_text())
+            if code_file.exists():
+                return int(code_file.read_text())
             if TERMINATED in codes.values() or INTERRUPTED in codes.values():
                 return max(codes.values())
             raise PipelineError(f"{_died(codes)}; {SAME_AGAIN}") from error
@@ -108,7 +108,7 @@ def _launch(job: Job, arguments: Sequence[str]) -> int:
 
 
 class Told(Exception):
-    """A worker has told an error; starting it again would tell the same."""
+    """A worker has printed an error; started again it would print the same."""
 
     def __init__(self, exit_code: int):
         super().__init__(exit_code)
@@ -148,19 +148,19 @@ class Watched(RendezvousHandler):
 
     def num_nodes_waiting(self) -> int:
         assert self._listener is not None
-        waiting, there = self._listener.heard()
-        gone = 0 if there is None else self._hosts - there
-        if gone > 0:
-            self._reason = f"{gone} of {self._hosts} hosts left, or lost a process"
+        waiting, present = self._listener.heard()
+        missing = 0 if present is None else self._hosts - present
+        if missing > 0:
+            self._reason = f"{missing} of {self._hosts} hosts left, or lost a process"
         elif waiting:
             self._reason = "another host is there"
-        return max(waiting, gone)
+        return max(waiting, missing)
 
     def shutdown(self) -> bool:
         return self._listen_no_more() and self._handler.shutdown()  # unless nobody is there to be told
 
     def _listen_no_more(self) -> bool:
-        """Whether the last question, if any, was answered; no thread asks another."""
+        """Ask no more; return True where the last question, if any, was answered."""
         try:
             if self._listener:
                 self._listener.end()
@@ -241,7 +241,7 @@ def _name(job: Job, arguments: Sequence[str]) -> str:
 
 
 def _died(codes: dict[int, int]) -> str:
-    """What became of the workers of this host, by rank; the cause before those that it took along."""
+    """Return how the workers of this host ended, by rank; the cause before those that it took along."""
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     for rank, number in killed.items():
         by = signal.Signals(number).name if number in signal.Signals._value2member_map_ else f"signal {number}"

@@ -33,7 +33,7 @@ RENAMED = {"best": "iwb-la"}  # of format 0.1
 
 
 def start_name(fingerprint: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> str:
-    """What a person calls the head that stage 2 starts from: `stage 1`, or `linear probe` where a backbone brought none.
+    """Return the name of the head that stage 2 starts from: `stage 1`, or `linear probe` where a backbone brought none.
 
     fingerprint: of the store, or of the stores of several backbones.
     """

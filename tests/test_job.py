@@ -101,11 +101,13 @@ def test_a_host_knows_its_seat():
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
         server.listen()
-        assert meet(("127.0.0.1", port), patience=1) == Seat("127.0.0.1", here=False)  # somebody is there already
+        assert meet(("127.0.0.1", port), patience=1) == Seat(
+            "127.0.0.1", is_endpoint=False
+        )  # somebody is there already
         seat = meet(("127.0.0.2", port), patience=1)
-    assert seat == Seat("127.0.0.2", here=True)
-    assert Seat("127.0.0.1", here=True).interface == "lo"
-    assert Seat("203.0.113.1", here=True).interface is None
+    assert seat == Seat("127.0.0.2", is_endpoint=True)
+    assert Seat("127.0.0.1", is_endpoint=True).interface == "lo"
+    assert Seat("203.0.113.1", is_endpoint=True).interface is None
 
 
 def test_an_endpoint_where_nobody_is_says_what_to_type():
