@@ -60,7 +60,7 @@ def test_a_view_that_does_not_fit_is_streamed_and_only_that(whole):
 def test_views_that_do_not_fit_together_are_kept_one_at_a_time(whole):
     views = StoredViews(whole, VIEWS, memory_bytes=VIEW)
     assert views[1] is views[1]
-    assert [len(views._kept) for _ in (views[0], views[2])] == [1, 1]
+    assert [len(views._in_memory) for _ in (views[0], views[2])] == [1, 1]
     together = StoredViews(whole, VIEWS, memory_bytes=VIEWS * VIEW)
     assert len([together[v] for v in range(VIEWS)]) == len(together._kept) == VIEWS
 
