@@ -62,7 +62,7 @@ def test_views_that_do_not_fit_together_are_kept_one_at_a_time(whole):
     assert views[1] is views[1]
     assert [len(views._in_memory) for _ in (views[0], views[2])] == [1, 1]
     together = StoredViews(whole, VIEWS, memory_bytes=VIEWS * VIEW)
-    assert len([together[v] for v in range(VIEWS)]) == len(together._kept) == VIEWS
+    assert len([together[v] for v in range(VIEWS)]) == len(together._in_memory) == VIEWS
 
 
 @pytest.mark.parametrize("augmented", [True, False])
