@@ -105,7 +105,7 @@ def test_gradient_product_and_diagonal_are_those_of_autograd():
         gradient = torch.func.grad(loss)(theta)
         torch.testing.assert_close(point.loss.sum(), loss(theta))
         torch.testing.assert_close(point.gradient, gradient)
-        hessian = torch.func.hessian(loss)(theta).reshape(theta.numel(), -1)
+        hessian = torch.autograd.functional.hessian(loss, theta).reshape(theta.numel(), -1)
         product = (hessian @ gradient.flatten()).view_as(theta)
         torch.testing.assert_close(objective.product(gradient, 0.1, point, fast=True), product)
         torch.testing.assert_close(objective.diagonal(0.1, point).flatten(), hessian.diagonal())
