@@ -14,7 +14,7 @@ LINE_EVERY = 3.0  # seconds between two plain progress lines
 
 
 class Talk:
-    """What a command says to the person who typed it."""
+    """The messages of a command to the person who typed it."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet or int(os.environ.get("RANK", 0)) > 0
@@ -37,10 +37,10 @@ class Talk:
         )
 
     @contextmanager
-    def progress(self, what: str) -> Iterator["Bar"]:
+    def progress(self, label: str) -> Iterator["Bar"]:
         """A bar to be moved with `.move(done, total)`."""
         if not self.live or self.quiet:
-            yield Bar(self, what, None)
+            yield Bar(self, label, None)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -50,35 +50,38 @@ class Talk:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as bars:
-            yield Bar(self, what, bars)
+            yield Bar(self, label, bars)
 
 
 class Bar:
     """Progress of one piece of work."""
 
-    def __init__(self, talk: Talk, what: str, bars: Progress | None):
-        self.talk, self.what, self.bars, self.said_at = talk, what, bars, time.monotonic()
-        self.task = bars.add_task(what, total=None, note="") if bars else None
+    def __init__(self, talk: Talk, label: str, bars: Progress | None):
+        self.talk, self.label, self.bars, self.said_at = talk, label, bars, time.monotonic()
+        self.task = bars.add_task(label, total=None, note="") if bars else None
 
     def move(self, done: float, total: float, note: str = "") -> None:
         if self.bars is not None and self.task is not None:
             self.bars.update(self.task, completed=done, total=total, note=note)
         elif time.monotonic() - self.said_at >= LINE_EVERY:
             self.said_at = time.monotonic()
-            self.talk.say(f"{self.what}: {done:g}/{total:g} {note}".rstrip())
+            self.talk.say(f"{self.label}: {done:g}/{total:g} {note}".rstrip())
 
 
 def describe_dataset(facts: dict[str, Any]) -> str:
     """Sizes, counts per class, imbalance, fingerprint and notes of a data set's summary, for a person."""
     counts = facts["counts"]
-    shown = (
+    counts_text = (
         " ".join(map(str, counts))
         if len(counts) <= 20
         else f"{' '.join(map(str, counts[:8]))} … {' '.join(map(str, counts[-4:]))}"
     )
     sizes = ", ".join(f"{facts[s]:,} {s}" for s in ("train", "val", "test") if s in facts)
     lines = [f"data: {facts['name']}, {facts['classes']} classes, {sizes}; imbalance {facts['imbalance_factor']:g}"]
-    lines += [f"images per class: {shown}", f"fingerprint: {facts['fingerprint'][:16]} ({facts['fingerprint_covers']})"]
+    lines += [
+        f"images per class: {counts_text}",
+        f"fingerprint: {facts['fingerprint'][:16]} ({facts['fingerprint_covers']})",
+    ]
     return "\n".join(lines + [f"note: {note}" for note in facts["notes"]])
 
 

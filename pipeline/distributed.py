@@ -37,7 +37,7 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Waits until every rank is here."""
+        """Wait until every rank has come this far."""
         self.largest(0)
 
     def total(self, values: np.ndarray) -> np.ndarray:
@@ -49,26 +49,26 @@ class Ranks:
         return int(self._reduce(np.array([value]), dist.ReduceOp.MAX)[0])
 
     def add_up(self, tensor: torch.Tensor) -> None:
-        """Replaces a tensor by its sum over ranks, in place, on whatever device and in whatever precision it is."""
+        """Replace a tensor by its sum over ranks, in place, on whatever device and in whatever precision it is."""
         if self.world > 1:
             dist.all_reduce(tensor)
 
     def take_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replaces tensors by those of rank 0, in place."""
+        """Replace tensors by those of rank 0, in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def gathered(self, mine: T) -> list[T]:
-        """What every rank passes, by rank, on all of them; anything that pickles."""
+    def gathered(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank, on every rank; anything that pickles."""
         if self.world == 1:
-            return [mine]
-        found: list = [None] * self.world
-        dist.all_gather_object(found, mine)
-        return found
+            return [value]
+        values: list = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def together(self, make: Callable[[], T]) -> T:
-        """What make() returns on this rank. Where it raises PipelineError on any rank, the lowest such rank raises it and
+        """Return the result of make() on this rank. Where it raises PipelineError on any rank, the lowest such rank raises it and
         the others raise Elsewhere, so that nobody waits for the dead and the reason is said once."""
         failure: PipelineError | None = None
         try:
@@ -139,20 +139,20 @@ def refuse_too_many(nproc: int, device: str = "auto") -> None:
 @contextmanager
 def ranks(device: str = "auto") -> Iterator[Ranks]:
     """The process group torchrun asks for (gloo, and NCCL for CUDA tensors), or one lone rank."""
-    chosen = choose_device(device)
+    selected = choose_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
-        yield Ranks(0, 1, chosen)
+        yield Ranks(0, 1, selected)
         return
     if dist.is_initialized():  # a stage of a run: the run owns the group
-        yield Ranks(dist.get_rank(), world, chosen)
+        yield Ranks(dist.get_rank(), world, selected)
         return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    if selected.type == "cuda":
+        torch.cuda.set_device(selected)
+    backend = "cpu:gloo,cuda:nccl" if selected.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=WAIT)
-        yield Ranks(dist.get_rank(), world, chosen)
+        yield Ranks(dist.get_rank(), world, selected)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

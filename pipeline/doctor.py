@@ -1,4 +1,4 @@
-"""Whether this installation works here: versions, devices, precision, room, and a self-test that really computes."""
+"""Self-test of the installation: versions, devices, precision, room, and computations that really run."""
 
 import importlib.metadata
 import os
@@ -45,7 +45,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis(Shown):
-    """What `doctor` found; ok is whether every check passed. Sizes in GiB, warnings for a person.
+    """The result of `doctor`; ok where every check passed. Sizes in GiB, warnings for a person.
 
     kernel: instruction sets of the C kernel of stage 2 on CPUs, the one that is used first, empty without it; extras: name
     of each optional extra → what is missing of it.
@@ -86,10 +86,10 @@ class Diagnosis(Shown):
             "extras": ", ".join(self._extras()),
             "free": f"memory {memory}{shared}, disk {self.disk_free_gib:.1f} GiB in {self.folder}",
         }
-        told = list(facts.items())
-        told += [("ok" if c.ok else "FAILED", f"{c.name}: {c.said} ({c.seconds:.2f} s)") for c in self.checks]
-        told += [("warning", text) for text in self.warnings]
-        lines = [line for name, text in told for line in wrapped(f"{name:<9} ", text, columns(), indent=10)]
+        entries = list(facts.items())
+        entries += [("ok" if c.ok else "FAILED", f"{c.name}: {c.said} ({c.seconds:.2f} s)") for c in self.checks]
+        entries += [("warning", text) for text in self.warnings]
+        lines = [line for name, text in entries for line in wrapped(f"{name:<9} ", text, columns(), indent=10)]
         took = sum(check.seconds for check in self.checks if check.name != "libraries")
         end = f"all is well; the self-test took {took:.1f} s" if self.ok else "something is wrong: see FAILED above"
         return "\n".join([*lines, end])
@@ -147,8 +147,10 @@ def device_name(device: str = "auto") -> str:
 
     from pipeline.distributed import choose_device
 
-    chosen = choose_device(device)
-    return torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    selected = choose_device(device)
+    return (
+        torch.cuda.get_device_name(selected) if selected.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    )
 
 
 def _import_libraries() -> str:
@@ -169,11 +171,11 @@ def _devices() -> tuple[list[str], str, str, str, int]:
     from pipeline.backbone.arithmetic import SMALL_NETWORK, choose_precision
     from pipeline.distributed import choose_device
 
-    found = ["cpu"]
+    devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         size = facts.total_memory / 2**30
-        found.append(f"cuda:{index} {facts.name}, {size:.0f} GiB, compute capability {facts.major}.{facts.minor}")
+        devices.append(f"cuda:{index} {facts.name}, {size:.0f} GiB, compute capability {facts.major}.{facts.minor}")
     device = choose_device("auto")
     precision = choose_precision("auto", device, operations=SMALL_NETWORK)
     why = {
@@ -182,7 +184,7 @@ def _devices() -> tuple[list[str], str, str, str, int]:
         + (" (small networks stay in float32)" if device.type == "cpu" else ", which needs no loss scaling"),
         torch.float16: "this GPU has no bfloat16 units; float16 with loss scaling",
     }[precision]
-    return found, str(device), str(precision).removeprefix("torch."), why, torch.get_num_threads()
+    return devices, str(device), str(precision).removeprefix("torch."), why, torch.get_num_threads()
 
 
 def _run_network(device: str) -> str:
@@ -216,8 +218,8 @@ def _run_store() -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features.zarr"
         splits = {"train": StoreSplit(1, labels, np.arange(20))}
-        made = {"fingerprint": {"doctor": 1}, "provenance": {}}
-        with create_store(path, splits=splits, width=3, dtype="float16", rows_per_chunk=8, **head, **made) as writer:  # type: ignore[arg-type]
+        origin = {"fingerprint": {"doctor": 1}, "provenance": {}}
+        with create_store(path, splits=splits, width=3, dtype="float16", rows_per_chunk=8, **head, **origin) as writer:  # type: ignore[arg-type]
             for chunk in writer.missing():
                 writer.write(chunk, features[chunk.start : chunk.stop])
             writer.seal()
@@ -247,9 +249,9 @@ def _run_stage2(device: str) -> str:
     head = Head("cb-softmax", 0.1, penalty())
     weight, bias = fit_heads(zero, [head], seeds=[0], schedule=schedule, device=device)
     right = (features @ weight[0, 0].T + bias[0, 0]).argmax(1) == labels
-    found = float(right[labels == 1].mean())
-    if not found > 0.9:
-        raise RuntimeError(f"a fit that separates two distant classes found {100 * found:.0f} % of the small one")
+    recall = float(right[labels == 1].mean())
+    if not recall > 0.9:
+        raise RuntimeError(f"a fit that separates two distant classes found {100 * recall:.0f} % of the small one")
     again, _ = fit_heads(zero, [head], seeds=[0], schedule=schedule, device="cpu", kernel=None)
     apart = float(np.abs(weight - again).max() / np.abs(again).max())
     if not apart < APART:
@@ -258,9 +260,7 @@ def _run_stage2(device: str) -> str:
         )
     kernels = _kernels()
     by = f"the {kernels[0]} kernel" if kernels and device == "cpu" else f"tensor operations on {device}"
-    return (
-        f"{100 * found:.0f} % of a class ten times smaller found by {by}, {apart:.0e} from tensor operations on the CPU"
-    )
+    return f"{100 * recall:.0f} % of a class ten times smaller found by {by}, {apart:.0e} from tensor operations on the CPU"
 
 
 def _run_processes(device: str) -> str:
@@ -274,11 +274,11 @@ def _run_processes(device: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(backend, store=dist.FileStore(f"{folder}/meet", 1), rank=0, world_size=1)
         try:
-            for where in dict.fromkeys(("cpu", device)):
-                ones = torch.ones(4, device=where)
+            for place in dict.fromkeys(("cpu", device)):
+                ones = torch.ones(4, device=place)
                 dist.all_reduce(ones)
                 if not bool((ones == 1).all()):
-                    raise RuntimeError(f"a sum over one process on {where} is {ones.tolist()}")
+                    raise RuntimeError(f"a sum over one process on {place} is {ones.tolist()}")
         finally:
             dist.destroy_process_group()
     nccl = "nccl" if dist.is_nccl_available() else "no nccl"
@@ -291,14 +291,14 @@ def extras() -> dict[str, tuple[str, ...]]:
         lines = importlib.metadata.requires("iwb-pipeline") or []
     except importlib.metadata.PackageNotFoundError:
         lines = []
-    found: dict[str, tuple[str, ...]] = {}
+    missing_packages: dict[str, tuple[str, ...]] = {}
     for line in lines:
-        wanted, _, marker = line.partition(";")
+        requirement, _, marker = line.partition(";")
         if (extra := re.search(r"""extra == ["'](\w+)["']""", marker)) and extra[1] not in FOR_DEVELOPERS:
-            name = re.match(r"[\w.-]+", wanted.strip())
+            name = re.match(r"[\w.-]+", requirement.strip())
             missing = (name[0],) if name and library_version(name[0]) is None else ()
-            found[extra[1]] = found.get(extra[1], ()) + missing
-    return found
+            missing_packages[extra[1]] = missing_packages.get(extra[1], ()) + missing
+    return missing_packages
 
 
 def _kernels() -> tuple[str, ...]:
@@ -314,26 +314,26 @@ def _check(name: str, work: Callable[[], str]) -> Check:
     """The outcome of a part of the self-test; whatever it raises is the finding."""
     started = time.perf_counter()
     try:
-        said, ok = work(), True
+        text, ok = work(), True
     except Exception as error:
-        said, ok = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
-    return Check(name, ok, round(time.perf_counter() - started, 3), said)
+        text, ok = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
+    return Check(name, ok, round(time.perf_counter() - started, 3), text)
 
 
 def _warnings(memory: float | None, shared: float | None, disk: float, folder: Path) -> list[str]:
-    found = []
+    warnings = []
     if disk < LITTLE_DISK:
-        found.append(f"only {disk:.1f} GiB of disk are free in {folder}")
+        warnings.append(f"only {disk:.1f} GiB of disk are free in {folder}")
     if memory is not None and memory < LITTLE_MEMORY:
-        found.append(f"only {memory:.1f} GiB of memory are free")
+        warnings.append(f"only {memory:.1f} GiB of memory are free")
     if shared is not None and shared < LITTLE_SHARED:
-        found.append(
+        warnings.append(
             f"only {shared:.2f} GiB of shared memory are free in {SHARED}, where image loaders hand over batches and GPUs "
             "gradients; of a container it is set by --shm-size 8g"
         )
     if not os.access(folder, os.W_OK):
-        found.append(f"{folder} cannot be written to; give --out")
-    return found
+        warnings.append(f"{folder} cannot be written to; give --out")
+    return warnings
 
 
 def _without_kernel(device: str) -> list[str]:

@@ -15,8 +15,8 @@ def group_means(class_accuracy: np.ndarray, counts: np.ndarray) -> dict[str, flo
     """
 
     def mean(mask: np.ndarray) -> float | None:
-        known = class_accuracy[mask & ~np.isnan(class_accuracy)]
-        return float(100 * known.mean()) if len(known) else None
+        measured = class_accuracy[mask & ~np.isnan(class_accuracy)]
+        return float(100 * measured.mean()) if len(measured) else None
 
     return {"all": mean(np.ones(len(class_accuracy), dtype=bool))} | {
         g: mean(m) for g, m in class_groups(counts).items()
@@ -24,19 +24,19 @@ def group_means(class_accuracy: np.ndarray, counts: np.ndarray) -> dict[str, flo
 
 
 def scarce(labels: np.ndarray, counts: np.ndarray, *, below: int = 30) -> list[str]:
-    """What a person should know of groups with fewer than `below` test samples of these labels (N,)."""
-    seen = np.bincount(labels, minlength=len(counts))
-    told = []
+    """Return remarks on groups with fewer than `below` test samples of these labels (N,)."""
+    samples = np.bincount(labels, minlength=len(counts))
+    remarks = []
     for group, mask in class_groups(counts).items():
-        if 0 < seen[mask].sum() < below:
-            rests = f"{group} rests on {seen[mask].sum()} test image(s) of {(seen[mask] > 0).sum()} class(es)"
-            told.append(f"{rests}: its differences and their intervals mean little")
-    return told
+        if 0 < samples[mask].sum() < below:
+            rests = f"{group} rests on {samples[mask].sum()} test image(s) of {(samples[mask] > 0).sum()} class(es)"
+            remarks.append(f"{rests}: its differences and their intervals mean little")
+    return remarks
 
 
-def unmeasured(seen: np.ndarray, class_names: Sequence[str], split: str, *, most: int = 5) -> list[str]:
-    """What a person should know of classes that a split has no sample of; seen (C,): how many it has of each."""
-    without = [name for name, n in zip(class_names, seen, strict=True) if not n]
+def unmeasured(samples: np.ndarray, class_names: Sequence[str], split: str, *, most: int = 5) -> list[str]:
+    """Return a remark on classes without a sample in a split; samples (C,): those it has of each class."""
+    without = [name for name, n in zip(class_names, samples, strict=True) if not n]
     if not without:
         return []
     kind = f"{len(without)} class(es) without a {split} image"
@@ -48,9 +48,9 @@ def sampling_error(class_accuracy: np.ndarray, total: np.ndarray) -> float:
 
     Classes without a sample (nan) are left out.
     """
-    known = (total > 0) & ~np.isnan(class_accuracy)
-    p = class_accuracy[known]
-    return float(100 * np.sqrt((p * (1 - p) / total[known]).sum()) / max(known.sum(), 1))
+    measured = (total > 0) & ~np.isnan(class_accuracy)
+    p = class_accuracy[measured]
+    return float(100 * np.sqrt((p * (1 - p) / total[measured]).sum()) / max(measured.sum(), 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class Scores:
 
     @property
     def standard_error(self) -> float:
-        """Of `all`, in %: how far it would move with other samples of the same classes (binomial in each class)."""
+        """Return the standard error of `all`, in %: over other samples of the same classes, binomial in each class."""
         return sampling_error(self.per_class, self.total)
 
 
@@ -105,8 +105,8 @@ def confidence_bins(
 
     confidence (M,): probability of the predicted class; hit (M,): whether it was right. A bin holds its upper edge.
     """
-    which = np.clip(np.ceil(np.asarray(confidence, np.float64) * bins).astype(int) - 1, 0, bins - 1)
-    return np.bincount(which, minlength=bins), np.bincount(which, hit, bins), np.bincount(which, confidence, bins)
+    bin_of = np.clip(np.ceil(np.asarray(confidence, np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    return np.bincount(bin_of, minlength=bins), np.bincount(bin_of, hit, bins), np.bincount(bin_of, confidence, bins)
 
 
 def expected_calibration_error(confidence: np.ndarray, hit: np.ndarray, *, bins: int = 15) -> float:

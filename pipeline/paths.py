@@ -15,23 +15,23 @@ _OF_A_RUN = ("backbone/last.pt", "features.zarr", "rebalance/results.json", "see
 
 def near(path: Path) -> str:
     """`; did you mean …?` with the name beside a path that is most like it, or nothing."""
-    found = get_close_matches(path.name, [other.name for other in path.parent.glob("*")], 1)
-    return f"; did you mean {path.with_name(found[0])}?" if found else ""
+    matches = get_close_matches(path.name, [entry.name for entry in path.parent.glob("*")], 1)
+    return f"; did you mean {path.with_name(matches[0])}?" if matches else ""
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder has a training, features or results of its own, or of several backbones."""
+    """Return True where a folder has a training, features or results of its own, or of several backbones."""
     return any(next(folder.glob(part), None) is not None for part in _OF_A_RUN)
 
 
 def holds_runs(folder: Path) -> str:
-    """That a folder is no run but has some in it, which are named; nothing where that is not so."""
+    """Return a sentence that names the runs in a folder that is none itself, or nothing."""
     runs = [] if is_run(folder) else sorted(str(path) for path in folder.glob("*") if is_run(path))
     if not runs:
         return ""
-    others = f" ({len(runs)} in all: {', '.join(Path(run).name for run in runs[:8])}" if runs[1:] else ""
-    others += (", …)" if runs[8:] else ")") if others else ""
-    return f"{folder}: holds runs, is none; name one, such as {runs[0]}{others}"
+    examples = f" ({len(runs)} in all: {', '.join(Path(run).name for run in runs[:8])}" if runs[1:] else ""
+    examples += (", …)" if runs[8:] else ")") if examples else ""
+    return f"{folder}: holds runs, is none; name one, such as {runs[0]}{examples}"
 
 
 def results_folder(store: Cache | Path | str, kind: str = "rebalance") -> Path:
@@ -84,5 +84,5 @@ def read_document(document: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _each(text: Any, change: Callable[[str, Path], str], folder: Path) -> Any:
     if isinstance(text, list):
-        return [_each(one, change, folder) for one in text]
+        return [_each(item, change, folder) for item in text]
     return change(text, folder) if isinstance(text, str) else text

@@ -1,4 +1,4 @@
-"""What made an artefact: command, configuration, versions, machine, time."""
+"""The origin of an artefact: command, configuration, versions, machine, time."""
 
 import datetime
 import importlib.metadata
@@ -13,7 +13,7 @@ LIBRARIES = ("iwb-pipeline", "torch", "torchvision", "timm", "zarr", "numpy")
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """JSON-ready description of this process, plus the given facts (config, device, seed, made_from, …)."""
+    """Return a JSON-ready description of this process, plus the given facts (config, device, seed, made_from, …)."""
     return {
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

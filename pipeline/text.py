@@ -1,4 +1,4 @@
-"""How results read: the same text for print(), a terminal and a notebook."""
+"""The text of results: the same text for print(), a terminal and a notebook."""
 
 import io
 import re
@@ -28,16 +28,16 @@ class Shown:
 
 
 def columns(most: int = WIDTH) -> int:
-    """How wide a text may be: the terminal's columns, at most `most`."""
+    """Return the width of a text: the terminal's columns, at most `most`."""
     return min(most, shutil.get_terminal_size((most, 24)).columns)
 
 
 def wrapped(name: str, text: str, width: int, *, indent: int) -> list[str]:
     """`name` and the text behind it, in lines of a width, those after the first indented; words longer than it stay whole,
     and so do `λ = 0.1` and `1 ± 2`."""
-    whole = re.sub(" ([=±]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", text)
+    unbroken = re.sub(" ([=±]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", text)
     lines = textwrap.wrap(
-        whole,
+        unbroken,
         width,
         initial_indent=name,
         subsequent_indent=" " * indent,
