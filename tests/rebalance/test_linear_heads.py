@@ -224,3 +224,15 @@ def test_an_ensemble_is_one_layer_with_the_mean_of_its_members_logits():
     torch.testing.assert_close((X @ weight.T + bias).softmax(1), logits.softmax(1))
     assert weight.mean(0).abs().max() < 1e-12
     assert within_one_error([0.50, 0.56, 0.545], [0.01, 0.02, 0.5]) == [1, 2]
+
+
+def test_a_far_start_is_no_stall():
+    """From all-zero class vectors the gradient first grows while the loss falls, on wide features with many classes."""
+    random = np.random.default_rng(3)
+    counts = torch.tensor(np.geomspace(200, 2, 40).astype(int), dtype=torch.float64)
+    labels = torch.tensor(np.repeat(np.arange(40), counts.numpy().astype(int)))
+    x = torch.tensor(np.maximum(random.normal(size=(40, 200))[labels] + random.normal(size=(len(labels), 200)), 0))
+    head = logistic_regression(
+        in_blocks(x, labels, 512), counts, 200, l2s=(0.2, 1e-4), tolerance=1e-7, dtype=torch.float64
+    )
+    assert head.gradient.max() <= 1e-7

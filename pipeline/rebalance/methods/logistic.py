@@ -152,6 +152,11 @@ class Point:
     gradient: Tensor
     memory: list[Tensor] | None
 
+    def select(self, rows: Tensor) -> "Point":
+        """Return the point of some of its settings."""
+        memory = None if self.memory is None else [block[:, rows] for block in self.memory]
+        return Point(self.theta[rows], self.settings[rows], self.loss[rows], self.gradient[rows], memory)
+
 
 class Objective:
     """Loss, gradient and Hessian of weighted regressions; parameters are (S, C, D + 1), the bias last.
@@ -249,25 +254,28 @@ class Objective:
 def newton(objective: Objective, theta: Tensor, l2: float, tolerance: float) -> tuple[Tensor, Tensor]:
     """Return the minimum (S, C, D + 1) of every setting at one l2, and its largest row norm of the gradient (S,).
 
-    Settings advance together and leave when they are done; each has its own step length. Where a step in reduced precision
-    does not lower the gradient, later products are exact.
+    Settings advance together and leave when they are done; each has its own step length. Where a step from products in reduced
+    precision lowers neither gradient nor loss, later products are exact.
     """
-    theta, fast, stalled = theta.clone(), True, 0
+    theta, fast = theta.clone(), True
     point = objective.at(theta, l2, torch.arange(len(theta), device=theta.device))
-    inverse = 1 / objective.diagonal(l2, point)
     error = row_norm(point.gradient)
     for _ in range(MOST_STEPS):
-        rows = (error > tolerance).nonzero().flatten()
-        if not len(rows) or stalled > 3:
+        rows = (error[point.settings] > tolerance).nonzero().flatten()
+        if not len(rows):
             break
         if len(rows) < len(point.settings):
-            point = objective.at(theta[rows], l2, rows)
-        direction = conjugate_gradients(objective, l2, point, inverse[rows], fast=fast)
-        point = line_search(objective, l2, point, direction)
-        theta[rows], new_error = point.theta, row_norm(point.gradient)
-        slow = bool((new_error > 0.5 * error[rows]).any())
-        fast, stalled = fast and not slow, stalled + 1 if slow else 0
-        error[rows] = new_error
+            point = point.select(rows)
+        inverse = 1 / objective.diagonal(l2, point)
+        direction = conjugate_gradients(objective, l2, point, inverse, fast=fast)
+        new = line_search(objective, l2, point, direction)
+        lower = (row_norm(new.gradient) < 0.5 * row_norm(point.gradient)) | (
+            new.loss < point.loss - 1e-4 * point.loss.abs()
+        )
+        if not (fast or lower.any()):
+            break  # neither gets any lower: this is the precision of the features
+        fast, point = fast and bool(lower.all()), new
+        theta[point.settings], error[point.settings] = point.theta, row_norm(point.gradient)
     return theta, error
 
 
