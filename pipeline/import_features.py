@@ -143,8 +143,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         ) from error
     missing = [name for name in ("train_features", "train_labels") if name not in arrays]
     if missing:
-        listed = ", ".join(present) or "nothing"
-        raise DataError(f"{path}: needs {' and '.join(missing)}; it holds {listed}")
+        array_names = ", ".join(present) or "nothing"
+        raise DataError(f"{path}: needs {' and '.join(missing)}; it holds {array_names}")
     return arrays
 
 
@@ -161,8 +161,8 @@ def _store_arguments(
     arrays: Mapping[str, ArrayLike], class_names: ArrayLike | None, *, dtype: str, origin: str
 ) -> dict[str, Any]:
     """Return the arguments of `cache.create_store`, every array checked."""
-    if strange := sorted(set(arrays) - set(ARRAYS)):
-        raise DataError(f"{origin}: unknown array {strange[0]}; known are {', '.join(ARRAYS)}")
+    if unknown := sorted(set(arrays) - set(ARRAYS)):
+        raise DataError(f"{origin}: unknown array {unknown[0]}; known are {', '.join(ARRAYS)}")
     for name in ("train_features", "train_labels"):
         if name not in arrays:
             raise DataError(f"{origin}: {name} is missing")

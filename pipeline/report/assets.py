@@ -1,4 +1,4 @@
-"""What the page carries inside itself: its style and script, plotly's library, and data for them."""
+"""The parts that the page carries inside itself: its style and script, plotly's library, and data for them."""
 
 import base64
 import functools

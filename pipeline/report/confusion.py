@@ -21,9 +21,11 @@ WORST = 3  # confusions of each class that the CSV lists
 
 
 def head_names(study: Study) -> tuple[str, str]:
-    """What before and after are called."""
-    after = str(study.first.selected) if len(set(study.selected)) == 1 else study.first.selected.without_lam.name()
-    return study.start.removeprefix("the "), after
+    """Return the printed names of the head before stage 2 and of the selected one."""
+    selected_name = (
+        str(study.first.selected) if len(set(study.selected)) == 1 else study.first.selected.without_lam.name()
+    )
+    return study.start.removeprefix("the "), selected_name
 
 
 def group_confusion(predicted: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -32,26 +34,26 @@ def group_confusion(predicted: np.ndarray, labels: np.ndarray, counts: np.ndarra
     Classes without a sample are left out; nan in rows where no class is left.
     """
     group, number = group_index(counts), len(GROUPS)
-    seen = np.bincount(labels * number + group[predicted], minlength=len(counts) * number).reshape(-1, number)
-    total = seen.sum(1)
-    share = 100 * seen / np.maximum(total, 1)[:, None]
+    hits = np.bincount(labels * number + group[predicted], minlength=len(counts) * number).reshape(-1, number)
+    total = hits.sum(1)
+    share = 100 * hits / np.maximum(total, 1)[:, None]
     rows = [share[(group == g) & (total > 0)] for g in range(number)]
     return np.stack([row.mean(0) if len(row) else np.full(number, np.nan) for row in rows])
 
 
-def frequent_confusions(of: Sequence[Answers], classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def frequent_confusions(heads: Sequence[Answers], classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(true class, predicted class, % of the true class's samples) of every wrong pair that occurs, the most frequent
     first; over all heads together.
     """
-    labels = np.concatenate([answers.labels for answers in of])
+    labels = np.concatenate([answers.labels for answers in heads])
     pairs, times = np.unique(
-        labels * classes + np.concatenate([answers.predicted for answers in of]), return_counts=True
+        labels * classes + np.concatenate([answers.predicted for answers in heads]), return_counts=True
     )
-    true, taken = np.divmod(pairs, classes)
+    true, predicted = np.divmod(pairs, classes)
     percent = 100 * times / np.bincount(labels, minlength=classes)[true]
-    order = np.lexsort((taken, true, -percent))
-    order = order[true[order] != taken[order]]
-    return true[order], taken[order], percent[order]
+    order = np.lexsort((predicted, true, -percent))
+    order = order[true[order] != predicted[order]]
+    return true[order], predicted[order], percent[order]
 
 
 def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing | None:
@@ -61,10 +63,10 @@ def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing
     counts, names = study.counts, head_names(study)
     heads = dict(zip(names, (compared.start, compared.selected), strict=True))
     matrices = {
-        name: compared.mean(of, [group_confusion(a.predicted, a.labels, counts) for a in of])
-        for name, of in heads.items()
+        name: compared.mean(answers, [group_confusion(a.predicted, a.labels, counts) for a in answers])
+        for name, answers in heads.items()
     }
-    known = [g for g in range(len(GROUPS)) if (group_index(counts) == g).any()]
+    present = [g for g in range(len(GROUPS)) if (group_index(counts) == g).any()]
     tested = np.unique(np.concatenate([a.labels for a in compared.start]))
     due = 100 * np.bincount(group_index(counts)[tested], minlength=len(GROUPS)) / len(tested)
     shares = {name: np.nansum(due[:, None] * matrix / 100, axis=0) for name, matrix in matrices.items()}
@@ -72,13 +74,15 @@ def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing
     figure = look.figure_of(11.5, 3.9)
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     for axes, (name, matrix) in zip(panels, matrices.items(), strict=False):
-        _matrix(axes, matrix[np.ix_(known, known)], [GROUPS[g] for g in known], name)
+        _matrix(axes, matrix[np.ix_(present, present)], [GROUPS[g] for g in present], name)
     panels[0].set_ylabel("true group")
-    _shares(panels[2], {name: share[known] for name, share in shares.items()}, due[known], [GROUPS[g] for g in known])
-    title = _title(matrices, known, names)
+    _shares(
+        panels[2], {name: share[present] for name, share in shares.items()}, due[present], [GROUPS[g] for g in present]
+    )
+    title = _title(matrices, present, names)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     look.legend(figure, panels)
-    sizes = ", ".join(f"{GROUPS[g]} {BOUNDS[GROUPS[g]]} images ({study.classes_of(GROUPS[g])})" for g in known)
+    sizes = ", ".join(f"{GROUPS[g]} {BOUNDS[GROUPS[g]]} images ({study.classes_of(GROUPS[g])})" for g in present)
     caption = (
         f"{title}. Test split, {len(compared.start[0].labels):,} samples, clean view; % of the samples of a true group "
         "(row), mean over its classes, that a head takes for a class of each group (column); the diagonal holds wrong classes "
@@ -86,9 +90,9 @@ def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing
         f"share that is due to it. {sizes}. Mean over {study.repeated}. The CSV lists the {WORST} most frequent confusions of "
         "every class."
     )
-    table = _table(study, heads, matrices, shares, due, known)
-    shown = _chart(matrices, shares, due, known, table)
-    return Drawing("confusion", "Confusion between groups", caption, figure, table, shown)
+    table = _table(study, heads, matrices, shares, due, present)
+    interactive = _chart(matrices, shares, due, present, table)
+    return Drawing("confusion", "Confusion between groups", caption, figure, table, interactive)
 
 
 def _matrix(axes: "Axes", matrix: np.ndarray, groups: Sequence[str], name: str) -> None:
@@ -121,23 +125,33 @@ def _shares(axes: "Axes", shares: dict[str, np.ndarray], due: np.ndarray, groups
 
 
 def _chart(
-    matrices: dict[str, np.ndarray], shares: dict[str, np.ndarray], due: np.ndarray, known: list[int], table: list[Row]
+    matrices: dict[str, np.ndarray],
+    shares: dict[str, np.ndarray],
+    due: np.ndarray,
+    present: list[int],
+    table: list[Row],
 ) -> Row:
     """Both matrices and the shares; hovering over a cell tells the classes that are mistaken most often."""
-    groups, traces = [GROUPS[g] for g in known], []
+    groups, traces = [GROUPS[g] for g in present], []
     for panel, (name, matrix) in enumerate(matrices.items(), 1):
-        cells = matrix[np.ix_(known, known)]
-        told = [[_pairs_of(table, name, true, taken) for taken in groups] for true in groups]
+        cells = matrix[np.ix_(present, present)]
+        hover_texts = [[_pairs_of(table, name, true, predicted) for predicted in groups] for true in groups]
         on: Row = {"xaxis": f"x{panel}", "yaxis": f"y{panel}"} if panel > 1 else {}
-        seen: Row = {"z": [plain(line) for line in cells], "x": groups, "y": groups, "text": told, "showscale": False}
-        seen |= {"zmin": 0, "zmax": 100, "colorscale": SCALE, "texttemplate": "%{z:.1f}"}
+        heat: Row = {
+            "z": [plain(line) for line in cells],
+            "x": groups,
+            "y": groups,
+            "text": hover_texts,
+            "showscale": False,
+        }
+        heat |= {"zmin": 0, "zmax": 100, "colorscale": SCALE, "texttemplate": "%{z:.1f}"}
         hover = "%{z:.1f} % of %{y} taken for %{x}%{text}<extra>" + plain([name])[0] + "</extra>"
-        traces.append({"type": "heatmap", "name": plain([name])[0], "hovertemplate": hover, **seen, **on})
+        traces.append({"type": "heatmap", "name": plain([name])[0], "hovertemplate": hover, **heat, **on})
     third: Row = {"xaxis": "x3", "yaxis": "y3", "hovertemplate": "%{y:.1f} % of all predictions"}
     for (name, share), (color, pattern) in zip(shares.items(), ((BLACK, "/"), (BLUE, "")), strict=True):
-        traces.append(bars(name, groups, share[known], color=color, pattern=pattern, **third))
+        traces.append(bars(name, groups, share[present], color=color, pattern=pattern, **third))
     mark: Row = {"color": ORANGE, "linestyle": "none", "marker": "D", "markersize": 9}
-    traces.append(trace("due to the group", groups, due[known], mark, **third))
+    traces.append(trace("due to the group", groups, due[present], mark, **third))
     upside_down: Row = {"autorange": "reversed", "showgrid": False}
     return chart(
         traces,
@@ -151,23 +165,23 @@ def _chart(
     )
 
 
-def _pairs_of(table: list[Row], head: str, true: str, taken: str) -> str:
+def _pairs_of(table: list[Row], head: str, true: str, predicted: str) -> str:
     """The most frequent confusions of classes between two groups, a line each."""
-    wanted = {"row": "class", "head": head, "true_group": true, "predicted_group": taken}
-    found = [row for row in table if wanted.items() <= row.items()]
-    found = sorted(found, key=lambda row: -row["percent"])[:WORST]
-    lines = plain([f"{row['percent']:.0f} % of {row['true']} as {row['predicted']}" for row in found])
+    keys = {"row": "class", "head": head, "true_group": true, "predicted_group": predicted}
+    rows = [row for row in table if keys.items() <= row.items()]
+    rows = sorted(rows, key=lambda row: -row["percent"])[:WORST]
+    lines = plain([f"{row['percent']:.0f} % of {row['true']} as {row['predicted']}" for row in rows])
     return "".join(f"<br>{line}" for line in lines)
 
 
-def _title(matrices: dict[str, np.ndarray], known: Sequence[int], names: tuple[str, str]) -> str:
-    """What becomes of the smallest group's samples."""
-    least, most = known[-1], known[0]
-    before, after = (matrices[name][least, most] for name in names)
-    if least == most or np.isnan(before):
+def _title(matrices: dict[str, np.ndarray], present: Sequence[int], names: tuple[str, str]) -> str:
+    """Return the title: how often few-shot samples are predicted as many-shot classes."""
+    smallest, largest = present[-1], present[0]
+    start_percent, selected_percent = (matrices[name][smallest, largest] for name in names)
+    if smallest == largest or np.isnan(start_percent):
         return "All classes are of one group"
-    kind = GROUPS[least].capitalize()
-    return f"{kind}-shot test samples taken for {GROUPS[most]}-shot classes: {before:.0f} % → {after:.0f} %"
+    kind = GROUPS[smallest].capitalize()
+    return f"{kind}-shot test samples taken for {GROUPS[largest]}-shot classes: {start_percent:.0f} % → {selected_percent:.0f} %"
 
 
 def _table(
@@ -176,26 +190,28 @@ def _table(
     matrices: dict[str, np.ndarray],
     shares: dict[str, np.ndarray],
     due: np.ndarray,
-    known: Sequence[int],
+    present: Sequence[int],
 ) -> list[Row]:
     """Groups, shares and the most frequent confusions of every class, told apart by `row`."""
     table: list[Row] = []
     for name, matrix in matrices.items():
-        for true in known:
-            for taken in known:
-                cell: Row = {"row": "group", "head": name, "true": GROUPS[true], "predicted": GROUPS[taken]}
-                table.append(cell | {"percent": rounded(matrix[true, taken])})
+        for true in present:
+            for predicted in present:
+                cell: Row = {"row": "group", "head": name, "true": GROUPS[true], "predicted": GROUPS[predicted]}
+                table.append(cell | {"percent": rounded(matrix[true, predicted])})
     for name, share in shares.items():
-        told = {"row": "share", "head": name, "true": None}
-        table += [{**told, "predicted": GROUPS[g], "percent": rounded(share[g]), "due": rounded(due[g])} for g in known]
+        share_row = {"row": "share", "head": name, "true": None}
+        table += [
+            {**share_row, "predicted": GROUPS[g], "percent": rounded(share[g]), "due": rounded(due[g])} for g in present
+        ]
     counts, names, group = study.counts, study.first.store.class_names, group_index(study.counts)
-    for name, of in heads.items():
-        listed = np.zeros(len(counts), int)
-        for true, taken, percent in zip(*frequent_confusions(of, len(counts)), strict=True):
-            listed[true] += 1
-            if listed[true] <= WORST:
-                found: Row = {"row": "class", "head": name, "true": names[true], "predicted": names[taken]}
-                found |= {"percent": rounded(percent), "true_group": GROUPS[group[true]]}
-                found |= {"predicted_group": GROUPS[group[taken]], "true_images": int(counts[true])}
-                table.append(found | {"predicted_images": int(counts[taken])})
+    for name, answers in heads.items():
+        listed_pairs = np.zeros(len(counts), int)
+        for true, predicted, percent in zip(*frequent_confusions(answers, len(counts)), strict=True):
+            listed_pairs[true] += 1
+            if listed_pairs[true] <= WORST:
+                row: Row = {"row": "class", "head": name, "true": names[true], "predicted": names[predicted]}
+                row |= {"percent": rounded(percent), "true_group": GROUPS[group[true]]}
+                row |= {"predicted_group": GROUPS[group[predicted]], "true_images": int(counts[true])}
+                table.append(row | {"predicted_images": int(counts[predicted])})
     return table

@@ -28,7 +28,15 @@ LARGEST_MARK = 25  # % of the predictions
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """Bins of several heads together, each (bins,); ece in %: the mean of their own."""
+    """Predictions of several heads, counted in equally wide bins of confidence.
+
+    Arguments:
+        heads: number of heads.
+        samples: (bins,) predictions in each bin, over all heads.
+        right: (bins,) correct predictions among them.
+        sure: (bins,) sum of their confidences.
+        ece: mean over the heads of their expected calibration error, in %.
+    """
 
     heads: int
     samples: np.ndarray
@@ -44,20 +52,22 @@ class Reliability:
     @property
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean confidence, accuracy) in % of the bins that are not empty."""
-        known = self.samples > 0
-        return 100 * self.sure[known] / self.samples[known], 100 * self.right[known] / self.samples[known]
+        filled = self.samples > 0
+        return 100 * self.sure[filled] / self.samples[filled], 100 * self.right[filled] / self.samples[filled]
 
 
-def reliability(compared: Compared, of: Sequence[Answers], groups: Sequence[np.ndarray] | None = None) -> Reliability:
+def reliability(
+    compared: Compared, answers: Sequence[Answers], groups: Sequence[np.ndarray] | None = None
+) -> Reliability:
     """The bins of all predictions, or of those a mask (M,) for every head keeps."""
-    kept = groups or [np.ones(len(a.labels), bool) for a in of]
-    bins = [confidence_bins(a.confidence[k], a.hit[k]) for a, k in zip(of, kept, strict=True)]
-    each = [
-        expected_calibration_error(a.confidence[k], a.hit[k]) if k.any() else np.nan
-        for a, k in zip(of, kept, strict=True)
+    masks = groups or [np.ones(len(head.labels), bool) for head in answers]
+    bins = [confidence_bins(head.confidence[k], head.hit[k]) for head, k in zip(answers, masks, strict=True)]
+    errors = [
+        expected_calibration_error(head.confidence[k], head.hit[k]) if k.any() else np.nan
+        for head, k in zip(answers, masks, strict=True)
     ]
     samples, right, sure = np.sum(bins, axis=0)
-    return Reliability(len(of), samples, right, sure, float(compared.mean(of, each)))
+    return Reliability(len(answers), samples, right, sure, float(compared.mean(answers, errors)))
 
 
 def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | None:
@@ -69,26 +79,28 @@ def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | No
         dict(zip(head_names(study), (compared.start, compared.selected), strict=True)),
     )
     columns: dict[str, dict[str, Reliability]] = {
-        "all": {name: reliability(compared, of) for name, of in heads.items()}
+        "all": {name: reliability(compared, answers) for name, answers in heads.items()}
     }
-    for g, called in enumerate(GROUPS):
+    for g, group_name in enumerate(GROUPS):
         if (group == g).any():
-            columns[called] = {
-                name: reliability(compared, of, [group[a.predicted] == g for a in of]) for name, of in heads.items()
+            columns[group_name] = {
+                name: reliability(compared, answers, [group[a.predicted] == g for a in answers])
+                for name, answers in heads.items()
             }
     figure = look.figure_of(2 + 2.9 * len(columns), 5.2)
     grid: Any = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False, height_ratios=(2.6, 1))
-    for (called, found), curve, histogram in zip(columns.items(), *grid, strict=True):
-        _curves(curve, found)
-        _histogram(histogram, found)
-        size = int((group == GROUPS.index(called)).sum()) if called in GROUPS else 0
+    for (group_name, by_head), curve, histogram in zip(columns.items(), *grid, strict=True):
+        _curves(curve, by_head)
+        _histogram(histogram, by_head)
+        size = int((group == GROUPS.index(group_name)).sum()) if group_name in GROUPS else 0
         curve.set_title(
-            f"{f'predicted {called}: {classes(size)}' if size else 'all predictions'}\n{_told(found)}", fontsize=10.5
+            f"{f'predicted {group_name}: {classes(size)}' if size else 'all predictions'}\n{_summary(by_head)}",
+            fontsize=10.5,
         )
     grid[0, 0].set_ylabel("accuracy in the bin [%]")
     grid[1, 0].set_ylabel("predictions [%]")
-    before, after = (found.ece for found in columns["all"].values())
-    title = f"Calibration error (ECE) on test: {before:.1f} → {after:.1f} %"
+    start_ece, selected_ece = (by_head.ece for by_head in columns["all"].values())
+    title = f"Calibration error (ECE) on test: {start_ece:.1f} → {selected_ece:.1f} %"
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     look.legend(figure, grid[:1])
     caption = (
@@ -102,42 +114,42 @@ def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | No
     return Drawing("reliability", "Calibration", caption, figure, table, _chart(columns))
 
 
-def _told(found: dict[str, Reliability]) -> str:
+def _summary(by_head: dict[str, Reliability]) -> str:
     """ECE and the number of predictions, before → after."""
-    number = dict.fromkeys(f"{of.samples.sum() / of.heads:,.0f}" for of in found.values())
-    return f"ECE {_ece(found)} %, n = {' → '.join(number)}"
+    number = dict.fromkeys(f"{head.samples.sum() / head.heads:,.0f}" for head in by_head.values())
+    return f"ECE {_ece(by_head)} %, n = {' → '.join(number)}"
 
 
-def _ece(found: dict[str, Reliability]) -> str:
-    return " → ".join("–" if np.isnan(of.ece) else f"{of.ece:.1f}" for of in found.values())
+def _ece(by_head: dict[str, Reliability]) -> str:
+    return " → ".join("–" if np.isnan(head.ece) else f"{head.ece:.1f}" for head in by_head.values())
 
 
-def _curves(axes: "Axes", found: dict[str, Reliability]) -> None:
+def _curves(axes: "Axes", by_head: dict[str, Reliability]) -> None:
     """Accuracy of every bin; a mark is the larger the more predictions it stands for."""
     axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, zorder=1)
-    for (name, of), style in zip(found.items(), STYLES, strict=True):
-        x, y = of.points
+    for (name, bins), style in zip(by_head.items(), STYLES, strict=True):
+        x, y = bins.points
         axes.plot(x, y, linewidth=1.8, **style | {"marker": None})
         axes.plot([], [], linewidth=1.8, label=name, **style)  # for the legend: all marks of one size
-        size = 12 + 6 * _weights(of, found)
+        size = 12 + 6 * _weights(bins, by_head)
         face = style.get("markerfacecolor", style["color"])
         mark: Row = {"marker": style["marker"], "facecolor": face, "edgecolor": style["color"]}
         axes.scatter(x, y, size, zorder=3, clip_on=False, **mark)
     axes.set(xlim=(0, 100), ylim=(0, 103))
 
 
-def _weights(of: Reliability, found: dict[str, Reliability]) -> np.ndarray:
-    """How large the marks are, by predictions in the bin: in % of those of the head that has most of them in this panel."""
-    most = max(head.samples.sum() / head.heads for head in found.values())
-    return np.minimum(100 * of.samples[of.samples > 0] / of.heads / max(most, 1), LARGEST_MARK)
+def _weights(bins: Reliability, by_head: dict[str, Reliability]) -> np.ndarray:
+    """Return the sizes of the marks: the share of predictions in each bin, in % of the head with the most predictions."""
+    most = max(head.samples.sum() / head.heads for head in by_head.values())
+    return np.minimum(100 * bins.samples[bins.samples > 0] / bins.heads / max(most, 1), LARGEST_MARK)
 
 
-def _histogram(axes: "Axes", found: dict[str, Reliability]) -> None:
+def _histogram(axes: "Axes", by_head: dict[str, Reliability]) -> None:
     """Share of the predictions in each bin, after as ground and before as outline."""
-    before, after = found.values()
-    edges = np.linspace(0, 100, len(before.samples) + 1)
-    axes.stairs(after.share, edges, fill=True, color=SKY, edgecolor=BLUE, linewidth=1)
-    axes.stairs(before.share, edges, color=BLACK, linewidth=1.6, linestyle=":")
+    start_bins, selected_bins = by_head.values()
+    edges = np.linspace(0, 100, len(start_bins.samples) + 1)
+    axes.stairs(selected_bins.share, edges, fill=True, color=SKY, edgecolor=BLUE, linewidth=1)
+    axes.stairs(start_bins.share, edges, color=BLACK, linewidth=1.6, linestyle=":")
     axes.set_xlabel("confidence [%]")
 
 
@@ -145,23 +157,23 @@ def _chart(columns: dict[str, dict[str, Reliability]]) -> Row:
     """The curves; hovering over a mark tells its bin."""
     traces: list[Row] = []
     axes: Row = {}
-    for panel, (called, found) in enumerate(columns.items(), 1):
+    for panel, (group_name, by_head) in enumerate(columns.items(), 1):
         at: Row = {"xaxis": f"x{panel}", "yaxis": f"y{panel}"} if panel > 1 else {}
         even: Row = {"showlegend": False, "hoverinfo": "skip", **at}
         traces.append(trace("confidence = accuracy", [0, 100], [0, 100], {"color": GREY, "linewidth": 1}, **even))
-        for (name, of), style in zip(found.items(), STYLES, strict=True):
-            x, y = of.points
-            told: Row = {
-                "text": [f"{n:,} predictions" for n in of.samples[of.samples > 0].tolist()],
+        for (name, bins), style in zip(by_head.items(), STYLES, strict=True):
+            x, y = bins.points
+            hover: Row = {
+                "text": [f"{n:,} predictions" for n in bins.samples[bins.samples > 0].tolist()],
                 "hovertemplate": "%{text}<br>confidence %{x:.1f} %, accuracy %{y:.1f} %<extra>%{fullData.name}</extra>",
             }
             only: Row = {"legendgroup": name, "showlegend": panel == 1, "cliponaxis": False}
-            line = trace(name, x, y, style, **told, **only, **at)
-            size = 6 + 0.8 * _weights(of, found)
+            line = trace(name, x, y, style, **hover, **only, **at)
+            size = 6 + 0.8 * _weights(bins, by_head)
             traces.append(line | {"marker": line["marker"] | {"size": plain(size), "opacity": 1}})
-        which = "all predictions" if called == "all" else f"predicted {called}"
+        predictions = "all predictions" if group_name == "all" else f"predicted {group_name}"
         ends: Row = {"range": [0, 104]}
-        title = f"{which}<br>ECE {_ece(found)} %"
+        title = f"{predictions}<br>ECE {_ece(by_head)} %"
         axes |= {f"xaxis{panel}": ends | {"title": {"text": title}}, f"yaxis{panel}": ends}
     first = {"title": "accuracy at a confidence [%]", **axes.pop("yaxis1")}
     grid = {"rows": 1, "columns": len(columns), "pattern": "independent"}
@@ -171,13 +183,15 @@ def _chart(columns: dict[str, dict[str, Reliability]]) -> Row:
 def _table(columns: dict[str, dict[str, Reliability]]) -> list[Row]:
     """A row a bin, and for every panel and head one with its ECE."""
     table: list[Row] = []
-    for called, found in columns.items():
-        for name, of in found.items():
-            line: Row = {"predicted": called, "head": name}
-            table.append(line | {"from": None, "to": None, "samples": int(of.samples.sum()), "ece": rounded(of.ece)})
-            edges = np.linspace(0, 100, len(of.samples) + 1)
-            for i, samples in enumerate(of.samples):
-                mean = [rounded(100 * total[i] / samples) if samples else None for total in (of.sure, of.right)]
+    for group_name, by_head in columns.items():
+        for name, bins in by_head.items():
+            line: Row = {"predicted": group_name, "head": name}
+            table.append(
+                line | {"from": None, "to": None, "samples": int(bins.samples.sum()), "ece": rounded(bins.ece)}
+            )
+            edges = np.linspace(0, 100, len(bins.samples) + 1)
+            for i, samples in enumerate(bins.samples):
+                mean = [rounded(100 * total[i] / samples) if samples else None for total in (bins.sure, bins.right)]
                 table.append(
                     line
                     | {"from": rounded(edges[i]), "to": rounded(edges[i + 1]), "samples": int(samples)}
