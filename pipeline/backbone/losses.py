@@ -12,7 +12,7 @@ UNREADABLE = -100  # label of a black image that stands for one that cannot be r
 SCALE = 30.0  # s of the cosine classifier of ldam-drw
 
 
-class Objective:
+class TrainingLoss:
     """The loss Σ_i terms_i / denominator over the global batch of B samples.
 
     z (B, C) logits, y (B,) labels, p = softmax(z), N_c training images of class c, π_c = N_c/N; CE(z, y) = −ln p_y, with

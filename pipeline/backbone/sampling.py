@@ -30,7 +30,7 @@ def epoch_order(labels: np.ndarray, *, seed: int, epoch: int, sampler: str = "in
     return _from_rounds(labels, first=epoch_quotas[:-1].sum(0), many=epoch_quotas[-1], seed=seed)[shuffled]
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """A global batch.
 
     Arguments:
@@ -55,12 +55,12 @@ def epoch_batches(
     world: int,
     parts: int,
     group: int,
-) -> list[Batch]:
+) -> list[TrainingBatch]:
     """Return the global batches of an epoch, one a step, with the share of a rank in each."""
     order = epoch_order(labels, seed=seed, epoch=epoch, sampler=sampler)
     batches, draws = (np.array_split(array, steps) for array in (order, nth_draw(order)))
     return [
-        Batch(rows, *(shares(array, world=world, parts=parts, group=group)[rank] for array in (rows, nth)))
+        TrainingBatch(rows, *(shares(array, world=world, parts=parts, group=group)[rank] for array in (rows, nth)))
         for rows, nth in zip(batches, draws, strict=True)
     ]
 

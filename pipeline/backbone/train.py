@@ -24,9 +24,9 @@ from pipeline.backbone.epoch_counts import EpochCounts, hits_by_class
 from pipeline.backbone.events import Begin, Epoch, Event, Step, TrainResult, group_fields
 from pipeline.backbone.image_classifier import ImageClassifier, Parallel
 from pipeline.backbone.labelled_images import LabelledImages
-from pipeline.backbone.losses import Objective
+from pipeline.backbone.losses import TrainingLoss
 from pipeline.backbone.prepare import PreparedTraining, prepare_training
-from pipeline.backbone.sampling import Batch, epoch_batches, rank_batches
+from pipeline.backbone.sampling import TrainingBatch, epoch_batches, rank_batches
 from pipeline.backbone.training_dir import TrainingFolder, exclusive
 from pipeline.config import Config
 from pipeline.data import Dataset
@@ -129,7 +129,7 @@ class Trainer:
         else:
             keep_freed_memory()
         self.model = build_model(settings, num_classes=classes).to(device)
-        self.objective = Objective(settings, self.dataset.counts, device=device)
+        self.objective = TrainingLoss(settings, self.dataset.counts, device=device)
         self.optimiser = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
@@ -198,7 +198,7 @@ class Trainer:
             if wish == SAVE:
                 self._save(complete=False)
 
-    def _backward(self, batch: Batch, images: Iterator[tuple[Tensor, Tensor]], step: int) -> None:
+    def _backward(self, batch: TrainingBatch, images: Iterator[tuple[Tensor, Tensor]], step: int) -> None:
         """Add up the gradients of a global batch from this rank's parts of it."""
         at = {"epoch": self.epoch, "step": self.step_in_epoch}
         # DDP averages over ranks

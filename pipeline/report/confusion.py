@@ -10,7 +10,7 @@ from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREY, ORANGE
 from pipeline.report.chart import bars, chart, plain, trace
 from pipeline.report.drawing import Drawing, rounded
-from pipeline.report.predictions import Answers, Compared
+from pipeline.report.predictions import Answers, ComparedAnswers
 from pipeline.report.study import Row, Study
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def frequent_confusions(heads: Sequence[Answers], classes: int) -> tuple[np.ndar
     return true[order], predicted[order], percent[order]
 
 
-def confusion_between_groups(study: Study, compared: Compared | None) -> Drawing | None:
+def confusion_between_groups(study: Study, compared: ComparedAnswers | None) -> Drawing | None:
     """Which group the samples of each group are taken for, and how many predictions each gets; None without answers."""
     if compared is None:
         return None

@@ -25,7 +25,7 @@ class Answers:
 
 
 @dataclass(frozen=True, eq=False)
-class Compared:
+class ComparedAnswers:
     """The same test samples before and after: what stage 2 started from, and the selected heads of every backbone."""
 
     start: Sequence[Answers]
@@ -40,7 +40,7 @@ class Compared:
         return _mean(backbone_means)
 
 
-def read_compared(study: Study) -> Compared | None:
+def read_compared(study: Study) -> ComparedAnswers | None:
     """Before and after on test; None where a backbone has no test sample, a head was not kept, or it would take minutes."""
     start_answers, selected_answers = [], []
     for backbone in study.backbones:
@@ -49,7 +49,7 @@ def read_compared(study: Study) -> Compared | None:
             return None
         start_answers += pair[0]
         selected_answers += pair[1]
-    return Compared(start_answers, selected_answers)
+    return ComparedAnswers(start_answers, selected_answers)
 
 
 def answers(backbone: Backbone, kind: HeadId, split: str = "test") -> list[Answers]:

@@ -13,7 +13,7 @@ from pipeline.report.axes import BLACK, BLUE, GREY, SKY
 from pipeline.report.chart import chart, plain, trace
 from pipeline.report.confusion import head_names
 from pipeline.report.drawing import AFTER, Drawing, rounded
-from pipeline.report.predictions import Answers, Compared
+from pipeline.report.predictions import Answers, ComparedAnswers
 from pipeline.report.study import Row, Study, classes
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Reliability:
 
 
 def reliability(
-    compared: Compared, answers: Sequence[Answers], groups: Sequence[np.ndarray] | None = None
+    compared: ComparedAnswers, answers: Sequence[Answers], groups: Sequence[np.ndarray] | None = None
 ) -> Reliability:
     """The bins of all predictions, or of those a mask (M,) for every head keeps."""
     masks = groups or [np.ones(len(head.labels), bool) for head in answers]
@@ -70,7 +70,7 @@ def reliability(
     return Reliability(len(answers), samples, right, sure, float(compared.mean(answers, errors)))
 
 
-def reliability_diagram(study: Study, compared: Compared | None) -> Drawing | None:
+def reliability_diagram(study: Study, compared: ComparedAnswers | None) -> Drawing | None:
     """Accuracy against confidence, all predictions and those of classes of each group; None without answers."""
     if compared is None:
         return None

@@ -22,7 +22,7 @@ TABLES = (METHODS, *ABLATIONS)
 
 
 @dataclass
-class Progress:
+class StepProgress:
     """The number of the current step, and the time left if each step takes as long as the earlier ones of its kind."""
 
     kinds: list[str]
@@ -63,7 +63,7 @@ class ReproducedBackbone:
         facts = {"config": self.config.model_dump(mode="json")}
         stages.finished = lambda: stages.ledger.write(command="reproduce", **facts)
 
-    def rows(self, tables: Sequence[str], progress: Progress) -> list[Row]:
+    def rows(self, tables: Sequence[str], progress: StepProgress) -> list[Row]:
         """Return the rows of the tables, after every stage that they need; the test split is read after each selection."""
         with self._step("train-backbone", progress):
             checkpoint = self.stages.backbone()
@@ -105,7 +105,7 @@ class ReproducedBackbone:
         }
 
     @contextmanager
-    def _step(self, step: str, progress: Progress) -> Iterator[None]:
+    def _step(self, step: str, progress: StepProgress) -> Iterator[None]:
         kind, started = f"{self.config.name}/{step}", time.perf_counter()
         progress.begin(kind, f"{kind}, seed {self.config.backbone.seed}")
         yield

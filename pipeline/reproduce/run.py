@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.ledger import Ledger
 from pipeline.prepared import Prepared, Write, device_numbers, replaced_or_new
 from pipeline.reproduce import page
-from pipeline.reproduce.backbone import TABLES, Progress, ReproducedBackbone, describe_stages
+from pipeline.reproduce.backbone import TABLES, ReproducedBackbone, StepProgress, describe_stages
 from pipeline.reproduce.bundle import keep_files
 from pipeline.reproduce.parallel_training import train_side_by_side
 from pipeline.reproduce.rows import Row, over_backbones
@@ -157,7 +157,7 @@ def reproduce(
     parts, side_by_side = plan() if parts is None else parts, side_by_side or (2 if on_gpu else 1)
     refuse_unknown(tables)
     steps = ("train-backbone", "dump-features", *tables)
-    progress = Progress([f"{p.config.name}/{step}" for p in parts for _ in p.seeds for step in steps], talk)
+    progress = StepProgress([f"{p.config.name}/{step}" for p in parts for _ in p.seeds for step in steps], talk)
     result = Reproduction(folder / "reproduction.json", folder / "reproduction.md", out / "keep")
     for part in parts:
         config, name = part.config, part.config.name

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.backbone.image_classifier import ImageClassifier
-from pipeline.backbone.losses import SCALE, UNREADABLE, Objective
+from pipeline.backbone.losses import SCALE, UNREADABLE, TrainingLoss
 from pipeline.backbone.sampling import shares
 from pipeline.config import BackboneConfig, load_config, shipped_configs
 from pipeline.errors import ConfigError
@@ -24,7 +24,7 @@ EVERY = ("ce", "focal", "cb", "grw", "ldam-drw", "balanced-softmax")
 
 
 def objective(loss, **settings):
-    return Objective(BackboneConfig(loss=loss, **settings), COUNTS, device=CPU)
+    return TrainingLoss(BackboneConfig(loss=loss, **settings), COUNTS, device=CPU)
 
 
 def of(made, label, *, logits=EIGHTHS, epoch=0):

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config import find_config, load_config, read_tree, shipped_configs
-from pipeline.reproduce.backbone import ABLATIONS, Progress, settings_of
+from pipeline.reproduce.backbone import ABLATIONS, StepProgress, settings_of
 from pipeline.reproduce.page import with_section
 from pipeline.reproduce.paper import IF50, IF100, deviations, published_of, variant_accuracies
 from pipeline.reproduce.rows import difference, merged, over_backbones
@@ -116,7 +116,7 @@ def test_tables_are_made_with_the_configurations_training_of_heads():
 def test_remaining_time_is_told_once_every_kind_of_step_was_timed():
     from pipeline.console import Talk
 
-    progress = Progress(["train", "table", "train", "table"], Talk(quiet=True))
+    progress = StepProgress(["train", "table", "train", "table"], Talk(quiet=True))
     progress.begin("train", "one")
     assert progress.remaining() is None
     progress.end("train", 10)
