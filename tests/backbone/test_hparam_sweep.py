@@ -111,6 +111,7 @@ def test_trained_once_each_and_gone_on_with_after_a_stop(tmp_path, monkeypatch):
     assert trained[3:] == [("lr=0.1", 0), ("lr=0.1", 1), ("lr=0.02", 0), ("lr=0.02", 1)]
     assert (tmp_path / "tries/lr=0.1/seed-1/last.pt").read_bytes() == before
     document = json.loads((tmp_path / "tries.json").read_text())
+    assert document.pop("header")["kind"] == "sweep"
     assert document == json.loads(json.dumps(result.document))
     last = [json.loads((tmp_path / f"tries/lr=0.02/seed-{s}/metrics.jsonl").read_text())["val_accuracy"] for s in seeds]
     assert document["tries"][1]["all"] == pytest.approx(sum(last) / 2)
