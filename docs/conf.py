@@ -89,6 +89,36 @@ def as_plain_text(app, what, name, obj, options, lines):
         parts[::2] = [re.sub(r"([*|_`\\])", r"\\\1", text) for text in parts[::2]]
         parts[1::2] = [f"``{name}``" for name in parts[1::2]]
         lines[i] = "".join(parts)
+    lines[:] = with_sections(lines)
+
+
+SECTION = re.compile(r"(Arguments|Returns|Yields|Raises|Source|Sources|Example): *(.*)$")
+
+
+def with_sections(lines):
+    """Return the docstring with `Arguments:` and the like as headings, and what is indented below them as a list."""
+    page, rest = [], list(lines)
+    while rest:
+        line = rest.pop(0)
+        heading = SECTION.match(line)
+        if heading is None:
+            page.append(line)
+            continue
+        block = []
+        while rest and (rest[0].startswith(" ") or (not rest[0] and rest[1:] and rest[1].startswith(" "))):
+            block.append(rest.pop(0))
+        if heading[2]:
+            page += ["", " ".join([f"**{heading[1]}:** {heading[2]}", *(text.strip() for text in block)]), ""]
+            continue
+        indent = min((len(text) - len(text.lstrip()) for text in block if text), default=0)
+        items = []
+        for text in filter(None, block):
+            if len(text) - len(text.lstrip()) == indent or not items:
+                items.append(text.strip())
+            else:
+                items[-1] += " " + text.strip()
+        page += ["", f"**{heading[1]}**", "", *(f"* {item}" for item in items), ""]
+    return page
 
 
 ARRAY = re.compile(r"~?(numpy\.)?ndarray\[~?(tuple|typing\.Any).*?dtype\[[^]]*\]\]")

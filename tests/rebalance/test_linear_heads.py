@@ -7,6 +7,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.rebalance.methods.adjustment import adjusted, mean_directions, with_directions
+from pipeline.rebalance.methods.api import Stage1
 from pipeline.rebalance.methods.discriminant import gaussian_discriminants, with_prior
 from pipeline.rebalance.methods.ensemble import (
     balanced_accuracy,
@@ -15,6 +16,7 @@ from pipeline.rebalance.methods.ensemble import (
     temperature,
     within_one_error,
 )
+from pipeline.rebalance.methods.linear_families import LINEAR_FAMILIES
 from pipeline.rebalance.methods.logistic import Objective, Standardised, logistic_regression
 from pipeline.rebalance.methods.moments import class_moments
 
@@ -236,3 +238,18 @@ def test_a_far_start_is_no_stall():
         in_blocks(x, labels, 512), counts, 200, l2s=(0.2, 1e-4), tolerance=1e-7, dtype=torch.float64
     )
     assert head.gradient.max() <= 1e-7
+
+
+def test_every_family_gives_the_heads_of_its_grid_in_order():
+    """A grid solved together gives at each point the head that the point alone gives."""
+    stage1 = Stage1(N, torch.ones(CLASSES, WIDTH, dtype=torch.float64), torch.zeros(CLASSES, dtype=torch.float64))
+    for rule in LINEAR_FAMILIES:
+        grid = [rule.grid[-1], rule.grid[0], rule.grid[len(rule.grid) // 2]]
+        together = rule.layers(stage1, in_blocks(X, Y), grid)
+        for values, (weight, bias) in zip(grid, together, strict=True):
+            [(alone_weight, alone_bias)] = rule.layers(stage1, in_blocks(X, Y), [values])
+            # the solver stops at a gradient of 1e-6, which leaves 1e-6 / l2 = 1e-2 at the smallest l2 of 1e-4
+            assert (weight - alone_weight).norm() < 1e-2 * alone_weight.norm(), rule.name
+            difference = bias - alone_bias
+            difference -= difference.mean()  # softmax does not see what all classes share
+            assert difference.norm() < 1e-2 * (1 + alone_bias.norm()), rule.name

@@ -4,7 +4,7 @@ Parameters have leading dimensions (S, T): S batch orders, T trials that differ 
 method. Such a number is a tensor (T, 1), so that it broadcasts with values per sample (…, B) and per class (…, C).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,12 +107,22 @@ class Free:
     Arguments:
         solve: solve(stage1, samples, values) returns weight (C, D) and bias (C,); samples() yields the clean training
             features once, in blocks (x (n, D), y (n,)).
+        solve_grid: in its place, solve_grid(stage1, samples, grid) returns the layers of several points of the grid, which
+            share work; samples() may be called for several passes.
         grid: hyperparameters that are tried, those of the literature first.
     """
 
     name: str
-    solve: Callable[[Stage1, Samples, Values], tuple[Tensor, Tensor]]
+    solve: Callable[[Stage1, Samples, Values], tuple[Tensor, Tensor]] | None = None
     grid: tuple[dict[str, Any], ...] = ({},)
+    solve_grid: Callable[[Stage1, Samples, Sequence[Values]], list[tuple[Tensor, Tensor]]] | None = None
+
+    def layers(self, stage1: Stage1, samples: Samples, grid: Sequence[Values]) -> list[tuple[Tensor, Tensor]]:
+        """Return the weight (C, D) and bias (C,) of each point of the grid."""
+        if self.solve_grid is not None:
+            return self.solve_grid(stage1, samples, grid)
+        assert self.solve is not None, f"{self.name}: a method without training needs solve or solve_grid"
+        return [self.solve(stage1, samples, values) for values in grid]
 
 
 Rule = Trained | Free

@@ -50,7 +50,7 @@ def solve(
     train_rows = np.arange(len(features.labels)) if rows is None else rows
     stage1 = stage1_of(features, torch.device(device), torch.float64)
     samples = partial(_blocks, features, train_rows, torch.device(device))
-    return [Linear(*(t.float().cpu().numpy() for t in rule.solve(stage1, samples, values))) for values in grid]
+    return [Linear(*(t.float().cpu().numpy() for t in layer)) for layer in rule.layers(stage1, samples, grid)]
 
 
 def fit(

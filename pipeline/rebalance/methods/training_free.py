@@ -1,6 +1,7 @@
 """Methods without training: closed-form changes of the stage-1 head, and class means.
 
-They have any number of trials: a trial costs one evaluation, and there is no learning rate to tune.
+Convex and closed-form heads are in linear_families.py. All have any number of trials: a trial costs one evaluation, and there is
+no learning rate to tune.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.rebalance.methods.api import Free, Samples, Stage1, Values
+from pipeline.rebalance.methods.linear_families import LINEAR_FAMILIES
 from pipeline.rebalance.methods.losses import inverse_image_frequency
 
 UP_TO_2 = tuple(round(0.05 * i, 2) for i in range(41))
@@ -63,4 +65,5 @@ FREE = (
         + tuple({"tau": tau / 2, "form": "multiplicative"} for tau in UP_TO_2),
     ),
     Free("iif", iif, VARIANTS),
+    *LINEAR_FAMILIES,
 )
