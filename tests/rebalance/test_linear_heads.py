@@ -13,6 +13,7 @@ from pipeline.rebalance.methods.ensemble import (
     balanced_accuracy,
     balanced_nll,
     fold,
+    stacking_shares,
     temperature,
     within_one_error,
 )
@@ -253,3 +254,19 @@ def test_every_family_gives_the_heads_of_its_grid_in_order():
             difference = bias - alone_bias
             difference -= difference.mean()  # softmax does not see what all classes share
             assert difference.norm() < 1e-2 * (1 + alone_bias.norm()), rule.name
+
+
+def test_stacking_prefers_the_better_member_and_its_prior_equal_shares():
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.arange(120) % 6
+    noise = torch.randn(2, 120, 6, generator=generator, dtype=torch.float64)
+    logits = 2 * torch.nn.functional.one_hot(labels, 6) + noise * torch.tensor([0.5, 3.0])[:, None, None]
+    shares = stacking_shares(logits, labels, pseudo_samples=1)
+    assert shares[0] > 0.8
+    assert shares.sum() == pytest.approx(1)
+    torch.testing.assert_close(
+        stacking_shares(logits, labels, pseudo_samples=1e6), torch.full((2,), 0.5).double(), atol=1e-3, rtol=0
+    )
+    torch.testing.assert_close(
+        stacking_shares(logits.flip(0), labels, pseudo_samples=1), shares.flip(0), atol=1e-4, rtol=0
+    )

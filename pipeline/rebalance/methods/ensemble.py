@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+PSEUDO_SAMPLES = 10.0  # see docs/methods.md; compared by two-fold validation over six stores
 Layer = tuple[Tensor, Tensor]  # weight (C, D), bias (C,)
 
 
@@ -84,3 +85,32 @@ def within_one_error(accuracies: Sequence[float], errors: Sequence[float]) -> li
     """Return the members whose accuracy is at most one standard error of the best below it, the best first."""
     order = sorted(range(len(accuracies)), key=lambda i: -accuracies[i])
     return [i for i in order if accuracies[i] >= accuracies[order[0]] - errors[order[0]]]
+
+
+def stacking_shares(logits: Tensor, labels: Tensor, *, pseudo_samples: float = PSEUDO_SAMPLES) -> Tensor:
+    """Return the shares a (K,) of members that minimise the balanced NLL of s·Σ a_m z_m, held towards equal ones.
+
+    The loss adds κ/M·KL(equal ‖ a), as if κ of the M samples asked for equal shares; the scale s > 0 is free.
+
+    Arguments:
+        logits: (K, M, C) of the members, each divided by its temperature.
+        labels: (M,).
+        pseudo_samples: κ.
+    """
+    logits = logits.double()
+    share = class_shares(labels, logits.shape[2])
+    log_share = torch.zeros(len(logits), dtype=torch.float64, device=logits.device, requires_grad=True)
+    log_scale = torch.zeros((), dtype=torch.float64, device=logits.device, requires_grad=True)
+    solver = torch.optim.LBFGS([log_share, log_scale], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        mixed = torch.einsum("k,kmc->mc", log_share.softmax(0), logits) * log_scale.exp()
+        fit = (share * (mixed.logsumexp(1) - mixed.gather(1, labels[:, None]).squeeze(1))).sum()
+        loss = fit - pseudo_samples / len(labels) * log_share.log_softmax(0).mean()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(closure)
+    return log_share.detach().softmax(0)
