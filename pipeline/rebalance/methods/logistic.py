@@ -100,7 +100,7 @@ def logistic_regression(
 
 
 class Standardised:
-    """Blocks of (x − μ)/σ on the principal axes of the training samples.
+    """Blocks of (x − μ)/σ on the principal axes of the training samples, with a last feature of 1 that carries the bias.
 
     Blocks in memory hold the rotated features. Blocks that are read again for each pass are only standardised, and the class
     vectors are rotated instead: C·D² operations rather than N·D².
@@ -113,23 +113,22 @@ class Standardised:
         self.mean, self.scale = moments.mean, moments.scale
         correlation = moments.total / self.scale / self.scale[:, None]
         self.axes = torch.linalg.eigh(correlation).eigenvectors
-        self.rotation = None if resident else self.axes.to(dtype)
+        self.rotation = torch.block_diag(self.axes, self.axes.new_ones(1, 1)).to(dtype)
+        self.resident = resident
         self.memory = list(self._read()) if resident else None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (features (n, D), the same for products of conjugate gradients, labels (n,)), n at most ROWS."""
+        """Yield (features (n, D + 1), the same for products of conjugate gradients, labels (n,)), n at most ROWS."""
         return iter(self.memory) if self.memory is not None else self._read()
 
     def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for features, labels in self.samples():
-            for x, y in zip(features.split(ROWS), labels.split(ROWS), strict=True):
-                x = (x.double() - self.mean) / self.scale if self.dtype == torch.float64 else self._single(x)
-                if self.rotation is None:
-                    x = x @ self.axes.to(x)
+            for rows, y in zip(features.split(ROWS), labels.split(ROWS), strict=True):
+                x = rows.to(self.dtype)
+                x = (x - self.mean.to(x)) / self.scale.to(x)
+                x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+                x = x @ self.rotation if self.resident else x
                 yield x, x.to(self.product_dtype), y
-
-    def _single(self, x: Tensor) -> Tensor:
-        return ((x - self.mean.to(x)) / self.scale.to(x)).to(self.dtype)
 
     def folded(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight (S, C, D) and bias (S, C) in float64 for features as they are."""
@@ -172,20 +171,19 @@ class Objective:
 
     def at(self, theta: Tensor, l2: float, settings: Tensor) -> Point:
         """Return loss and gradient of some settings at theta."""
-        loss, gradient = theta.new_zeros(len(theta), dtype=torch.float64), torch.zeros_like(theta)
+        loss, gradient = theta.new_zeros(len(theta), dtype=torch.float64), torch.zeros_like(theta).flatten(0, 1)
         columns, memory, free = self._columns(theta, theta.dtype), [], self.cached_bytes
         for x, _, y in self.data.blocks():
-            logits = torch.addmm(columns[1], x, columns[0]).view(len(x), *theta.shape[:2]).log_softmax(2)
-            true_class = y.view(-1, 1, 1).expand(-1, len(theta), 1)
-            weight = self.weights[settings][:, y].T[..., None]
+            logits = (x @ columns).view(len(x), *theta.shape[:2]).log_softmax(2)
+            true_class, weight = y.view(-1, 1, 1).expand(-1, len(theta), 1), self._weights(settings, y)
             loss -= (logits.gather(2, true_class) * weight).sum((0, 2)).double()
             residual = logits.exp_().mul_(weight)
             free -= residual.nbytes
             if free >= 0:
                 memory.append(residual.clone())
             residual.scatter_add_(2, true_class, -weight)
-            self._accumulate(gradient, residual, x)
-        loss, gradient = self.reduce(loss), self._rotated(self.reduce(gradient))
+            gradient.addmm_(residual.flatten(1).T, x)
+        loss, gradient = self.reduce(loss), self._rotated(self.reduce(gradient).view_as(theta))
         gradient[..., :-1] += l2 * theta[..., :-1]
         loss += l2 / 2 * theta[..., :-1].double().square().sum((1, 2))
         return Point(theta, settings, loss, gradient, memory if free >= 0 else None)
@@ -193,62 +191,56 @@ class Objective:
     def product(self, direction: Tensor, l2: float, point: Point, *, fast: bool) -> Tensor:
         """Return the Hessian at a point times a direction (S, C, D + 1).
 
-        The part of a sample with weighted probabilities p (C,) is (p∘u − p·(p·u)/Σp) xᵀ, u = direction·x. It stays positive
-        semidefinite only where the middle is not rounded to bfloat16, because confident samples cancel there.
+        The part of a sample with weighted probabilities p (C,), Σp = w, is (p∘u − p·(p·u)/w) xᵀ for u = direction·x. The middle
+        is never rounded to bfloat16: there confident samples cancel, and the Hessian would no longer be positive semidefinite.
 
         Arguments:
             fast: let both matrix products be in the product's dtype.
         """
-        output, dtype = torch.zeros_like(direction), self.data.product_dtype if fast else self.data.dtype
-        weight, offset = self._columns(direction, dtype)
-        for x, low, probability in self._probabilities(point):
+        dtype = self.data.product_dtype if fast else self.data.dtype
+        output, columns = torch.zeros_like(direction).flatten(0, 1), self._columns(direction, dtype)
+        for x, low, y, probability in self._probabilities(point):
             x = low if fast else x
-            u = torch.addmm(offset, x, weight).view(probability.shape).to(probability.dtype).mul_(probability)
-            mean = u.sum(2, keepdim=True).div_(probability.sum(2, keepdim=True))
-            self._accumulate(output, u.addcmul_(probability, mean, value=-1).to(dtype), x)
-        output = self._rotated(self.reduce(output))
+            u = (x @ columns).view(probability.shape).to(probability.dtype).mul_(probability)
+            mean = u.sum(2, keepdim=True).div_(self._weights(point.settings, y))
+            output += u.addcmul_(probability, mean, value=-1).flatten(1).to(dtype).T @ x
+        output = self._rotated(self.reduce(output).view_as(direction))
         output[..., :-1] += l2 * direction[..., :-1]
         return output
 
     def diagonal(self, l2: float, point: Point) -> Tensor:
         """Return the Hessian's diagonal (S, C, D + 1) at a point."""
-        output, rotation = torch.zeros_like(point.theta), self.data.rotation
-        for x, _, probability in self._probabilities(point):
-            x = x if rotation is None else x @ rotation
-            curvature = probability - probability.square() / probability.sum(2, keepdim=True)
-            self._accumulate(output, curvature, x.square())
-        output = self.reduce(output)
+        output = torch.zeros_like(point.theta).flatten(0, 1)
+        for x, _, y, probability in self._probabilities(point):
+            x = x if self.data.resident else x @ self.data.rotation
+            curvature = torch.addcdiv(probability, probability.square(), self._weights(point.settings, y), value=-1)
+            output.addmm_(curvature.flatten(1).T, x.square())
+        output = self.reduce(output).view_as(point.theta)
         output[..., :-1] += l2
         return output.clamp_min(torch.finfo(output.dtype).tiny)
 
-    def _probabilities(self, point: Point) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the two kinds of features of each block and its weighted probabilities (n, S, C)."""
-        if point.memory is not None:
-            for (x, low, _), probability in zip(self.data.blocks(), point.memory, strict=True):
-                yield x, low, probability
-            return
-        weight, offset = self._columns(point.theta, point.theta.dtype)
-        for x, low, y in self.data.blocks():
-            probability = torch.addmm(offset, x, weight).view(len(x), *point.theta.shape[:2]).softmax(2)
-            yield x, low, probability.mul_(self.weights[point.settings][:, y].T[..., None])
+    def _probabilities(self, point: Point) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield the two kinds of features of each block, labels (n,) and weighted probabilities (n, S, C)."""
+        columns = self._columns(point.theta, point.theta.dtype)
+        for i, (x, low, y) in enumerate(self.data.blocks()):
+            if point.memory is not None:
+                yield x, low, y, point.memory[i]
+            else:
+                logits = (x @ columns).view(len(x), *point.theta.shape[:2])
+                yield x, low, y, logits.softmax(2).mul_(self._weights(point.settings, y))
 
-    def _columns(self, theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return class vectors as columns (D, S·C) that blocks are multiplied with, and biases (S·C,)."""
-        weight = theta[..., :-1] if self.data.rotation is None else theta[..., :-1] @ self.data.rotation.T
-        return weight.reshape(-1, weight.shape[-1]).to(dtype).T, theta[..., -1].flatten().to(dtype)
+    def _weights(self, settings: Tensor, labels: Tensor) -> Tensor:
+        """Return the weight (n, S, 1) of each sample."""
+        return self.weights[settings][:, labels].T[..., None]
 
-    @staticmethod
-    def _accumulate(output: Tensor, rows: Tensor, x: Tensor) -> None:
-        """Add rowsᵀ·[x, 1] to output (S, C, D + 1), for rows (n, S, C)."""
-        flat = rows.flatten(1)
-        output[..., :-1] += (flat.T @ x).view(*output.shape[:2], -1)
-        output[..., -1] += flat.sum(0, dtype=output.dtype).view(output.shape[:2])
+    def _columns(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return class vectors as columns (D + 1, S·C) that the blocks are multiplied with."""
+        theta = theta if self.data.resident else theta @ self.data.rotation.T
+        return theta.flatten(0, 1).to(dtype).T
 
     def _rotated(self, gradient: Tensor) -> Tensor:
-        """Return the gradient on the principal axes."""
-        if self.data.rotation is not None:
-            gradient[..., :-1] = gradient[..., :-1] @ self.data.rotation
-        return gradient
+        """Return a gradient on the principal axes."""
+        return gradient if self.data.resident else gradient @ self.data.rotation
 
 
 def newton(objective: Objective, theta: Tensor, l2: float, tolerance: float) -> tuple[Tensor, Tensor]:
