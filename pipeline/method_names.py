@@ -27,10 +27,10 @@ METHODS = {
     "ncm": "nearest class mean; no training",
     "logit-adjust": "logits less τ·ln π; no training",
     "iif": "logits times inverse image frequency; no training",
-    "logistic": "logistic regression with class weights N^−ρ; convex, no schedule",
-    "logistic-adjusted": "plain logistic regression, logits less τ·ln π; convex, no schedule",
-    "gda": "Gaussian discriminant with a shrunk common covariance; closed form",
-    "adjust-means": "logits less τ·ln π, plus a share of the class means; closed form",
+    "logistic": "logistic regression, class weights N^−ρ; convex",
+    "logistic-adjusted": "plain logistic regression less τ·ln π; convex",
+    "gda": "Gaussian discriminant, shrunk covariance; no training",
+    "adjust-means": "logits less τ·ln π plus class means; no training",
 }
 
 RENAMED = {"best": "iwb-la"}  # of format 0.1
