@@ -17,7 +17,7 @@ METHODS = {
     "lws": "a learned scale for each class vector",
     "balanced-softmax": "retrain with the prior inside the softmax",
     "ldam-drw": "cosine classifier with margins, deferred re-weighting",
-    "maxnorm": "class-balanced loss, weight decay, norms under a threshold",
+    "maxnorm": "class-balanced loss, weight decay, bounded norms",
     "marc": "a learned margin for each class",
     "disalign": "logits aligned by a learned gate",
     "iif-trained": "retrain with logits times inverse image frequency",
