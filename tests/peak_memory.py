@@ -47,6 +47,9 @@ def dump(out: str, rows: str) -> dict[str, float]:
         def get_classifier(self) -> nn.Linear:
             return self.fc
 
+        def forward(self, images: Tensor) -> Tensor:
+            return self.forward_head(self.forward_features(images))
+
     torch.manual_seed(0)
     place = Path(out + ".images")
     place.mkdir()
