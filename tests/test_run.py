@@ -18,7 +18,7 @@ STAGES = ("train-backbone", "dump-features", "rebalance", "report")
 
 
 def planned(config, **options):
-    """What --dry-run prints."""
+    """Return the text that --dry-run prints."""
     return prepare_run(config, **options).description
 
 
