@@ -34,6 +34,7 @@ from pipeline.killpoint import KillPoint
 from pipeline.method_names import PROBE
 from pipeline.probe import SETTINGS as PROBE_SETTINGS
 from pipeline.probe import fit_probe
+from pipeline.resources import release_freed_memory
 from pipeline.seeds import derive
 from pipeline.text import Shown
 from pipeline.unreadable import skipped_text
@@ -266,6 +267,7 @@ def write_chunks(
         name = None if images.stored is None else images.name_of  # images in memory have no files
         with kill.around(str(number), size=writer.layout.features(chunk.split).chunk_bytes):
             writer.write(chunk, features, absent=unreadable, name=name)
+        release_freed_memory()  # the holes that buffers of chunks leave would add up
 
     with as_data_error(), _in_background(write) as enqueue:
         for number, (chunk, features, unreadable) in enumerate(encoded, start=1):

@@ -36,6 +36,12 @@ def keep_freed_memory() -> bool:
     return sum(mallopt(option, value) for option, value in settings.items()) == len(settings)
 
 
+def release_freed_memory() -> None:
+    """Give the memory back to the system that glibc keeps after `keep_freed_memory`: the next allocations map it again."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_memory(device: "torch.device | None" = None) -> int:
     """Return the free bytes of a GPU, or of the machine for a CPU and None; ASSUMED_MEMORY where the system does not say."""
     if device is not None and device.type == "cuda":

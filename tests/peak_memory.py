@@ -1,7 +1,6 @@
 """Peak memory of dumping, verifying and streaming, each in a process of its own: `python -m tests.peak_memory JOB …`."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +15,9 @@ MIB = 1 << 20
 
 
 def measured(job: str, *arguments: str) -> dict[str, float]:
-    """Return the peak in bytes of a job in a process of its own, with the other figures of it.
-
-    malloc gives freed memory back, at glibc's default threshold, so that the peak is what the job holds and not what the
-    allocator keeps for later (`resources.keep_freed_memory` leaves a process alone whose environment says so).
-    """
+    """Return the peak in bytes of a job in a process of its own, with the other figures of it."""
     command = [sys.executable, "-m", "tests.peak_memory", job, *arguments]
-    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": str(128 << 10)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{job}: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.splitlines()[-1])
