@@ -347,7 +347,7 @@ def test_two_ranks_train_as_one(tmp_path):
 def test_the_command_trains_on_two_ranks_as_on_one(tmp_path):
     """A network without batch normalisation, weakened and diagnosed; only the order of sums differs."""
     setting = {"model": "vit_tiny_patch16_224", "width": 1, "epochs": 1, "batch_size": 20, "lr": 0.001}
-    setting["precision"] = "float32"  # rounded to bfloat16, the sums of two halves of a batch differ by more than their order
+    setting["precision"] = "float32"  # in bfloat16 the two sums differ by more than their order
     tree = digits_tree(**setting, weaken={"strength": 0.8, "group": 5}, diagnose_every=1, diagnose_per_class=2)
     tree["data"] |= {"image_size": 224, "max_per_class": 6, "imbalance_factor": 6, "val_per_class": 0}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))
