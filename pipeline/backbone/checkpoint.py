@@ -192,7 +192,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         path=path,
         model=model.eval(),
         config=config,
-        transform=Transform.from_dict(state["transform"]),
+        transform=Transform.from_dict(state["transform"], str(path)),
         class_names=names,
         counts=np.array(state["counts"]),
         network=state["network"],

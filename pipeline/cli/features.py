@@ -120,6 +120,13 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
         from pipeline.report.ablation import write_accuracy_figure
 
         write_accuracy_figure(result.to_dict(), out)
+    elif not int(os.environ.get("RANK", 0)):
+        from pipeline.report.outdated import mark_outdated
+
+        if page := mark_outdated(out):
+            talk.notes(
+                [f"{page} shows the results before these and says so now; draw it again: pipeline report {page.parent}"]
+            )
     show(result, as_json)
 
 

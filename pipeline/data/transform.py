@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -22,6 +23,9 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.seeds import derive, uniform
 
 Wanted = tuple[Any, int, int | None]
+Side = Annotated[int, Field(ge=1, le=1 << 16)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BLOCK = 4 << 20  # bytes of images that are augmented at once: many batches of small ones
 WITHOUT_WORKERS = (
@@ -38,21 +42,28 @@ class Transform:
     operations of strength rand_m) changes, then a square of cutout pixels is taken away.
     """
 
-    size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    augment: str
-    crop_pct: float = 0.875
-    interpolation: str = "bilinear"
-    policy: str = "none"
-    rand_n: int = 2
-    rand_m: int = 9
-    cutout: int = 0
+    size: tuple[Side, Side]
+    mean: tuple[Number, Number, Number]
+    std: tuple[Deviation, Deviation, Deviation]
+    augment: Literal["crop-flip", "crop", "resized-crop-flip", "none"]
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    interpolation: Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "bilinear"
+    policy: Literal["none", "autoaugment-cifar10", "autoaugment-imagenet", "randaugment"] = "none"
+    rand_n: Annotated[int, Field(ge=1)] = 2
+    rand_m: Annotated[int, Field(ge=0, le=30)] = 9
+    cutout: Annotated[int, Field(ge=0)] = 0
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @classmethod
-    def from_dict(cls, facts: dict[str, Any]) -> "Transform":
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
-        return cls(**values)
+    def from_dict(cls, facts: dict[str, Any], origin: str = "a transform") -> "Transform":
+        """Return the transform that `to_dict` gave; DataError names origin and the field that is wrong."""
+        try:
+            return _checked_transform().validate_python(facts)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            field = ".".join(map(str, ("transform", *problem["loc"])))
+            raise DataError(f"{origin}: {field}: {problem['msg']} (got {problem['input']!r})") from error
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without what is not used of what came later: the identity of what was made before stays."""
@@ -75,6 +86,11 @@ def _moments(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devi
     """(1, 3, 1, 1) each, in 0…255; kept on the device, where a copy a batch would make a GPU wait."""
     first, second = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (mean, std))
     return first, second
+
+
+@lru_cache(maxsize=1)
+def _checked_transform() -> TypeAdapter[Transform]:
+    return TypeAdapter(Transform)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.paths import STAGE1_HEAD
 from pipeline.prepared import Prepared, Write, replaced_or_new
 from pipeline.provenance import provenance
+from pipeline.report.outdated import PAGE, is_outdated
 from pipeline.report.study import Backbone, Study, read_study
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Linear, Scorer
@@ -51,6 +52,14 @@ class PreparedExport:
     checkpoint: Checkpoint
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """The reasons why a person may have expected another head."""
+        if not is_outdated(self.run):
+            return ()
+        older = f"{self.run / PAGE} is older than the results, which select {self.study.first.selected}"
+        return (f"{older}; draw it again: pipeline report {self.run}",)
+
+    @property
     def description(self) -> Prepared:
         checkpoint, head = self.checkpoint, {"method": self.head_id.method, "lam": self.head_id.lam}
         network = network_facts(checkpoint.config.backbone, checkpoint.model)
@@ -64,6 +73,7 @@ class PreparedExport:
             },
             {"run": str(self.run), "to": self.to, "network": network, "head": head},
             (Write(self.out, checkpoint_bytes(checkpoint.model), replaced_or_new(self.out)),),
+            self.notes,
         )
 
     def write(self) -> ExportedModel:
@@ -81,8 +91,9 @@ class PreparedExport:
             write_durably(weights, _weights(self.checkpoint, layer, self.to))
         write_durably(out / STAGE1_HEAD, _stage1(backbone))
         exported = ExportedModel(
-            out, weights, facts["architecture"], facts["model_args"], facts["num_classes"], self.head, facts.get("onnx")
-        )
+            out, weights, facts["architecture"], facts["model_args"], facts["num_classes"], self.head, facts.get("onnx"),
+            self.notes,
+        )  # fmt: skip
         config = facts | {
             "weights": weights.name,
             "stage1_head": STAGE1_HEAD,
@@ -173,7 +184,7 @@ def _weights(checkpoint: Checkpoint, head: Linear, to: str) -> bytes:
 
 
 def _write_graph(path: Path, checkpoint: Checkpoint, scorer: Scorer, facts: dict[str, Any]) -> dict[str, Any]:
-    transform = Transform.from_dict(facts["transform"])
+    transform = Transform.from_dict(facts["transform"], "config.json")
     metadata = {key: json.dumps(facts[key], ensure_ascii=False) for key in ("class_names", "transform", "head")}
     model = EncoderAndHead(checkpoint.model, scorer, transform)
     return write_onnx(path, model, network=facts["architecture"], size=transform.size, metadata=metadata)

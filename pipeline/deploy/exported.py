@@ -30,10 +30,12 @@ class ExportedModel(Shown):
     classes: int
     head: dict[str, Any]
     onnx: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         facts = {"network": self.network, "model_args": self.model_args, "classes": self.classes, "head": self.head}
         facts |= {} if self.onnx is None else {"onnx": self.onnx}
+        facts |= {"notes": list(self.notes)} if self.notes else {}
         return {"out": str(self.out), "weights": str(self.weights), **facts}
 
     def __str__(self) -> str:
@@ -46,6 +48,7 @@ class ExportedModel(Shown):
                 f"checked: onnxruntime {self.onnx['versions']['onnxruntime']} gives PyTorch's logits; at most "
                 f"{check['largest_difference']:.0e} apart, where the largest is {check['largest_logit']:.1f}",
             ]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"label images: pipeline predict {self.out} IMAGES"])
 
     @property

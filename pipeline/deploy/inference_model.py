@@ -1,6 +1,5 @@
 """The model that labels images: encoder and head, from an exported folder or straight from a run."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from pipeline.longtail import class_groups
 from pipeline.paths import STAGE1_HEAD
 from pipeline.report.study import Backbone, read_study
 from pipeline.resources import keep_freed_memory
-from pipeline.results.heads import Linear, Scorer, scorer_of
+from pipeline.results.documents import read_export
+from pipeline.results.heads import Linear, Scorer, head_problem, scorer_of
 
 RESULTS = ("results.json", "rebalance/results.json", "seed-*/rebalance/results.json")  # of a run
 UNCROPPED = ("digits", "cifar10", "cifar100", "npz")  # sources whose images have the network's input size
@@ -85,7 +85,7 @@ def load_model(path: Path | str, *, device: str = "auto") -> InferenceModel:
         raise DataError(f"{path}: {kind}; give one of `pipeline export --out DIR` or `pipeline run`")
     study = read_study(path)
     checkpoint = matching_checkpoint(study.first)
-    transform = Transform.from_dict(input_facts(checkpoint))
+    transform = Transform.from_dict(input_facts(checkpoint), str(checkpoint.path))
     _, head = study.first.head(study.first.selected)
     return InferenceModel(
         _torch_runner(EncoderAndHead(checkpoint.model, head, transform), device),
@@ -98,19 +98,27 @@ def load_model(path: Path | str, *, device: str = "auto") -> InferenceModel:
 
 def _exported(path: Path, device: str) -> InferenceModel:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        transform, weights = Transform.from_dict(config["transform"]), path / config["weights"]
+        config = read_export(path / "config.json")
+        transform, weights = (
+            Transform.from_dict(config["transform"], str(path / "config.json")),
+            path / config["weights"],
+        )
         stage1 = load_arrays(path / STAGE1_HEAD)
+        start = Linear(stage1["weight"], stage1["bias"])
+        heads = {STAGE1_HEAD: start}
         if weights.suffix == ".onnx":
             run = runner(weights, device)
         else:
             network = _network(config, weights)
             layer = classifier(network)
             bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
-            head = Linear(layer.weight.detach().numpy(), bias.detach().numpy())
+            head = heads[weights.name] = Linear(layer.weight.detach().numpy(), bias.detach().numpy())
             run = _torch_runner(EncoderAndHead(network, head, transform), device)
         names, counts = tuple(config["class_names"]), np.array(config["counts"])
-        return InferenceModel(run, Linear(stage1["weight"], stage1["bias"]), transform, names, counts)
+        for name, linear in heads.items():
+            if problem := head_problem(linear, classes=len(names), width=config["num_features"]):
+                raise DataError(f"{path / name}: its classifier {problem}; export the run again")
+        return InferenceModel(run, start, transform, names, counts)
     except PipelineError:
         raise
     except Exception as error:  # torch and onnxruntime raise a dozen types for a damaged file
@@ -154,6 +162,8 @@ def matching_checkpoint(backbone: Backbone) -> Checkpoint:
         if (folder / name).is_file():
             checkpoint = load_checkpoint(folder / name)
             if checkpoint.weights_digest == digest:
+                if checkpoint.class_names != backbone.store.class_names:
+                    raise DataError(f"{folder / name}: names other classes than {store}; train again with --overwrite")
                 return checkpoint
             digests[name] = checkpoint.weights_digest[:12]
     if digest is None:

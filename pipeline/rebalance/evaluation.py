@@ -15,7 +15,7 @@ from pipeline.paths import results_folder
 from pipeline.rebalance.load import read_split
 from pipeline.rebalance.sweep import score
 from pipeline.results.head_id import HeadId
-from pipeline.results.heads import read_scorers
+from pipeline.results.heads import read_heads_file
 from pipeline.results.mean_std import MEASURES
 from pipeline.results.rebalance_result import Row, over_seeds
 from pipeline.results.table import Table
@@ -62,15 +62,11 @@ def evaluate(store: Path | str, heads: Path | None = None, *, split: str = "test
         features = read_split(cache, split)
     except CacheError as error:
         raise DataError(str(error)) from error
-    heads = heads or results_folder(store) / "heads.safetensors"
-    described = read_scorers(heads)
-    classes, width = described[0][1].arrays[0].shape
-    if (classes, width) != (len(cache.counts), cache.width):
-        raise DataError(
-            f"{heads}: heads for {classes} classes and {width} features, {store} has {len(cache.counts)} "
-            f"and {cache.width}; give the heads.safetensors made from this store"
-        )
-    fitted = {(HeadId.of_row(d), d["seed"]): head for d, head in described}
+    beside = results_folder(store) / "heads.safetensors"
+    heads = heads or beside
+    file = read_heads_file(heads)
+    file.refuse_other_store(cache, same_content=heads == beside)
+    fitted = {(HeadId.of_row(entry), entry.get("seed")): head for entry, head in file.scorers}
     scored = score(fitted, features, np.asarray(cache.counts), torch.device("cpu"))
     rows = [
         Row(setting.method, setting.loss, setting.lam, seed, split, *(scores.summary[m] for m in MEASURES))

@@ -15,6 +15,7 @@ from pipeline.report import assets, sections
 from pipeline.report.ablation import read_ablations
 from pipeline.report.classes import class_data, class_table
 from pipeline.report.explorer import explorer
+from pipeline.report.outdated import PAGE, results_digest
 from pipeline.report.study import Row, Study, labels, read_study, results_files
 from pipeline.results.tables import ablation_row
 from pipeline.text import Shown
@@ -109,7 +110,8 @@ class PreparedReport:
                 f"<div class=run id=part-{i}><h2 class=name>{escape(t)}</h2>{part.header}{_body(part, str(i))}</div>"
                 for i, (part, t) in enumerate(zip(parts, titles, strict=True))
             )
-        path = write_durably(folder / "report.html", page(title, header, main))
+        digest = results_digest(runs)
+        path = write_durably(folder / PAGE, page(title, header, main, digest))
         figures = tuple(f for part in parts for f in part.figures)
         rows = (parts[0] if len(parts[0].rows) else parts[-1]).rows
         return Report(path, figures, tuple(rows), "; ".join(dict.fromkeys(p.repeated for p in parts if p.repeated)))
@@ -127,7 +129,7 @@ def prepare_report(run: Path | Sequence[Path], *, out: Path | None = None) -> Pr
     studies = {path: None if not results_files(path) and read_ablations(path) else read_study(path) for path in runs}
     for study in filter(None, studies.values()):
         for backbone in study.backbones:
-            _ = backbone.heads  # DataError where they are missing
+            backbone.refuse_other_accuracy(backbone.selected)  # DataError also where they are missing
     try:
         refuse_unwritable(folder)
     except PermissionError as error:
@@ -222,12 +224,12 @@ def _body(part: Part, key: str) -> str:
     return f"<div data-run={key}>{part.data}{contents(part.sections, key)}{inside}</div>"
 
 
-def page(title: str, header: str, main: str) -> str:
-    """The whole document."""
+def page(title: str, header: str, main: str, digest: str = "") -> str:
+    """The whole document; digest: of the results that it shows."""
     name = escape(title)
     head = (
         "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-        "<meta name=color-scheme content='light dark'>"
+        f"<meta name=results content={digest or 'none'}><meta name=color-scheme content='light dark'>"
         f"<title>{name} · iwb-pipeline report</title>{assets.style()}"
     )
     top = f"<header><p class=kicker>iwb-pipeline report</p><h1>{name}</h1>{header}</header>"

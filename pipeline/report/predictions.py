@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.report.study import PRODUCTS_FOR_A_FIGURE, Backbone, Study
 from pipeline.results.head_id import BASELINE, HeadId
-from pipeline.results.heads import predict_array, read_scorers
+from pipeline.results.heads import predict_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +57,7 @@ def answers(backbone: Backbone, kind: HeadId, split: str = "test") -> list[Answe
     store = backbone.store
     if split not in store.splits or not store.valid(split).any():
         return []
-    file = backbone.results_path.with_name("heads.safetensors")
-    heads = [head for head_id, head in read_scorers(file) if kind.matches(head_id)]
+    heads = [head for head_id, head in backbone.scorers if kind.matches(head_id)]
     products = store.rows(split) * sum(head.arrays[0].size for head in heads[:1])
     heads = heads[: PRODUCTS_FOR_A_FIGURE // max(products, 1)]
     valid, parts = store.valid(split), []

@@ -1,6 +1,7 @@
 """The data of a report: one run folder, or the seed-N folders of several backbones, read into arrays."""
 
 import csv
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,12 +18,13 @@ from pipeline.paths import holds_runs
 from pipeline.report.dispersion import Directions, read_directions
 from pipeline.results.documents import read_epochs, read_record, read_results
 from pipeline.results.head_id import HeadId
-from pipeline.results.heads import Linear, Scorer, read_scorers
+from pipeline.results.heads import Linear, Scorer, read_heads_file, read_scorers
 from pipeline.results.mean_std import MeanStd, mean_std
 
 COLUMNS = ("all", *GROUPS)
 SPLITS = {"val": "validation", "kfold": "held-out folds", "test": "test"}
 PRODUCTS_FOR_A_FIGURE = 2**40  # multiplications, seconds on a CPU; a figure is not worth more
+SAME_ACCURACY = 0.5  # points by which the order of sums may change an accuracy, or two images where they weigh more
 Row = dict[str, Any]
 
 
@@ -56,12 +58,17 @@ class Backbone:
     @cached_property
     def heads(self) -> tuple[list[Row], np.ndarray, np.ndarray]:
         """(what each head is, weight (H, C, D), bias (H, C)) of heads.safetensors."""
-        return read_heads(self.results_path.with_name("heads.safetensors"))
+        return stacked(self.scorers)
 
     @cached_property
     def scorers(self) -> list[tuple[Row, Scorer]]:
         """(what it is, head) of every head in heads.safetensors, those that are no linear layer too."""
-        return read_scorers(self.results_path.with_name("heads.safetensors"))
+        file = read_heads_file(self.results_path.with_name("heads.safetensors"))
+        file.refuse_other_store(self.store, same_content=True)
+        if self.results.get("heads_digest") not in (None, hashlib.sha256(file.path.read_bytes()).hexdigest()):
+            again = f"run `pipeline rebalance {self.store.path}` again"
+            raise DataError(f"{file.path}: not the heads that {self.results_path} was written with; {again}")
+        return file.scorers
 
     @cached_property
     def directions(self) -> dict[str, Directions | None]:
@@ -76,6 +83,7 @@ class Backbone:
         """(what it is, head) of a kind, of several batch orders the first; DataError naming what there is instead."""
         matching = [(entry, head) for entry, head in self.scorers if kind.matches(entry)]
         if matching:
+            self.refuse_other_accuracy(kind)
             return min(matching, key=lambda pair: pair[0].get("seed") or 0)
         file = self.results_path.with_name("heads.safetensors")
         same_method = [entry for entry, _ in self.scorers if HeadId.of_row(entry).method == kind.method]
@@ -121,6 +129,21 @@ class Backbone:
         if not samples.any():
             return None
         return np.where(samples > 0, 100 * total / np.maximum(samples, 1), np.nan)
+
+    def refuse_other_accuracy(self, kind: HeadId) -> None:
+        """Raise DataError where heads of a kind have another accuracy on test than the results record for them."""
+        rows = [row for row in self.rows if row["split"] == "test" and kind.matches(row)]
+        recorded = mean_std(row.get("all") for row in rows).mean
+        right, samples = self._measured(kind, "test")
+        if recorded is None or not samples.any():
+            return
+        right, samples = right[samples > 0], samples[samples > 0]
+        measured = 100 * float(np.mean(right / samples))
+        if abs(measured - recorded) > max(SAME_ACCURACY, 200 / (len(samples) * samples.min())):
+            raise DataError(
+                f"{self.results_path}: records {recorded:.1f} % on test for {kind}, the heads beside it have {measured:.1f} %, "
+                f"so they belong to other results; run `pipeline rebalance {self.store.path}` again"
+            )
 
     def _measured(self, kind: HeadId, split: str) -> tuple[np.ndarray, np.ndarray]:
         """(right, seen) samples of every class (C,), summed over the heads of a kind."""
@@ -298,6 +321,11 @@ def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
         store = open_cache(neighbour if neighbour.exists() and not is_url(named) else named)
     except CacheError as error:
         raise DataError(f"{path}: its feature store cannot be read: {error}") from error
+    if results.get("digest", store.digest) != store.digest:
+        raise DataError(
+            f"{path}: results of a store with digest {results['digest'][:12]}, {store.path} has {store.digest[:12]}: its "
+            f"features were made anew since; run `pipeline rebalance {store.path}` again"
+        )
     choice = choice or results["selected"]
     tuned = {c.method: c.lam for c in map(HeadId.of_row, results.get("chosen", ()))}  # λ as this backbone tuned it
     selected = HeadId.of_row(choice)
@@ -309,7 +337,12 @@ def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
 
 def read_heads(path: Path) -> tuple[list[Row], np.ndarray, np.ndarray]:
     """(method, loss, lam, seed of each linear head; weight (H, C, D); bias (H, C)). DataError if it is missing or other."""
-    linear = [(entry, head) for entry, head in read_scorers(path) if isinstance(head, Linear)]
+    return stacked(read_scorers(path))
+
+
+def stacked(scorers: Sequence[tuple[Row, Scorer]]) -> tuple[list[Row], np.ndarray, np.ndarray]:
+    """Return the linear ones of heads: what each is, weight (H, C, D), bias (H, C)."""
+    linear = [(entry, head) for entry, head in scorers if isinstance(head, Linear)]
     return (
         [entry for entry, _ in linear],
         np.stack([h.weight for _, h in linear]),

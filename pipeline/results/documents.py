@@ -4,9 +4,18 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.errors import DataError
 from pipeline.method_names import RENAMED
@@ -32,6 +41,16 @@ class HeadEntry(HeadShape):
     """An entry of heads.safetensors or test_hits.safetensors."""
 
     seed: int | None = None
+
+
+class HeadsShape(Shape):
+    """The metadata of heads.safetensors."""
+
+    heads: Annotated[list[HeadEntry], Field(min_length=1)]
+    gated: list[HeadEntry] = []
+    class_names: list[str] | None = None
+    store_digest: str | None = None
+    encoder: str | None = None
 
 
 class MeasuredShape(Shape):
@@ -65,6 +84,8 @@ class ResultsShape(Shape):
     """results.json"""
 
     store: str | list[str]
+    digest: str | None = None
+    heads_digest: str | None = None
     baseline: MeasuredShape
     selected: SelectedShape
     results: list[RowShape]
@@ -136,12 +157,21 @@ class ExportShape(Shape):
     """config.json of an exported model"""
 
     architecture: str
-    weights: str
-    num_classes: int
+    weights: Annotated[str, Field(pattern=r"^[\w.-]+$")]  # a file in the folder, never elsewhere
+    model_args: dict[str, Any] = {}
+    num_classes: PositiveInt
+    num_features: PositiveInt
     class_names: list[str]
-    counts: list[int]
+    counts: list[NonNegativeInt]
     head: HeadShape
     transform: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _one_of_each_class(self) -> Self:
+        for name in ("class_names", "counts"):
+            if len(getattr(self, name)) != self.num_classes:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.num_classes} classes")
+        return self
 
 
 class EpochShape(Shape):
@@ -177,7 +207,8 @@ def checked(path: Path, document: Any, shape: Any, advice: str) -> Any:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         field = ".".join(map(str, problem["loc"])) or "the document"
-        raise DataError(f"{path}: {field}: {problem['msg'][0].lower()}{problem['msg'][1:]}; {advice}") from error
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path}: {field}: {reason[0].lower()}{reason[1:]}; {advice}") from error
     return _renamed(document)
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cache import Cache
 from pipeline.errors import DataError
-from pipeline.results.documents import HeadEntry, checked
+from pipeline.results.documents import HeadsShape, checked
+from pipeline.results.head_id import HeadId
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,17 +136,65 @@ def heads_file(heads: Sequence[tuple[dict[str, Any], Scorer]], facts: Mapping[st
     return save({name: a.astype(np.float32) for name, a in tensors.items()}, metadata)
 
 
+@dataclass(frozen=True, eq=False)
+class HeadsFile:
+    """The heads of a heads.safetensors, finite and all of one shape, and what they were fitted on.
+
+    Arguments:
+        scorers: (what it is, head) of every head.
+        class_names, store_digest: of the store; None in files that do not say.
+        encoder: digest of the weights that made the features; None for features from elsewhere.
+    """
+
+    path: Path
+    scorers: list[tuple[dict[str, Any], Scorer]]
+    class_names: list[str] | None
+    store_digest: str | None
+    encoder: str | None
+
+    def refuse_other_store(self, store: Cache, *, same_content: bool) -> None:
+        """Raise DataError where the heads were fitted on other classes or features than those of a store.
+
+        Arguments:
+            same_content: the store must be the very one; else another one of the same encoder will do.
+        """
+        classes, width = self.scorers[0][1].arrays[0].shape
+        again = f"run `pipeline rebalance {store.path}` again, or give the heads.safetensors made from this store"
+        if (classes, width) != (len(store.counts), store.width):
+            problem = f"heads for {classes} classes and {width} features"
+            raise DataError(f"{self.path}: {problem}, {store.path} has {len(store.counts)} and {store.width}; {again}")
+        if self.class_names is not None and tuple(self.class_names) != store.class_names:
+            differing = next(pair for pair in zip(self.class_names, store.class_names, strict=True) if len({*pair}) > 1)
+            raise DataError(
+                f"{self.path}: heads for other classes than {store.path} has, such as {differing[0]!r} instead of "
+                f"{differing[1]!r}; {again}"
+            )
+        encoder = store.fingerprint.get("checkpoint")
+        other_encoder = self.encoder != encoder if self.encoder and encoder else encoder is not None
+        if self.store_digest not in (None, store.digest) and (same_content or other_encoder):
+            raise DataError(
+                f"{self.path}: heads fitted on a store with digest {self.store_digest[:12]}, {store.path} has "
+                f"{store.digest[:12]}: its features were made anew since; {again}"
+            )
+
+
 def read_scorers(path: Path) -> list[tuple[dict[str, Any], Scorer]]:
-    """(what it is, head) of every head in a heads.safetensors; DataError if the file is missing or other."""
+    """Return (what it is, head) of every head in a heads.safetensors; raise DataError as `read_heads_file` does."""
+    return read_heads_file(path).scorers
+
+
+def read_heads_file(path: Path) -> HeadsFile:
+    """Return the content of a heads.safetensors; DataError where it is missing, damaged, or no head can score."""
     from safetensors import SafetensorError, safe_open
 
+    again = "run `pipeline rebalance` again"
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            linear, gated = (
-                checked(path, json.loads(text), list[HeadEntry], "run `pipeline rebalance` again")
-                for text in (metadata["heads"], metadata.get("gated", "[]"))
-            )
+            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+            if "heads" not in metadata:
+                raise KeyError("no list of heads")
+            metadata = checked(path, metadata, HeadsShape, again)
+            linear, gated = metadata["heads"], metadata.get("gated", [])
             weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
             scorers: list[tuple[dict[str, Any], Scorer]] = [
                 (entry, Linear(w, b)) for entry, w, b in zip(linear, weight, bias, strict=True)
@@ -153,10 +203,34 @@ def read_scorers(path: Path) -> list[tuple[dict[str, Any], Scorer]]:
                 names = ("gated_weight", "gated_bias", "gate")
                 for entry, w, b, gate in zip(gated, *map(file.get_tensor, names), strict=True):
                     scorers.append((entry, Gated(Linear(w[0], b[0]), Linear(w[1], b[1]), gate)))
-            return scorers
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run `pipeline rebalance` again") from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: no such file; {again}") from error
+    except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not the heads of `pipeline rebalance` ({error}); give its heads.safetensors, or run it again"
         ) from error
+    names_of_classes = metadata.get("class_names")
+    for entry, head in scorers:
+        if problem := head_problem(head, classes=None if names_of_classes is None else len(names_of_classes)):
+            raise DataError(f"{path}: head {HeadId.of_row(entry)}: {problem}; {again}")
+    return HeadsFile(
+        path, scorers, names_of_classes, metadata.get("store_digest"), metadata.get("encoder")
+    )  # fmt: skip
+
+
+def head_problem(head: Scorer, *, classes: int | None = None, width: int | None = None) -> str:
+    """Return the reason why a head cannot score features, or an empty text.
+
+    Arguments:
+        classes, width: that its arrays must have; None for whatever its first array has.
+    """
+    first = head.arrays[0]
+    if first.ndim != 2 or 0 in first.shape:
+        return f"a weight of shape {first.shape}, not (classes, features)"
+    c, d = classes or first.shape[0], width or first.shape[1]
+    expected = [(c, d), (c,), (c, d), (c,), (d + 1,)][: len(head.arrays)]
+    if (shapes := [array.shape for array in head.arrays]) != expected:
+        return f"arrays of shapes {shapes} where {c} classes and {d} features need {expected}"
+    if any(array.dtype.kind != "f" for array in head.arrays):
+        return f"numbers of type {first.dtype}, not floating-point ones"
+    return "" if is_finite(head) else "holds numbers that are none or infinite"
