@@ -12,7 +12,7 @@ PAGE_HEAD = """# Settings
 
 With this page you can look up any key of a configuration: its values, its default and its meaning. `--set KEY=VALUE` changes one
 for a command, `pipeline config NAME` lists them with the values of a configuration and where each comes from. `null` means no
-value. The page is made from `pipeline/config.py`: `python docs/settings_page.py > docs/settings.md`.
+value. The page is made from `pipeline/config/`: `python docs/settings_page.py > docs/settings.md`.
 
 ```bash
 pipeline config

@@ -52,7 +52,7 @@ def class_sizes(study):
 """
 # a switch of the norm term: its setting, its definition, its gradient by tensor operations and in C
 SWITCH_FILES = {
-    "pipeline/config.py",
+    "pipeline/config/rebalance.py",
     "pipeline/rebalance/engine/objective.py",
     "pipeline/rebalance/engine/norm_gradient.py",
     "pipeline/rebalance/engine/csrc/kernel.h",
@@ -94,7 +94,7 @@ def test_a_source_is_one_file_and_its_name_in_the_settings(tmp_path, monkeypatch
 
 def test_names_of_sources_stand_where_the_page_says():
     places = {str(path.relative_to(ROOT)) for path in sources_of("pipeline") if '"huggingface"' in path.read_text()}
-    assert places == {"pipeline/config.py", "pipeline/data/__init__.py"}
+    assert places == {"pipeline/config/data.py", "pipeline/data/__init__.py"}
 
 
 def test_a_figure_is_one_file(run, tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_figure_is_one_file(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("switch", ["hardness", "divergence"])
 def test_a_switch_of_the_norm_term_stands_in_four_files(switch):
-    files = [ROOT / "pipeline/config.py", *sources_of("pipeline/rebalance")]
+    files = [ROOT / "pipeline/config/rebalance.py", *sources_of("pipeline/rebalance")]
     places = {str(path.relative_to(ROOT)) for path in files if re.search(rf"\b{switch}\b", path.read_text("utf-8"))}
     assert places == SWITCH_FILES
     assert len(SWITCH_FILES) <= 4

@@ -1,4 +1,4 @@
-"""Settings have one source, config.py: options, `pipeline config` and the docs' page are made from it and agree with it."""
+"""Settings have one source, pipeline/config/: options, `pipeline config` and the page of the docs are made from it."""
 
 import json
 import re

@@ -1,6 +1,6 @@
 """All settings of a configuration with type, default and description, for options, `pipeline config` and the docs.
 
-They are read from the source text of config.py, since importing pydantic would take most of the time of `--help`.
+They are read from the source text of pipeline/config/, since importing pydantic would take most of the time of `--help`.
 """
 
 import ast
@@ -79,7 +79,7 @@ def _in_words(kind: Any) -> str:
 
 @dataclass(frozen=True)
 class SettingSection:
-    """The settings of one class of config.py, by name; path is its key in a configuration, description its docstring."""
+    """The settings of one class of pipeline/config/, by name; path is its key in a configuration, description its docstring."""
 
     path: str
     description: str
@@ -88,9 +88,10 @@ class SettingSection:
 
 @cache
 def setting_sections() -> dict[str, SettingSection]:
-    """Return the sections of a configuration by path, in the order of config.py."""
-    source = Path(__file__).resolve().parents[1].joinpath("config.py").read_text(encoding="utf-8")
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    """Return the sections of a configuration by path, in the order of SECTIONS."""
+    sources = Path(__file__).resolve().parents[1].joinpath("config").glob("*.py")
+    nodes = [node for source in sources for node in ast.parse(source.read_text(encoding="utf-8")).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     types: dict[str, Any] = {name: type(name, (), {}) for name in classes} | {
         "Literal": Literal,
         "Any": Any,
@@ -109,7 +110,7 @@ def _read_field(prefix: str, line: ast.AnnAssign, types: dict[str, Any]) -> Sett
     """Return the field of a line `name: annotation = Field(default, ge=…, description=…)`."""
     assert isinstance(line.target, ast.Name)
     assert isinstance(line.value, ast.Call), f"{line.target.id}: no Field with a description"
-    annotation = eval(compile(ast.Expression(line.annotation), "config.py", "eval"), dict(types))
+    annotation = eval(compile(ast.Expression(line.annotation), "pipeline/config", "eval"), dict(types))
     arguments = {word.arg: word.value for word in line.value.keywords}
     default: Any = REQUIRED
     if line.value.args:
