@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.text import printable
+
 LINE_EVERY = 3.0  # seconds between two plain progress lines
 
 
@@ -24,7 +26,7 @@ class Talk:
         )
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     def notes(self, texts: Iterable[str]) -> None:
         for text in texts:
@@ -33,7 +35,7 @@ class Talk:
     def error(self, text: str) -> None:
         rank = os.environ.get("RANK")
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"{f'[rank {rank}] ' if rank else ''}Error: {text}", markup=False
+            f"{f'[rank {rank}] ' if rank else ''}Error: {printable(text)}", markup=False
         )
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 from numpy.typing import ArrayLike
 
 import cache
-from pipeline.data.dataset import check_labels
+from pipeline.data.dataset import check_labels, numbered_names
+from pipeline.data.names import class_names_from
+from pipeline.data.sources import read_npz, unreadable_reason
 from pipeline.dump_prepare import as_data_error
 from pipeline.errors import DataError
 from pipeline.method_names import PROBE
@@ -132,19 +133,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
     Raises: DataError: the file cannot be read, or holds no train_features and train_labels.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            present = list(archive.files)
-            arrays = {name: archive[name] for name in present if name in (*ARRAYS, "class_names")}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"{path}: cannot be read as .npz ({reason}); it must hold plain arrays, no Python objects"
-        ) from error
+    arrays = read_npz(path, (*ARRAYS, "class_names"))
     missing = [name for name in ("train_features", "train_labels") if name not in arrays]
     if missing:
-        array_names = ", ".join(present) or "nothing"
-        raise DataError(f"{path}: needs {' and '.join(missing)}; it holds {array_names}")
+        raise DataError(f"{path}: needs {' and '.join(missing)}; it holds {', '.join(read_npz(path)) or 'nothing'}")
     return arrays
 
 
@@ -152,9 +144,8 @@ def read_array(path: Path) -> np.ndarray:
     """Return the array of an .npy file, mapped into memory; raise DataError where it cannot be read."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read as .npy ({reason})") from error
+    except Exception as error:  # numpy raises a dozen types for damaged bytes
+        raise DataError(f"{path}: cannot be read as .npy ({unreadable_reason(error)})") from error
 
 
 def _store_arguments(
@@ -169,12 +160,10 @@ def _store_arguments(
     width = np.shape(arrays["train_features"])[-1] if np.ndim(arrays["train_features"]) else 0
     weight, bias = arrays.get("weight"), arrays.get("bias")
     if class_names is not None:
-        names = tuple(str(name) for name in np.asarray(class_names).tolist())
+        names = class_names_from(np.asarray(class_names).ravel().tolist(), f"{origin} (class_names)")
     else:
-        labels = np.asarray(arrays["train_labels"])
-        integer = labels.size and np.issubdtype(labels.dtype, np.integer)
-        classes = len(np.asarray(weight)) if weight is not None else int(labels.max()) + 1 if integer else 0
-        names = tuple(map(str, range(classes)))
+        numbered = tuple(map(str, range(len(np.asarray(weight))))) if weight is not None else None
+        names = numbered or numbered_names(np.asarray(arrays["train_labels"]), f"{origin} (train_labels)")
     splits = {
         split: _checked_split(arrays, split, len(names), width, origin)
         for split in SPLITS

@@ -47,6 +47,20 @@ def wrapped(name: str, text: str, width: int, *, indent: int) -> list[str]:
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] or [name.rstrip()]
 
 
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
+
+
+def printable(text: str) -> str:
+    """Return a text whose control characters, and bytes that are no UTF-8, are written out, so that no terminal obeys them."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def markdown(text: str) -> str:
+    """Return a text that Markdown and HTML show as it is."""
+    return MARKDOWN.sub(r"\\\1", escape(" ".join(printable(text).split()), quote=False))
+
+
 def size(number: float | None) -> str:
     """`1.2 MB`; a number of bytes as people say it."""
     if number is None:

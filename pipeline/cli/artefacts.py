@@ -147,6 +147,7 @@ def predict_command(model, images, top_k, layout, out, batch_size, compare, devi
     from pipeline.console import Talk
     from pipeline.deploy.predict import prepare_predict
     from pipeline.deploy.prediction import CHANGED, Predictions, count_images, csv_lines, json_lines, table_lines
+    from pipeline.text import printable
 
     prepared = prepare_predict(
         model, [name for name in words if name], top_k=top_k, batch_size=batch_size, device=device, compare=compare, out=out
@@ -178,7 +179,7 @@ def predict_command(model, images, top_k, layout, out, batch_size, compare, devi
             write_durably(out, lambda file: file.writelines(encoded))
         else:
             for line in encoded:
-                click.echo(line, nl=False)
+                click.echo(printable(line.decode()).encode() if on_terminal else line, nl=False)
     if out:
         click.echo(f"{out}: {count_images(len(paths) - len(unreadable))} labelled")
     if changes is not None:

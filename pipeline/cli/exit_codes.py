@@ -26,9 +26,12 @@ def show(result: Any, as_json: bool) -> None:
         return
     from rich.console import Console
 
+    from pipeline.text import printable
+
     width = None if sys.stdout.isatty() else 120
     Console(highlight=False, width=width).print(
-        result if hasattr(result, "__rich__") or hasattr(result, "__rich_console__") else str(result), markup=False
+        result if hasattr(result, "__rich__") or hasattr(result, "__rich_console__") else printable(str(result)),
+        markup=False,
     )
 
 

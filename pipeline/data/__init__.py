@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.data import huggingface, sources
 from pipeline.data.dataset import Dataset, Split, check_classes
+from pipeline.data.names import class_names_from
 from pipeline.data.subset import class_sizes, hold_out, long_tail
 from pipeline.errors import ConfigError
 from pipeline.metrics import unmeasured
@@ -34,8 +35,13 @@ def load_dataset(config: DataConfig, *, resize: bool = True) -> Dataset:
     resize: whether images in memory get the size data.image_size; a frozen encoder's are resized batch by batch.
     Raises DataError naming the file, sample or class that is wrong, ConfigError for an impossible subset.
     """
+    if config.class_names is not None and config.source not in ("list", "huggingface"):
+        raise ConfigError(
+            f"data.class_names: source {config.source} has class names of its own; leave the file out, or rename there"
+        )
     source = SOURCES[config.source](config)
-    classes, notes = len(source.class_names), list(source.notes)
+    names = class_names_from(source.class_names, str(config.path or config.hub or config.train_list or config.source))
+    classes, notes = len(names), list(source.notes)
     train, val, test = source.train, source.val, source.test
     if test is None and config.test_per_class:
         keep, held_out = hold_out(
@@ -58,14 +64,25 @@ def load_dataset(config: DataConfig, *, resize: bool = True) -> Dataset:
         )
         train, val = train.take(keep), train.take(held_out)
         notes.append(f"no validation split: {len(held_out)} training images were held out as one")
-    dataset = check_classes(Dataset(config.source, source.class_names, train, val, test, tuple(notes)))
+    notes += filter(None, (one_colour_note(s, name) for name, s in (("training", train), ("test", test))))
+    dataset = check_classes(Dataset(config.source, names, train, val, test, tuple(notes)))
     for name, split in (("validation", val), ("test", test)):
         if split:
-            remarks = unmeasured(np.bincount(split.labels, minlength=classes), source.class_names, name)
+            remarks = unmeasured(np.bincount(split.labels, minlength=classes), names, name)
             dataset = replace(dataset, notes=(*dataset.notes, *remarks))
     if resize and config.image_size is not None:
         dataset = _resized(dataset, config.image_size)
     return dataset
+
+
+def one_colour_note(split: Split | None, name: str) -> str:
+    """Return a note on images in memory that are one colour from edge to edge; an empty text where none is."""
+    if split is None or split.images is None or not len(split):
+        return ""
+    pixels = split.images.reshape(len(split), -1, 3)
+    constant = np.flatnonzero((pixels == pixels[:, :1]).all((1, 2)))
+    first = ", ".join(split.name_of(row) for row in constant[:3])
+    return f"{len(constant)} {name} image(s) are one colour: {first}" if len(constant) else ""
 
 
 def _subset(config: DataConfig, pool: Split, classes: int) -> tuple[Split, Split | None]:

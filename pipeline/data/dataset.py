@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from PIL import Image
 
+from pipeline.data.names import class_names_from
 from pipeline.errors import DataError
 
 CONTENT_LIMIT = 1 << 30  # bytes of image files up to which the fingerprint reads their contents
@@ -148,9 +149,12 @@ class DataSource:
 
 
 def listed_names(path: Path) -> tuple[str, ...]:
-    """The class names in a file, one a line; DataError where it cannot be read."""
+    """The class names in a file, one a line; DataError where it cannot be read, or a name is of no use."""
     try:
-        return tuple(path.expanduser().read_text(encoding="utf-8").splitlines())
+        lines = (
+            path.expanduser().read_text(encoding="utf-8").rstrip().split("\n")
+        )  # splitlines takes more for line ends
+        return class_names_from(lines, str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason}); one class name a line") from error
@@ -159,8 +163,13 @@ def listed_names(path: Path) -> tuple[str, ...]:
 def check_labels(labels: np.ndarray, classes: int, origin: str) -> np.ndarray:
     """The labels as int64, each in 0 … classes−1; DataError names the first that is not."""
     labels = np.asarray(labels)
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels  # a column
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{origin}: labels must be whole numbers of shape (N,), got {labels.dtype} {labels.shape}")
+        one_hot = labels.ndim == 2 and labels.shape[1] == classes
+        remedy = "labels.argmax(1)" if one_hot else "labels.astype('int64')"
+        raise DataError(
+            f"{origin}: labels must be whole numbers of shape (N,), got {labels.dtype} {labels.shape}; save {remedy}"
+        )
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         raise DataError(
@@ -168,6 +177,17 @@ def check_labels(labels: np.ndarray, classes: int, origin: str) -> np.ndarray:
             f"({len(wrong)} such); labels count from 0 and class_names must name every class"
         )
     return labels.astype(np.int64)
+
+
+def numbered_names(labels: np.ndarray, origin: str) -> tuple[str, ...]:
+    """The numbers 0 … largest label as class names; DataError where there are more classes than samples."""
+    top = int(labels.max(initial=0)) if np.issubdtype(labels.dtype, np.integer) else 0
+    if top >= max(labels.size, 1):
+        raise DataError(
+            f"{origin}: label {top} of sample {int(labels.argmax())} needs {top + 1} classes, and there are {labels.size} "
+            "samples; labels count from 0 without gaps"
+        )
+    return tuple(map(str, range(top + 1)))
 
 
 def check_classes(dataset: Dataset) -> Dataset:

@@ -1,21 +1,21 @@
 """One function per source: what it holds, before any subset is drawn."""
 
 import os
-import unicodedata
-import zipfile
+import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.dataset import DataSource, Split, check_labels, listed_names
+from pipeline.data.dataset import DataSource, Split, check_labels, listed_names, numbered_names
 from pipeline.data.files import FileNames
-from pipeline.data.images import EXTENSIONS
+from pipeline.data.images import EXTENSIONS, is_image_name
+from pipeline.data.names import class_names_from, holds_no_images, same_name, split_of
 from pipeline.errors import DataError
 
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+LABEL = re.compile(r"-?[0-9]{1,9}")
 
 
 def digits(config: DataConfig) -> DataSource:
@@ -66,13 +66,7 @@ def npz(config: DataConfig) -> DataSource:
     path = _required(config.path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; set data.path to an .npz with train_images and train_labels")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(
-            f"{path}: cannot be read as .npz ({error}); it must hold plain arrays, class_names as text, not Python objects"
-        ) from error
+    arrays = read_npz(path)
     prefix = "train_" if "train_images" in arrays else ""
     if f"{prefix}images" not in arrays or f"{prefix}labels" not in arrays:
         raise DataError(
@@ -80,10 +74,9 @@ def npz(config: DataConfig) -> DataSource:
         )
     labels = arrays[f"{prefix}labels"]
     if "class_names" in arrays:
-        names = tuple(str(n) for n in arrays["class_names"])
+        names = class_names_from(arrays["class_names"].ravel().tolist(), f"{path} (class_names)")
     else:
-        top = int(labels.max()) if labels.size and np.issubdtype(labels.dtype, np.integer) else 0
-        names = tuple(str(c) for c in range(top + 1))
+        names = numbered_names(labels, f"{path} ({prefix}labels)")
 
     def split(prefix: str) -> Split | None:
         if f"{prefix}images" not in arrays:
@@ -110,42 +103,80 @@ def npz(config: DataConfig) -> DataSource:
     return DataSource(class_names=names, train=train, val=split("val_"), test=split("test_"))
 
 
+def read_npz(path: Path, only: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz, or those with the given names; DataError where it holds anything but plain arrays."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files if only is None or name in only}
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen types for damaged bytes
+        raise DataError(
+            f"{path}: cannot be read as .npz ({unreadable_reason(error)}); it must hold plain arrays, as numpy.savez writes "
+            "them, class_names as text, not Python objects"
+        ) from error
+
+
+def unreadable_reason(error: Exception) -> str:
+    """Return the reason why numpy could not read a file, without its advice on running what the file holds."""
+    if isinstance(error, ValueError) and "pickle" in str(error):
+        return "it holds Python objects"
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def folder(config: DataConfig) -> DataSource:
     """PATH/train/CLASS/*.jpg and the like, with optional val and test; or PATH/CLASS/*.jpg, to be split."""
     root = _required(config.path)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set data.path to a folder with train/CLASS/*.jpg or CLASS/*.jpg")
-    places = {s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in SPLIT_FOLDERS.items()}
-    if places["train"] is None:
-        if places["val"] or places["test"]:
-            raise DataError(f"{root}: has {places['val'] or places['test']} but no train folder")
-        places = {"train": root, "val": None, "test": None}
+    places = _split_folders(root)
+    if "train" not in places:
+        if places:
+            raise DataError(
+                f"{root}: has {next(iter(places.values()))} but no folder of training images, such as train"
+            )
+        places = {"train": root}
     train_root = places["train"]
-    assert train_root is not None
-    names = tuple(_folders(train_root))
-    if not names:
+    folders = _folders(train_root)
+    if not folders:
         raise DataError(f"{train_root}: no class folders in it; expected {train_root}/CLASS/*.jpg")
+    names = class_names_from(folders, str(train_root))
     notes: list[str] = []
-    splits = {s: _class_folders(root, place, names, notes) if place else None for s, place in places.items()}
-    assert splits["train"] is not None
+    splits = {s: _class_folders(root, place, names, notes) for s, place in places.items()}
+    loose = [name for place in {root, *places.values()} for name in _images_in(place)]
+    if loose:
+        notes.append(
+            f"{len(loose)} image(s) lie beside the class folders and belong to no class: {', '.join(loose[:3])}"
+        )
     return DataSource(
-        class_names=names, train=splits["train"], val=splits["val"], test=splits["test"], notes=tuple(notes)
+        class_names=names, train=splits["train"], val=splits.get("val"), test=splits.get("test"), notes=tuple(notes)
     )
 
 
 def image_list(config: DataConfig) -> DataSource:
     """Lines `relative/path label` (ImageNet-LT, iNaturalist2018, Places-LT), paths relative to data.path or the list's folder."""
     lists = {"train": config.train_list, "val": config.val_list, "test": config.test_list}
+    notes: list[str] = []
     splits = {
-        s: _read_list(path, (config.path or path.parent).expanduser()) for s, path in lists.items() if path is not None
+        s: _read_list(path, (config.path or path.parent).expanduser(), notes)
+        for s, path in lists.items()
+        if path is not None
     }
-    classes = int(splits["train"].labels.max()) + 1
-    names = tuple(str(c) for c in range(classes))
+    train = splits["train"].labels
     if config.class_names is not None:
         names = listed_names(config.class_names)
+    else:
+        if train.min() == 1:
+            line = _line_of(lists["train"], int(train.argmin()))
+            raise DataError(
+                f"{lists['train']}, line {line}: label 1 is the smallest; labels count from 0, take 1 from each"
+            )
+        names = numbered_names(train, str(lists["train"]))
     for s, split in splits.items():
-        check_labels(split.labels, len(names), str(lists[s]))
-    return DataSource(class_names=names, train=splits["train"], val=splits.get("val"), test=splits.get("test"))
+        wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(names)))
+        line_text = f", line {_line_of(lists[s], int(wrong[0]))}" if len(wrong) else ""
+        check_labels(split.labels, len(names), f"{lists[s]}{line_text}")
+    return DataSource(
+        class_names=names, train=splits["train"], val=splits.get("val"), test=splits.get("test"), notes=tuple(notes)
+    )
 
 
 def as_rgb(images: np.ndarray, origin: str) -> np.ndarray:
@@ -170,18 +201,33 @@ def _required(path: Path | None) -> Path:
 
 
 def _folders(place: Path) -> list[str]:
+    """The names of folders that may hold images, sorted."""
     with os.scandir(place) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in entries if not holds_no_images(entry.name) and entry.is_dir())
+
+
+def _images_in(place: Path) -> list[str]:
+    """The paths of files right in a folder that are named as images, sorted."""
+    with os.scandir(place) as entries:
+        return sorted(entry.path for entry in entries if is_image_name(entry.name) and entry.is_file())
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Split → its folder, of those that there are; DataError where two have a name of the same split."""
+    places: dict[str, Path] = {}
+    for name in _folders(root):
+        split = split_of(name)
+        if split is not None and split in places:
+            raise DataError(f"{places[split]} and {name} both look like the {split} split; rename or move one of them")
+        if split is not None:
+            places[split] = root / name
+    return places
 
 
 def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[str]) -> Split:
     folders = _folders(place)
-    alike = {
-        unicodedata.normalize("NFC", name): name for name in folders
-    }  # é is one letter or two, as who packed them has it
-    folder_of = {
-        name: name if name in folders else alike.get(unicodedata.normalize("NFC", name), name) for name in names
-    }
+    alike = {same_name(name): name for name in folders}
+    folder_of = {name: name if name in folders else alike.get(same_name(name), name) for name in names}
     folder_names = set(folder_of.values())
     strangers = [name for name in folders if name not in folder_names]
     if strangers:
@@ -194,7 +240,7 @@ def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[st
     for label, name in enumerate(names):
         read: set[str] = set()
         for folder, below, files in os.walk(place / folder_of[name], followlinks=True):
-            below.sort()
+            below[:] = sorted(name for name in below if not holds_no_images(name))
             relative, real = os.path.relpath(folder, root), os.path.realpath(folder)
             if real in read:
                 below.clear()
@@ -204,7 +250,7 @@ def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[st
             for file in sorted(files):
                 if file.startswith("."):
                     continue
-                if os.path.splitext(file)[1].lower() in EXTENSIONS:
+                if is_image_name(file):
                     images.append(os.path.join(relative, file))
                     labels.append(label)
                 else:
@@ -223,20 +269,30 @@ def _class_folders(root: Path, place: Path, names: Sequence[str], notes: list[st
     return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(labels)), stored=images.below(root))
 
 
-def _read_list(path: Path, root: Path) -> Split:
-    names, labels = FileNames(), array("q")
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number, text) of every line of a list that is not blank."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: not a file; give a list with a line `relative/path label` per image")
+    with open(path, encoding="utf-8-sig") as lines:
+        yield from ((number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _line_of(path: Path | None, sample: int) -> int:
+    """Return the number of the line of a sample of a list."""
+    assert path is not None
+    return next(number for nth, (number, _) in enumerate(_lines(path.expanduser())) if nth == sample)
+
+
+def _read_list(path: Path, root: Path, notes: list[str]) -> Split:
+    names, labels, hashes = FileNames(), array("q"), array("q")
     try:
-        with open(path.expanduser(), encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                name, _, label = line.strip().rpartition(" ")
-                if not name or not label.lstrip("-").isdigit():
-                    raise DataError(
-                        f"{path}, line {number}: expected `relative/path label`, got {line.rstrip()[:80]!r}"
-                    )
-                names.append(name.strip())
-                labels.append(int(label))
+        for number, line in _lines(path.expanduser()):
+            name, label = [*line.rsplit(None, 1), ""][:2]
+            if not LABEL.fullmatch(label):
+                raise DataError(f"{path}, line {number}: expected `relative/path label`, got {line[:80]!r}")
+            names.append(name)
+            labels.append(int(label))
+            hashes.append(hash(name))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); set data.train_list and the like"
@@ -250,4 +306,12 @@ def _read_list(path: Path, root: Path) -> Split:
             f"{path}: {len(missing)} of {len(files)} files are missing under {root}, the first is "
             f"{files.relative(missing[0])}; set data.path to the folder that the paths are relative to"
         )
-    return Split(labels=np.array(labels, dtype=np.int64), ids=np.arange(len(labels)), stored=files)
+    label_array = np.array(labels, dtype=np.int64)
+    _, first, of_name = np.unique(np.array(hashes, dtype=np.int64), return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[of_name] != np.arange(len(label_array)))
+    if len(again):
+        other = int((label_array[first[of_name]] != label_array)[again].sum())
+        example = f"{files.relative(again[0])!r} in line {_line_of(path, int(again[0]))}"
+        conflict = f", {other} of them with another label" if other else ""
+        notes.append(f"{path}: {len(again)} line(s) name an image for the second time{conflict}, such as {example}")
+    return Split(labels=label_array, ids=np.arange(len(labels)), stored=files)

@@ -11,6 +11,7 @@ from pipeline.report.study import SPLITS, Study
 from pipeline.results.head_id import HeadId
 from pipeline.results.mean_std import MeanStd
 from pipeline.results.table import Column, Line, Table
+from pipeline.text import markdown
 
 READ = """image = ImageOps.exif_transpose(Image.open("photo.jpg"))
 if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip
@@ -31,7 +32,7 @@ def model_card(study: Study, exported: ExportedModel, config: dict[str, Any]) ->
     Arguments:
         config: the content of config.json.
     """
-    head, counts, names = exported.head, study.counts, config["class_names"]
+    head, counts, names = exported.head, study.counts, [markdown(name) for name in config["class_names"]]
     groups = ", ".join(f"{int((m & study.tested).sum())} {g} ({BOUNDS[g]})" for g, m in class_groups(counts).items())
     over = f"{study.averaged}: {groups} training images"
     untested = "".join(f"\nNot measured: {note}." for note in unmeasured(study.tested, names, "test"))
@@ -40,7 +41,7 @@ def model_card(study: Study, exported: ExportedModel, config: dict[str, Any]) ->
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
     licences = "the training images and of the pretrained weights" if config["pretrained"] else "the training images"
     return f"""{_front_matter(exported)}
-# {study.folder.resolve().name}: {exported.network}, {exported.classes} classes, rebalanced
+# {markdown(study.folder.resolve().name)}: {exported.network}, {exported.classes} classes, rebalanced
 
 An image classifier trained on unbalanced classes ({counts.sum():,} images, {counts.max():,} … {counts.min():,} a class),
 its {"gated " if head["method"] == GATED else "linear "}head re-balanced with {HeadId.of_row(head)}.

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from cache import refuse_unwritable
 from pipeline.data.dataset import Split
 from pipeline.data.files import FileNames
-from pipeline.data.images import EXTENSIONS
+from pipeline.data.images import EXTENSIONS, is_image_name
+from pipeline.data.names import holds_no_images
 from pipeline.data.processes import decoding_processes, end_with_parent
 from pipeline.data.transform import ImageFiles, Transform, collate, from_workers, wanted
 from pipeline.deploy.inference_model import InferenceModel, load_model
@@ -185,7 +186,9 @@ def find_images(images: Sequence[Path | str], skipped: Callable[[str], object] =
         else:
             inside = sorted(Path(p) for p in glob.glob(str(name), recursive=True) if Path(p).is_file())
         if not inside:
-            kind = "no image in this folder" if path.is_dir() else "no such file, folder or pattern"
+            kind = "no such file, folder or pattern"
+            if path.is_dir() or path.exists():
+                kind = "no image in this folder" if path.is_dir() else "neither a file nor a folder"
             reasons.append(f"{name}: {kind}")
         for file in inside:
             files.setdefault(os.path.abspath(file), file)
@@ -201,12 +204,13 @@ def _below(root: Path) -> list[Path]:
     """Return every file below a folder that is named as an image, sorted; links are followed, in a circle only once."""
     images, visited = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = (name for name in subfolders if not holds_no_images(name))
         real = os.path.realpath(folder)
         if real in visited:
             subfolders.clear()
             continue
         visited.add(real)
-        names = (name for name in files if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS)
+        names = filter(is_image_name, files)
         images += [path for path in (Path(folder, name) for name in names) if path.is_file()]
     return sorted(images)
 

@@ -12,7 +12,7 @@ from rich.cells import cell_len, chop_cells
 
 from pipeline.longtail import GROUPS
 from pipeline.results.files import csv_line
-from pipeline.text import Shown
+from pipeline.text import Shown, printable
 
 CHANGED = "◀"  # as the tables of stage 2 mark a row
 GAP = "  "
@@ -157,7 +157,7 @@ def table_lines(rows: Iterable[Prediction], paths: Sequence[str], *, width: int)
         paths: those of all images, read or not: their common folder is printed once, the longest rest decides the first
             column. Answers that a line does not hold go below one another.
     """
-    paths = [_text(path) for path in paths]
+    paths = [printable(path) for path in paths]
     root = _common_folder(paths)
     longest = max((cell_len(path) for path in paths), default=0) - cell_len(root)
     widths: list[int] = []
@@ -171,7 +171,7 @@ def table_lines(rows: Iterable[Prediction], paths: Sequence[str], *, width: int)
                 yield from (f"{count_images(len(paths))} below {root}", "")
             titles = ["image", "rebalanced", "before"] if compared else ["image", "most probable"]
             yield from _lines([[title] for title in titles], widths)
-        cells = [chop_cells(_text(row.path)[len(root) :], widths[0])]
+        cells = [chop_cells(printable(row.path)[len(root) :], widths[0])]
         cells += [_packed(guesses, w) for guesses, w in zip((row.guesses, row.stage1 or ()), widths[1:], strict=False)]
         yield from _lines(cells + [[CHANGED]] * row.changed, widths)
 
@@ -185,16 +185,11 @@ def _common_folder(paths: Sequence[str]) -> str:
     return os.path.join(common, "") if common else ""
 
 
-def _text(path: str) -> str:
-    """Return a file's name with bytes that are no text escaped."""
-    return path.encode(errors="backslashreplace").decode()
-
-
 def _packed(guesses: Sequence[Guess], width: int) -> list[str]:
     """Return lines of `cat 97.1%, dog 2.0%`, none longer than the width."""
     lines = [""]
     for number, guess in enumerate(guesses):
-        text = f"{guess.name} {100 * guess.probability:.1f}%" + "," * (number + 1 < len(guesses))
+        text = f"{printable(guess.name)} {100 * guess.probability:.1f}%" + "," * (number + 1 < len(guesses))
         joined = f"{lines[-1]} {text}".lstrip()
         if cell_len(joined) <= width:
             lines[-1] = joined

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from cache import write_durably
 from pipeline.provenance import library_version
 
+FORMULA = re.compile(r"[=@\t\r]|[+-](?![0-9.]+(e[+-]?[0-9]+)?$)")  # how text begins that is no number, to a spreadsheet
 FORMAT = 2  # of documents with a header; those of version 0.1 have none
 
 
@@ -30,9 +32,14 @@ def write_artefact(path: Path, kind: str, document: Mapping[str, Any]) -> Path:
 
 
 def csv_line(cells: Iterable[Any]) -> str:
-    """Return one line of CSV without its end; None is an empty cell, text with a line break of any kind is quoted."""
+    """Return one line of CSV without its end.
+
+    None is an empty cell, text with a line break of any kind is quoted, and text that a spreadsheet would compute has an
+    apostrophe before it.
+    """
+    safe = [f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in cells]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\r\n").writerow(cells)  # Python 3.11 quotes only what is in the line's end
+    csv.writer(text, lineterminator="\r\n").writerow(safe)  # Python 3.11 quotes only what is in the line's end
     return text.getvalue()[:-2]
 
 
