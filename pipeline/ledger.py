@@ -1,14 +1,14 @@
 """The record of a run: what each stage was made from, which files it wrote, and the seconds it took."""
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cache import write_durably
 from pipeline.provenance import provenance
+from pipeline.results.documents import read_record
+from pipeline.results.files import write_artefact
 
 
 class Ledger:
@@ -23,9 +23,7 @@ class Ledger:
 
     def __init__(self, path: Path):
         self.path, self.redone = path, list[str]()
-        self.stages: dict[str, dict[str, Any]] = {}
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            self.stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        self.stages: dict[str, dict[str, Any]] = read_record(path).get("stages", {})
 
     def up_to_date(self, stage: str, inputs: Any) -> bool:
         """Return True where a stage was made from these inputs and no file that it wrote has changed since."""
@@ -50,7 +48,7 @@ class Ledger:
         }
 
     def write(self, *, command: str, **facts: Any) -> None:
-        write_durably(self.path, json.dumps(provenance(command=command, stages=self.stages, **facts), indent=1))
+        write_artefact(self.path, "record", provenance(command=command, stages=self.stages, **facts))
 
 
 def file_digest(path: Path) -> str | None:

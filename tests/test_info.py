@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from pipeline.config import RebalanceConfig
 from pipeline.deploy.export import export_model
@@ -14,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.info import describe, verify
 from pipeline.info.not_a_store import not_a_store
 from pipeline.rebalance import rebalance
+from pipeline.results.files import FORMAT
 from pipeline.text import wrapped
 from tests.small_run import digits_run, made_run, made_store
 
@@ -56,6 +58,34 @@ def test_every_artefact_says_what_it_is_and_what_made_it(run, part, kind, said):
     assert "argv" in found.provenance
     assert "made by" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["kind"] == kind
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "fact"),
+    [
+        ("backbone/run.json", "record", None),
+        ("rebalance/run.json", "record", None),
+        ("rebalance/results.json", "results", "its test accuracy"),
+        ("rebalance/selection.json", "choice", "selected"),
+        ("rebalance/heads.safetensors", "heads", "kinds"),
+        ("rebalance/test_hits.safetensors", "hits", "test images"),
+    ],
+)
+def test_every_artefact_begins_with_a_header_whose_summary_info_prints(run, part, kind, fact):
+    path = run / part
+    if path.suffix == ".json":
+        document = json.loads(path.read_text())
+        assert next(iter(document)) == "header"
+        header = document["header"]
+    else:
+        with safe_open(path, "numpy") as file:
+            header = json.loads(file.metadata()["header"])
+    assert header["kind"] == kind
+    assert header["format"] == FORMAT
+    assert header["made_by"].startswith("iwb-pipeline ")
+    facts = describe(path).facts
+    assert header["summary"].items() <= facts.items()
+    assert fact is None or header["summary"][fact]
 
 
 def test_a_run_shows_the_settings_that_its_results_were_made_with(run, tmp_path):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache import write_durably
 from pipeline.backbone import checkpoint
 from pipeline.backbone.build import build_model, check_input, classifier, input_transform, network_facts, usual_input
 from pipeline.backbone.checkpoint import Checkpoint, weights_digest
@@ -24,6 +23,7 @@ from pipeline.data.transform import Transform
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError, DataError
 from pipeline.provenance import provenance
+from pipeline.results.files import write_artefact
 
 OWN_KEYS = {"format", "model", "config", "transform"}  # keys of what `pipeline train-backbone` writes
 
@@ -249,7 +249,7 @@ def save_external(backbone: Checkpoint, folder: Path) -> None:
         "brought": backbone.external,
     }
     checkpoint.save(path, state)
-    write_durably(folder / "run.json", json.dumps(backbone.provenance, indent=1))
+    write_artefact(folder / "run.json", "record", backbone.provenance)
 
 
 def _identity(backbone: Checkpoint) -> dict[str, str]:

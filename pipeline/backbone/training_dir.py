@@ -20,6 +20,7 @@ from pipeline.config import BackboneConfig, DataConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.killpoint import KillPoint
+from pipeline.results.files import write_artefact
 
 # settings that may differ when a training goes on
 NOT_IDENTITY = {
@@ -197,7 +198,7 @@ class TrainingFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
-        write_durably(self.path / "run.json", json.dumps(provenance, indent=1))
+        write_artefact(self.path / "run.json", "record", provenance)
         write_durably(self.path / "metrics.jsonl", "".join(_lines_until(self.path / "metrics.jsonl", epoch)))
         diagnosed = self.path / "diagnostics.csv"
         if diagnosed.is_file():

@@ -1,7 +1,5 @@
 """The command that makes the paper's tables from images, beside the paper's numbers."""
 
-import json
-
 import click
 
 from pipeline.cli.completion import configs as complete_configs
@@ -39,7 +37,6 @@ def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, d
     two more; imbalance factor 50; the true ResNet-32; on a GPU then `bench rebalance`. A finished backbone/ or features.zarr
     of the same configuration and images under OUT/NAME/seed-N is used as it is. OUT/keep holds the few small files to keep.
     """
-    from cache import write_durably
     from pipeline.console import Talk
     from pipeline.distributed import choose_device
     from pipeline.reproduce import TABLES, plan, prepare_reproduce, reproduce
@@ -60,8 +57,9 @@ def reproduce_command(configs, out, page, seeds, tables, side_by_side, device, d
     )
     if not configs and not result.bench.is_file() and choose_device(device).type == "cuda":
         from pipeline.bench.rebalance import bench_rebalance
+        from pipeline.results.files import write_artefact
 
-        write_durably(result.bench, json.dumps(bench_rebalance(device=device).to_dict(), indent=1, allow_nan=False))
+        write_artefact(result.bench, "bench", bench_rebalance(device=device).to_dict())
     show(result, as_json)
 
 

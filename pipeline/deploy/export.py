@@ -26,6 +26,7 @@ from pipeline.prepared import Prepared, Write, replaced_or_new
 from pipeline.provenance import provenance
 from pipeline.report.outdated import PAGE, is_outdated
 from pipeline.report.study import Backbone, Study, read_study
+from pipeline.results.files import header, write_artefact
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Linear, Scorer
 
@@ -105,7 +106,7 @@ class PreparedExport:
             ),
         }
         write_durably(out / "README.md", model_card(self.study, exported, config))
-        write_durably(out / "config.json", json.dumps(config, indent=1, ensure_ascii=False))
+        write_artefact(out / "config.json", "export", config)
         return exported
 
 
@@ -177,7 +178,7 @@ def _weights(checkpoint: Checkpoint, head: Linear, to: str) -> bytes:
             layer.bias.copy_(torch.from_numpy(head.bias))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()}
     if to == "safetensors":
-        return save_tensors(state, metadata={"format": "pt"})
+        return save_tensors(state, metadata={"format": "pt", "header": json.dumps(header("weights", {}))})
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
@@ -192,7 +193,8 @@ def _write_graph(path: Path, checkpoint: Checkpoint, scorer: Scorer, facts: dict
 
 def _stage1(backbone: Backbone) -> bytes:
     weight, bias = backbone.store.classifier
-    return save_arrays({"weight": weight, "bias": bias})
+    summary = {"weight": f"{weight.shape[0]} classes × {weight.shape[1]} features"}
+    return save_arrays({"weight": weight, "bias": bias}, {"header": json.dumps(header("stage 1 head", summary))})
 
 
 def _facts(checkpoint: Checkpoint, counts: np.ndarray, head: dict[str, Any]) -> dict[str, Any]:

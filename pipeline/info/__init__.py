@@ -9,12 +9,13 @@ import cache
 from cache import CacheError, open_cache
 from pipeline.config import find_config, is_rebalance_only, load_config, make_rebalance_config, read_tree
 from pipeline.errors import ConfigError, DataError
-from pipeline.info.artefact import EXPECTED, Artefact, Facts, read_json, size_on_disk, try_json
-from pipeline.info.results import ablation, bench, choice, heads, kept, progress, reproduction, results, tries
+from pipeline.info.artefact import EXPECTED, Artefact, Facts, size_on_disk, try_json
+from pipeline.info.results import document, heads, kept, progress, reproduction
 from pipeline.info.stores import plain_files, samples_text, skipped_of, store
 from pipeline.info.trained import EXTERNAL_BACKBONE, checkpoint, exported, training
 from pipeline.method_names import PROBE
 from pipeline.paths import holds_runs, near
+from pipeline.results.documents import read_record
 from pipeline.text import Shown
 
 __all__ = ["Artefact", "Verified", "describe", "verify"]
@@ -90,14 +91,6 @@ def describe(path: Path | str) -> Artefact:
         raise DataError(f"{path}: not as this version writes it ({error!r}); expected {EXPECTED}") from error
 
 
-def _run_json(path: Path) -> Artefact:
-    document = read_json(path)
-    if "argv" not in document:
-        raise DataError(f"{path}: says nothing of what made it; expected {EXPECTED}")
-    stages = {f"{stage} took": f"{entry['seconds']:.1f} s" for stage, entry in document.get("stages", {}).items()}
-    return Artefact(path, f"record of pipeline {document.get('command', '')}".rstrip(), stages, document)
-
-
 def _config(path: Path) -> Artefact:
     try:
         tree = read_tree(path)
@@ -111,23 +104,6 @@ def _config(path: Path) -> Artefact:
     sections = config.model_dump(mode="json", exclude_defaults=True)
     facts = {"name": config.name, "run": str(config.run_dir), **{k: v for k, v in sections.items() if k != "name"}}
     return Artefact(path, "configuration", facts)
-
-
-def _document(path: Path) -> Artefact:
-    """A JSON file that somebody has named: a benchmark, a result, or a record of what made something."""
-    document = read_json(path, object)
-    if isinstance(document, list) and document and "table" in document[0]:
-        return reproduction(path)
-    if isinstance(document, dict):
-        header = document.get("header")
-        if isinstance(header, dict) and header.get("kind") in _KINDS:
-            return _KINDS[header["kind"]](path)
-        for key, tell in (("measures", bench), ("tries", tries), ("selected", results), ("argv", _run_json)):
-            if key in document:
-                return tell(path)
-        if "rows" in document and "bootstrap" in document:
-            return ablation(path)
-    raise DataError(f"{path}: not an artefact of this program; expected {EXPECTED}")
 
 
 def _run(path: Path) -> Artefact:
@@ -145,16 +121,16 @@ def _run(path: Path) -> Artefact:
     }
     results_path = next((p for p in (path / "results.json", path / "rebalance" / "results.json") if p.is_file()), None)
     if results_path:
-        result_facts = results(results_path).facts
+        result_facts = document(results_path).facts
         facts |= {key: result_facts[key] for key in (*STARTS, "selected", "its test accuracy") if key in result_facts}
-    records = [try_json(p) for p in (path / "run.json", *sorted(path.glob("**/backbone/run.json")))]
+    records = [read_record(p) for p in (path / "run.json", *sorted(path.glob("**/backbone/run.json")))]
     record: Facts = next(filter(None, records), {})
     return Artefact(path, f"run of {len(seeds)} backbones" if seeds else "run", facts, _as_rebalanced(record, path))
 
 
 def _as_rebalanced(record: Facts, run: Path) -> Facts:
     """Return the record of a run with the settings of stage 2 that its results were made with, which may be others."""
-    settings, config = try_json(run / "rebalance" / "run.json").get("config"), record.get("config")
+    settings, config = read_record(run / "rebalance" / "run.json").get("config"), record.get("config")
     return record | {"config": config | {"rebalance": settings}} if settings and isinstance(config, dict) else record
 
 
@@ -166,7 +142,7 @@ def _reproduced(path: Path) -> Artefact:
 
 def _is_external(run: Path) -> bool:
     """Return true where a run's backbone was not trained in it."""
-    return try_json(run / "backbone" / "run.json").get("command") == "dump-features"
+    return read_record(run / "backbone" / "run.json").get("command") == "dump-features"
 
 
 def _is_export(path: Path) -> bool:
@@ -195,21 +171,16 @@ _FOLDERS: list[tuple[Callable[[Path], bool], Callable[[Path], Artefact]]] = [
     (_is_export, exported),
     (lambda p: (p / "reproduction.json").is_file(), _reproduced),
     (lambda p: (p / "clean.safetensors").is_file(), kept),
-    _inside("tries.json", tries),
+    _inside("tries.json", document),
     (_is_run, _run),
     (lambda p: (p / "last.pt").is_file(), training),
-    _inside("results.json", results),
-    _inside("ablation.json", ablation),
+    _inside("results.json", document),
+    _inside("ablation.json", document),
     (lambda p: (p / "progress.csv").is_file(), progress),
     (lambda p: (p / REPORT).is_file(), lambda p: Artefact(p, "report", {})),
 ]
-_KINDS = {"results": results, "ablation": ablation, "sweep": tries, "bench": bench}  # by header
 _FILES: dict[str, Callable[[Path], Artefact]] = {
-    "results.json": results,
-    "ablation.json": ablation,
-    "selection.json": choice,
-    "run.json": _run_json,
-    "config.json": lambda p: exported(p.parent) if _is_export(p.parent) else _run_json(p),
+    "config.json": lambda p: exported(p.parent) if _is_export(p.parent) else document(p),
     "zarr.json": lambda p: store(p.parent),
     "store.json": lambda p: plain_files(p.parent),
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".tar"), checkpoint),
@@ -217,5 +188,5 @@ _FILES: dict[str, Callable[[Path], Artefact]] = {
     ".onnx": lambda p: exported(p.parent),
     ".yaml": _config,
     ".yml": _config,
-    ".json": _document,
+    ".json": document,
 }

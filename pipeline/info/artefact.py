@@ -64,28 +64,6 @@ class Artefact(Shown):
         return "\n".join(lines_out)
 
 
-def classes_of(names: Any, counts: list[int], *, left_out: int = 0) -> Facts:
-    """Names and sizes of the classes; left_out: how many of the images, nobody knows of which classes, could not be read."""
-    listed_names = list(names) if len(names) <= 12 else [*names[:8], "…", *names[-3:]]
-    sizes = " ".join(map(str, counts if len(counts) <= 20 else [*counts[:8], "…", *counts[-4:]]))
-    total = sum(counts)
-    read = f"{total - left_out:,} of {total:,}, the others could not be read; by class, with them: " if left_out else ""
-    classes = f"{len(names):,} ({', '.join(listed_names)})"
-    return {"classes": classes, "training images": f"{read}{sizes}" if left_out else f"{total:,} ({sizes})"}
-
-
-def prefixed(fingerprint: Facts) -> Facts:
-    return {f"fingerprint {key}": value for key, value in fingerprint.items()}
-
-
-def accuracies_of(row: Facts) -> str:
-    """`all 41.0 % (many 58.2, medium 41.1, few 20.7)` with the groups that exist."""
-    groups = ", ".join(f"{g} {row[g]:.1f}" for g in ("many", "medium", "few") if row.get(g) is not None)
-    overall = "–" if row.get("all") is None else f"{row['all']:.1f}"
-    spread = f" ± {row['all_std']:.1f}" if row.get("all_std") is not None else ""
-    return f"all {overall}{spread} % ({groups})"
-
-
 def lines_of(facts: Facts) -> list[tuple[str, str]]:
     return [(name, text_of(value)) for name, value in facts.items() if value is not None]
 
@@ -120,7 +98,7 @@ def try_json(path: Path) -> Facts:
 
 def beside(path: Path) -> Facts:
     """Return the run.json beside a file, empty where there is none."""
-    return try_json(path.with_name("run.json"))
+    return documents.read_record(path.with_name("run.json"))
 
 
 def size_on_disk(path: Path) -> str:

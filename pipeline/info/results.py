@@ -1,69 +1,50 @@
-"""Description of results: rebalancing, ablations, tries, reproductions, benchmarks; and of heads."""
+"""Description of results: JSON documents by the summary in their header, heads, and what `reproduce` leaves."""
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.info.artefact import Artefact, Facts, accuracies_of, beside, prefixed, read_json, try_json
+from pipeline.info.artefact import EXPECTED, Artefact, Facts, beside, read_json, try_json
 from pipeline.info.trained import checkpoint
-from pipeline.method_names import start_name
 from pipeline.paths import STAGE1_HEAD
-from pipeline.results.documents import read_ablation, read_choice, read_results, read_sweep
-from pipeline.results.head_id import HeadId
+from pipeline.results import documents
 from pipeline.results.heads import read_scorers
+from pipeline.results.summary import SUMMARIES, heads_summary
 
-CHOSEN_ON = {"val": "chosen on validation", "kfold": "chosen on held-out folds"}
-
-
-def results(path: Path) -> Artefact:
-    document = read_results(path)
-    selected, timing = document["selected"], document.get("timing", {})
-    tuned = [f"{c['method']}: {c['trials']} trials, {c['score']:.1f} %" for c in document.get("chosen", ())]
-    repeated = (
-        f"{selected['n']} backbones" if "backbones" in document else f"{selected['n']} batch order(s) of one backbone"
-    )
-    facts = {
-        "store": document["store"],
-        start_name(document.get("fingerprint")): accuracies_of(document["baseline"]),
-        "selected": f"{_selected(selected)}; mean over {repeated}",
-        "its test accuracy": accuracies_of(selected),
-        "tuned, best on the choosing split": tuned or None,
-        "rows": len(document["results"]),
-        "λ": sorted({row["lam"] for row in document["results"] if row.get("lam") is not None}),
-        "fitted": f"{timing['heads']} heads in {timing['fit_s']:.2f} s" if timing.get("heads") else None,
-        "fingerprint": None if isinstance(document.get("fingerprint"), list) else document.get("fingerprint"),
-    }
-    return Artefact(path, "rebalancing results", facts, beside(path))
+KINDS: dict[str, tuple[str, Callable[[Path], Facts]]] = {  # by header: what a document is, and its reader
+    "results": ("rebalancing results", documents.read_results),
+    "choice": ("choice before the test split was read", documents.read_choice),
+    "ablation": ("ablation", documents.read_ablation),
+    "sweep": ("settings tried in stage 1", documents.read_sweep),
+    "bench": ("bench {name}", documents.read_bench),
+    "record": ("record of pipeline {command}", documents.read_record),
+    "export": ("exported model", documents.read_export),
+}
+FILES = {"results.json": "results", "ablation.json": "ablation", "selection.json": "choice", "run.json": "record"}
+KEYS = {"measures": "bench", "tries": "sweep", "bootstrap": "ablation", "selected": "results", "argv": "record"}
 
 
-def choice(path: Path) -> Artefact:
-    """selection.json: what was chosen, on what, before the test split was read; of an ablation, of each variant."""
-    document = read_choice(path)
-    if isinstance(document, list):
-        selected: Facts = {f"  {variant['name']}": _scored(variant, variant) for variant in document}
-    else:
-        selected = {"selected": _scored(document["selected"], document)}
-    return Artefact(path, "choice before the test split was read", selected, beside(path))
-
-
-def _selected(head: Facts) -> str:
-    return f"{HeadId.from_dict(head)} ({CHOSEN_ON.get(head.get('chosen_on') or '', 'given')})"
-
-
-def _scored(head: Facts, choice_facts: Facts) -> str:
-    score = (
-        f"{choice_facts['score']:.1f} ± {choice_facts['standard_error']:.1f} % there" if "score" in choice_facts else ""
-    )
-    near = (
-        f"{len(choice_facts['within_one_se'])} settings within one standard error"
-        if choice_facts["within_one_se"]
-        else ""
-    )
-    return "; ".join(filter(None, (_selected(head), score, near)))
+def document(path: Path) -> Artefact:
+    """Describe a JSON document by the summary in its header; one of format 0.1 has none, and is summarised here."""
+    content = read_json(path, object)
+    if isinstance(content, list) and content and "table" in content[0]:
+        return reproduction(path)
+    header = content.get("header", {}) if isinstance(content, dict) else {}
+    kind = FILES.get(path.name) or header.get("kind") or next((KEYS[key] for key in KEYS if key in content), None)
+    if kind not in KINDS:
+        raise DataError(f"{path}: not an artefact of this program; expected {EXPECTED}")
+    name, read = KINDS[kind]
+    content = read(path)
+    facts = {"store": content["store"]} if "store" in content else {}
+    facts |= header.get("summary") or SUMMARIES[kind](content)
+    provenance = content if kind == "record" else content.get("provenance") or content.get("machine") or beside(path)
+    return Artefact(path, name.format(**{"command": "", **content}).rstrip(), facts, provenance)
 
 
 def heads(path: Path) -> Artefact:
+    """Describe a safetensors file: heads, hits, or weights from elsewhere."""
     if path.name == STAGE1_HEAD:
         return _stage_1_head(path)
     try:
@@ -72,18 +53,10 @@ def heads(path: Path) -> Artefact:
         if path.name == "heads.safetensors":
             raise
         return _hits(path) or checkpoint(path)
-    described, weight = [entry for entry, _ in scorers], scorers[0][1].arrays[0]
-    named: dict[str, int] = {}
-    for head in described:
-        name = HeadId.of_row(head).name()
-        named[name] = named.get(name, 0) + 1
-    facts = {
-        "heads": len(described),
-        "weight": f"{len(described)} × {weight.shape[0]} classes × {weight.shape[1]} features, {weight.dtype}",
-        "seeds": sorted({head["seed"] for head in described if head.get("seed") is not None}),
-        "kinds": [f"{name}: {count}" if count > 1 else name for name, count in named.items()],
-    }
-    return Artefact(path, "rebalanced heads", facts, beside(path))
+    classes, width = scorers[0][1].arrays[0].shape
+    return Artefact(
+        path, "rebalanced heads", heads_summary([entry for entry, _ in scorers], classes, width), beside(path)
+    )
 
 
 def _stage_1_head(path: Path) -> Artefact:
@@ -110,38 +83,6 @@ def _hits(path: Path) -> Artefact | None:
         return None
     facts = {"test images": f"{len(hits.labels):,}", "heads": len(hits.heads)}
     return Artefact(path, "which test images each head got right", facts, beside(path))
-
-
-def ablation(path: Path) -> Artefact:
-    """ablation.json: what each variant chose, and its accuracy."""
-    document = read_ablation(path)
-    most = max(row["n"] for row in document["rows"])
-    rows = {f"  {row['name']}": f"{_chosen(row)}: {accuracies_of(row)}" for row in document["rows"]}
-    facts = {
-        "store": document["store"],
-        "network": document["network"],
-        "variants": f"{len(rows)}, each chosen for itself; test accuracy, mean over {most} batch order(s)",
-        **rows,
-        "fitted": f"{document['timing']['heads']} heads in {document['timing']['fit_s']:.2f} s",
-        "digest": document["digest"],
-        **prefixed(document["fingerprint"]),
-    }
-    return Artefact(path, "ablation", facts, beside(path))
-
-
-def tries(path: Path) -> Artefact:
-    """tries.json of `train-backbone --try`."""
-    document = read_sweep(path)
-    selected, seeds = document["selected"], document["seeds"]
-    rows = {f"  {row['name']}": accuracies_of(row) for row in document["tries"]}
-    facts = {
-        "settings": f"{len(rows)}, {len(seeds)} seed(s) each ({', '.join(map(str, seeds))}); validation accuracy",
-        **rows,
-        "selected": f"{selected['name']}, {'chosen on validation' if selected['chosen_on'] else 'given'}",
-        "its checkpoint": selected["checkpoint"],
-        "notes": document["notes"] or None,
-    }
-    return Artefact(path, "settings tried in stage 1", facts, document.get("provenance", {}))
 
 
 def reproduction(path: Path) -> Artefact:
@@ -179,30 +120,9 @@ def kept(path: Path) -> Artefact:
     return Artefact(path, "kept of a reproduction", facts, beside(path / "clean.safetensors"))
 
 
-def bench(path: Path) -> Artefact:
-    """A result of `pipeline bench`: each measure against its target."""
-    document = read_json(path)
-    marks = {True: "met", False: "MISSED", None: "no target"}
-    facts: Facts = {
-        f"  {m['name']}": f"{m['value']:g} {m['unit']}".strip()
-        + (f", target {'≤' if m['at_most'] else '≥'} {m['target']:g}" if m["target"] is not None else "")
-        + f" ({marks[m['met']]})"
-        for m in document["measures"]
-    }
-    machine = document["machine"]
-    on = {k: machine[k] for k in ("processor", "cpus", "threads", "load") if k in machine}
-    return Artefact(
-        path, f"bench {document['name']}", {"on": on, **facts, "took": f"{document['seconds']:.0f} s"}, machine
-    )
-
-
 def progress(path: Path) -> Artefact:
     """The folder of `pipeline progress`."""
     lines = (path / "progress.csv").read_text(encoding="utf-8").splitlines()
     rows = list(csv.DictReader(lines))
     runs = list(dict.fromkeys(row[next(iter(row))] for row in rows))
     return Artefact(path, "progress of trainings compared", {"compares": runs, "rows": len(rows)}, {})
-
-
-def _chosen(row: Facts) -> str:
-    return HeadId.of_row(row).name() + (f" (chosen on {row['chosen_on']})" if row.get("chosen_on") else "")

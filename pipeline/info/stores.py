@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cache import Cache, CacheError, Writer, open_cache, open_writer
 from pipeline.errors import DataError
-from pipeline.info.artefact import EXPECTED, Artefact, classes_of, prefixed, read_json
+from pipeline.info.artefact import EXPECTED, Artefact, read_json
+from pipeline.results.summary import class_facts, prefixed
 
 
 def store(path: Path | str) -> Artefact:
@@ -27,7 +28,7 @@ def store(path: Path | str) -> Artefact:
         "feature store",
         {
             **facts,
-            **classes_of(opened.class_names, opened.counts.tolist()),
+            **class_facts(opened.class_names, opened.counts.tolist()),
             **prefixed(opened.fingerprint),
             "digest": opened.digest,
         },
@@ -55,7 +56,7 @@ def _open_store(path: Path | str, writer: Writer) -> Artefact:
         "state": f"open: {present} of {len(chunks)} chunks are there; the same pipeline dump-features goes on with it",
         **sizes,
         "features": f"{layout.width} wide, {layout.dtype}",
-        **classes_of(attributes["class_names"], attributes["counts"]),
+        **class_facts(attributes["class_names"], attributes["counts"]),
         **prefixed(attributes["fingerprint"]),
     }
     return Artefact(path, "feature store, unfinished", facts, attributes["provenance"])
@@ -69,7 +70,7 @@ def plain_files(path: Path) -> Artefact:
     facts = {
         "of": document["store"],
         "features": document["dtype"],
-        **classes_of(document["class_names"], document["counts"]),
+        **class_facts(document["class_names"], document["counts"]),
         **{f"without features {split}": samples_text(rows) for split, rows in left_out.items()},
         **prefixed(document["fingerprint"]),
         "digest": document["digest"],

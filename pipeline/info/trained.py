@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.info.artefact import Artefact, Facts, classes_of, read_json
+from pipeline.info.artefact import Artefact, Facts, read_json
 from pipeline.method_names import PROBE
 from pipeline.results.documents import read_export
+from pipeline.results.summary import class_facts, export_summary
 
 EXTERNAL_BACKBONE = "backbone brought along"
 NAMES = ("last.pt", "best.pt", "previous.pt")  # what a training calls its own
@@ -66,7 +67,7 @@ def own_checkpoint(path: Path) -> Artefact:
         else f"{PROBE}, fitted when features are dumped"
         if state["probe"]
         else "its own",
-        **classes_of(state["class_names"], state["counts"], left_out=_left_out(path, state)),
+        **class_facts(state["class_names"], state["counts"], left_out=_left_out(path, state)),
         "dataset": f"{data['name']}, fingerprint {data['fingerprint']}",
         "input": state["transform"],
         "weights digest": weights_digest(state["model"]),
@@ -144,11 +145,4 @@ def exported(path: Path) -> Artefact:
     if "head" not in document:
         return checkpoint(path)
     document = read_export(path / "config.json")
-    facts = {
-        "network": document["architecture"],
-        "weights": document["weights"],
-        "head": document["head"],
-        "input": document["transform"],
-        **classes_of(document["class_names"], document["counts"]),
-    }
-    return Artefact(path, "exported model", facts, document.get("provenance", {}))
+    return Artefact(path, "exported model", export_summary(document), document.get("provenance", {}))

@@ -104,7 +104,7 @@ def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str]
         fits.append(fit(plan, loaded, ranks, report))
         report(f"{name}: {fits[-1].selected}" + (f", chosen on {plan.chosen_on}" if plan.chosen_on else ""))
     choices = [_choice(name, fitted) for name, fitted in zip(variants, fits, strict=True)]
-    write_choice(out, choices, ranks)
+    write_choice(out, {"variants": choices}, ranks)
 
     split, counts = loaded.test(), loaded.features.counts
     tested = [_test(fitted, split, ranks.device) for fitted in fits]

@@ -26,7 +26,7 @@ from pipeline.rebalance.selection import AUTO, border_notes, refine
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import is_comparison
 from pipeline.results.differences import Hits, differences
-from pipeline.results.files import json_text, write_artefact, write_json
+from pipeline.results.files import write_artefact
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import heads_file
 from pipeline.results.mean_std import MEASURES
@@ -186,8 +186,7 @@ def load_together(prepared: PreparedRebalance) -> Loaded:
 
 def write_choice(out: Path, choice: Any, ranks: Ranks) -> None:
     """Write selection.json before any rank goes on, so that the choice cannot depend on what is read after it."""
-    text = json_text(choice)
-    ranks.together(lambda: write_durably(out / "selection.json", text) if ranks.first else None)
+    ranks.together(lambda: write_artefact(out / "selection.json", "choice", choice) if ranks.first else None)
 
 
 def source_facts(prepared: PreparedRebalance, config: RebalanceConfig) -> dict[str, Any]:
@@ -255,7 +254,7 @@ def write_run(out: Path, config: RebalanceConfig, result: Any) -> None:
         made_from={"store": recorded_path(result.store, out), "digest": result.digest},
         network=result.network,
     )
-    write_json(out / "run.json", run)
+    write_artefact(out / "run.json", "record", run)
 
 
 def _write(

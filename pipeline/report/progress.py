@@ -1,7 +1,6 @@
 """Progress of each class during training: read from diagnostics.csv, summed up by epoch, compared, drawn."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pipeline.report import axes as look
 from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED
 from pipeline.report.drawing import Drawing
 from pipeline.report.study import Row, labels
+from pipeline.results.documents import read_record
 from pipeline.results.mean_std import MeanStd, mean_std
 from pipeline.results.table import Column, Line, Table
 from pipeline.text import Shown
@@ -144,11 +144,10 @@ def read_progress(path: Path, name: str) -> Progress:
 
 def _weakening(record: Path) -> str:
     """Return the weakening of major features that a training's run.json records, or nothing."""
-    try:
-        settings = json.loads(record.read_text(encoding="utf-8"))["config"]["backbone"]["weaken"]
-        strength, gamma, at = (settings[key] for key in ("strength", "gamma", "at"))
-    except (OSError, ValueError, KeyError, TypeError):  # of an older version, or not there
+    settings = (read_record(record).get("config") or {}).get("backbone", {}).get("weaken")
+    if settings is None:  # of an older version, or not there
         return ""
+    strength, gamma, at = (settings[key] for key in ("strength", "gamma", "at"))
     return f"weakening as reconstructed: a = {strength:g}, γ = {gamma:g}, at {at}" if strength else ""
 
 

@@ -14,6 +14,7 @@ from pipeline.doctor import device_name
 from pipeline.prepared import Prepared
 from pipeline.reproduce.paper import deviations, published_of
 from pipeline.reproduce.rows import METHODS, Row, ablation_rows, method_rows
+from pipeline.results.documents import read_record
 from pipeline.run import BackboneStages
 from pipeline.run_prepare import PreparedBackbone
 
@@ -97,7 +98,7 @@ class ReproducedBackbone:
         lines = (self.folder / "backbone" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         seed = self.config.backbone.seed
         options = "" if seed == 0 else f" --set backbone.seed={seed}"
-        record = json.loads((self.folder / "backbone" / "run.json").read_text(encoding="utf-8"))
+        record = read_record(self.folder / "backbone" / "run.json")
         return {
             "command": f"pipeline train-backbone {self.words}{options}",
             "time_s": sum(json.loads(line)["seconds"] for line in lines),

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from cache import Cache, open_cache, write_durably
+from pipeline.results.files import header
 
 KINDS = (".json", ".jsonl", ".csv", ".png", ".safetensors")
 
@@ -37,4 +38,4 @@ def clean_view(store: Cache) -> bytes:
         arrays[f"{split}_features"] = store.read(split, 0).astype(np.float16)
         arrays[f"{split}_labels"] = store.labels(split).astype(np.uint16)
     facts = {"digest": store.digest, "network": store.provenance.get("network"), "class_names": list(store.class_names)}
-    return save(arrays, {"facts": json.dumps(facts)})
+    return save(arrays, {"header": json.dumps(header("features", {})), "facts": json.dumps(facts)})

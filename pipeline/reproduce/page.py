@@ -10,6 +10,7 @@ from cache import write_durably
 from pipeline.errors import DataError
 from pipeline.reproduce.paper import GROUPS
 from pipeline.reproduce.rows import METHODS, Row, merged
+from pipeline.results.files import json_text
 from pipeline.results.mean_std import MeanStd
 from pipeline.results.table import Column, Line, Table
 
@@ -43,7 +44,7 @@ def write(folder: Path, rows: Sequence[Row], deviations: Mapping[str, Sequence[s
     text = page.read_text(encoding="utf-8") if page.is_file() else "# Reproduction\n"
     for config, sentences in deviations.items():
         text = with_section(text, config, section([r for r in everything if r["config"] == config], sentences))
-    write_durably(data, json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_durably(data, json_text(everything) + "\n")
     write_durably(page, text)
     return data, page
 

@@ -105,12 +105,16 @@ class ChoiceShape(Shape):
 
 
 class VariantChoice(HeadShape):
-    """An entry of the selection.json of an ablation."""
-
     name: str
     score: Number | None = None
     standard_error: Number | None = None
     within_one_se: list[HeadShape]
+
+
+class VariantChoices(Shape):
+    """selection.json of an ablation"""
+
+    variants: list[VariantChoice]
 
 
 class VariantShape(HeadShape, MeasuredShape):
@@ -145,12 +149,35 @@ class SweepShape(Shape):
     notes: list[str]
 
 
+class StageShape(Shape):
+    seconds: Number
+
+
 class RunShape(Shape):
     """run.json"""
 
     argv: list[str]
+    command: str | None = None
     config: dict[str, Any] | None = None
-    stages: dict[str, Any] = {}
+    stages: dict[str, StageShape] = {}
+
+
+class MeasureShape(Shape):
+    name: str
+    value: Number
+    unit: str
+    target: Number | None
+    at_most: bool
+    met: bool | None
+
+
+class BenchShape(Shape):
+    """A result of `pipeline bench`"""
+
+    name: str
+    measures: list[MeasureShape]
+    machine: dict[str, Any]
+    seconds: Number
 
 
 class ExportShape(Shape):
@@ -225,9 +252,13 @@ def read_ablation(path: Path) -> dict[str, Any]:
     return read_document(document, path.parent)
 
 
-def read_choice(path: Path) -> dict[str, Any] | list[dict[str, Any]]:
-    """Return selection.json of a run, or of an ablation, which has an entry for each variant."""
-    return checked(path, read_json(path), ChoiceShape | list[VariantChoice], "run `pipeline rebalance` again")
+def read_choice(path: Path) -> dict[str, Any]:
+    """Return selection.json of a run, or of an ablation, whose `variants` have an entry each."""
+    document = read_json(path)
+    if isinstance(document, list):  # of an ablation, in format 0.1
+        document = {"variants": document}
+    shape = VariantChoices if isinstance(document, dict) and "variants" in document else ChoiceShape
+    return checked(path, document, shape, "run `pipeline rebalance` again")
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -254,13 +285,20 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     return checked(path, epochs, list[EpochShape], "train again with --overwrite")
 
 
+def read_bench(path: Path) -> dict[str, Any]:
+    """Return a result of `pipeline bench`; DataError where it is damaged or something else."""
+    return checked(path, read_json(path), BenchShape, "run `pipeline bench` again")
+
+
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the run.json that says what made the files beside it; empty where there is none or it is damaged."""
-    try:
-        document = read_json(path)
-    except DataError:
+    """Return the run.json that says what made the files beside it, without its header; empty where there is none.
+
+    Raises: DataError: the file and the field that is damaged.
+    """
+    if not path.is_file():
         return {}
-    return document if isinstance(document, dict) else {}
+    document = checked(path, read_json(path), RunShape, "remove it, or make the files beside it again")
+    return {key: value for key, value in document.items() if key != "header"}
 
 
 def _renamed(value: Any) -> Any:

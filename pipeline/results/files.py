@@ -10,6 +10,7 @@ from typing import Any
 
 from cache import write_durably
 from pipeline.provenance import library_version
+from pipeline.results.summary import SUMMARIES
 
 FORMULA = re.compile(r"[=@\t\r]|[+-](?![0-9.]+(e[+-]?[0-9]+)?$)")  # how text begins that is no number, to a spreadsheet
 FORMAT = 2  # of documents with a header; those of version 0.1 have none
@@ -25,10 +26,19 @@ def write_json(path: Path, document: Any) -> Path:
     return write_durably(path, json_text(document))
 
 
+def header(kind: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the header by which readers know a file's kind, its format, the version that made it and its main facts."""
+    version = f"iwb-pipeline {library_version('iwb-pipeline')}"
+    return {"kind": kind, "format": FORMAT, "made_by": version, "summary": dict(summary)}
+
+
 def write_artefact(path: Path, kind: str, document: Mapping[str, Any]) -> Path:
-    """Write a document behind the header by which readers know its kind, its format and the version that made it."""
-    header = {"kind": kind, "format": FORMAT, "made_by": f"iwb-pipeline {library_version('iwb-pipeline')}"}
-    return write_json(path, {"header": header, **document})
+    """Write a document behind its header, whole or not at all.
+
+    Arguments:
+        kind: a key of SUMMARIES.
+    """
+    return write_json(path, {"header": header(kind, SUMMARIES[kind](dict(document))), **document})
 
 
 def csv_line(cells: Iterable[Any]) -> str:

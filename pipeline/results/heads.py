@@ -11,7 +11,9 @@ import numpy as np
 from cache import Cache
 from pipeline.errors import DataError
 from pipeline.results.documents import HeadsShape, checked
+from pipeline.results.files import header
 from pipeline.results.head_id import HeadId
+from pipeline.results.summary import heads_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,8 +133,12 @@ def heads_file(heads: Sequence[tuple[dict[str, Any], Scorer]], facts: Mapping[st
         tensors["gated_weight"] = np.stack([[head.first.weight, head.second.weight] for _, head in gated])
         tensors["gated_bias"] = np.stack([[head.first.bias, head.second.bias] for _, head in gated])
         tensors["gate"] = np.stack([head.gate for _, head in gated])
-    metadata_values = {"heads": [entry for entry, _ in linear], "gated": [entry for entry, _ in gated], **facts}
-    metadata = {key: json.dumps(value) for key, value in metadata_values.items()}
+    classes, width = tensors["weight"].shape[1:]
+    entries = {"heads": [entry for entry, _ in linear], "gated": [entry for entry, _ in gated]}
+    summary = heads_summary([*entries["heads"], *entries["gated"]], classes, width)
+    metadata = {
+        key: json.dumps(value) for key, value in {"header": header("heads", summary), **entries, **facts}.items()
+    }
     return save({name: a.astype(np.float32) for name, a in tensors.items()}, metadata)
 
 

@@ -147,7 +147,7 @@ def test_where_the_test_split_cannot_be_read_all_choices_are_there(tmp_path):
     with pytest.raises(DataError, match="test/features"):
         ablate(store, RebalanceConfig(**COMMON), out=tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["selection.json"]
-    assert [c["name"] for c in json.loads((tmp_path / "out/selection.json").read_text())] == [
+    assert [c["name"] for c in json.loads((tmp_path / "out/selection.json").read_text())["variants"]] == [
         v["name"] for v in VARIANTS
     ]
 

@@ -120,7 +120,7 @@ def test_a_class_without_test_images_is_named_and_counted_in_no_mean(tmp_path):
     run = made_run(tmp_path / "run", absent={"test": range(48, 60)})
     note = "1 class(es) without a test image, left out of balanced test accuracy: eel"
     assert note in json.loads((run / "rebalance" / "results.json").read_text())["notes"]
-    (run / "backbone" / "run.json").write_text(json.dumps({"dataset": {"notes": [note]}}))
+    (run / "backbone" / "run.json").write_text(json.dumps({"argv": [], "dataset": {"notes": [note]}}))
     text = text_of(write_report(run))
     assert text.count(note) == 1
     assert "Few 1 of 2 classes with test images All 4 of 5 classes with test images" in text

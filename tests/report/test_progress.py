@@ -120,7 +120,7 @@ def test_weakened_runs_are_called_a_reconstruction(tmp_path, capsys):
     for name, strength in (("plain", 0), ("weak", 0.5)):
         made_file(tmp_path / name / "diagnostics.csv")
         weaken = {"strength": strength, "gamma": 1.0, "at": "layers.2"}
-        (tmp_path / name / "run.json").write_text(json.dumps({"config": {"backbone": {"weaken": weaken}}}))
+        (tmp_path / name / "run.json").write_text(json.dumps({"argv": [], "config": {"backbone": {"weaken": weaken}}}))
     how = "weakening as reconstructed: a = 0.5, γ = 1, at layers.2"
     drawn = draw({name: trainings(tmp_path / name) for name in ("plain", "weak")})
     assert [text.get_text() for text in drawn.figure.legends[0].get_texts()][:2] == ["plain", f"weak ({how})"]

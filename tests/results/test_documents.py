@@ -21,6 +21,7 @@ READERS = {
     "one/rebalance/selection.json": documents.read_choice,
     "ablation/selection.json": documents.read_choice,
     "ablation/ablation.json": documents.read_ablation,
+    "one/run.json": documents.read_record,
     "exported/config.json": documents.read_export,
 }
 
@@ -92,6 +93,20 @@ def test_metadata_of_tensors_is_checked_too(file, read, tmp_path):
     save_file(load_file(source), path, {"heads": json.dumps([{"method": "iwb", "lam": "high"}])})
     with pytest.raises(DataError, match=rf"{file}: (heads\.)?0\.lam"):
         read(path)
+
+
+def test_a_record_of_what_made_files_may_be_missing_but_not_damaged(tmp_path):
+    path = tmp_path / "run.json"
+    assert documents.read_record(path) == {}
+    record = {"argv": ["pipeline"], "stages": {"report": {"seconds": 1.5}}}
+    write_artefact(path, "record", record)
+    assert documents.read_record(path) == record
+    path.write_text(json.dumps(altered(record, "stages.report.seconds", "long")))
+    with pytest.raises(DataError, match=r"run\.json: stages\.report\.seconds: "):
+        documents.read_record(path)
+    path.write_text(json.dumps(record)[:-1])
+    with pytest.raises(DataError, match=r"run\.json: not a readable JSON file"):
+        documents.read_record(path)
 
 
 def test_metrics_without_a_last_line_that_was_cut_off_are_read(tmp_path):
