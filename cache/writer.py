@@ -1,9 +1,10 @@
 """Filling a store: chunk by chunk, by any number of processes; sealed last.
 
 A chunk is finished when its file is there and its checksum holds; nothing else records progress, so a kill at any
-moment costs at most the chunks in flight.
+moment costs at most the chunks in flight, and of these what `write_part` has not kept.
 """
 
+import io
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -14,13 +15,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cache import store
-from cache.chunks import Torn
+from cache.chunks import Torn, checksum
 from cache.layout import LARGEST, CacheError, Chunk, Layout, canonical, owned_chunks
 from cache.locate import locate
 from cache.numbers import decode, encode
 from cache.place import Place, WriteLock
 from cache.root import Root, read_root
 from cache.verify import checked_read, inspect, metadata_checksums, survey
+
+PART = ".part"  # ends the name of the file that keeps the finished rows of an unfinished chunk
+
+
+def part_name(chunk: Chunk) -> str:
+    """Return the name of the file that keeps the finished rows of a chunk."""
+    return f"{chunk.array}/{chunk.key}{PART}"
 
 
 def open_writer(path: Path | str) -> "Writer":
@@ -40,6 +48,7 @@ class Writer:
         self._root = root
         self._lock = lock
         self._ids: dict[str, NDArray] = {}
+        self._parts: set[Chunk] = set()  # that may be on the disk
 
     def __enter__(self) -> "Writer":
         return self
@@ -117,6 +126,41 @@ class Writer:
         selection = slice(chunk.view, chunk.view + 1), slice(chunk.start, chunk.stop)
         with self.place.refusals():
             store.write_chunk(self.place, array, chunk.key, encode(rows, array.dtype)[None], selection)
+            if chunk in self._parts:
+                self._parts.remove(chunk)
+                self.place.delete(part_name(chunk))
+
+    def write_part(self, chunk: Chunk, rows: NDArray, *, absent: Collection[int] = ()) -> None:
+        """Keep the first rows (n, D) of a chunk that is not finished, durable when `write_part` returns.
+
+        A part is no chunk: `write` of the whole one removes it, and readers never see it.
+        """
+        self._confirm()
+        content = io.BytesIO()
+        for array in (np.asarray(rows, np.float32), np.array(sorted(absent), np.int64)):
+            np.save(content, array, allow_pickle=False)
+        payload = content.getvalue()
+        with self.place.refusals():
+            self.place.write(part_name(chunk), checksum(payload).to_bytes(4, "little") + payload)
+        self._parts.add(chunk)
+
+    def read_part(self, chunk: Chunk) -> tuple[NDArray, list[int]] | None:
+        """Return the rows (n, D) float32 that `write_part` kept and those of them without features, None where it kept none.
+
+        One that is damaged counts as none.
+        """
+        try:
+            content, _ = self.place.read(part_name(chunk))
+        except FileNotFoundError:
+            return None
+        self._parts.add(chunk)
+        payload = content[4:]
+        if checksum(payload).to_bytes(4, "little") != content[:4]:
+            return None
+        stream = io.BytesIO(payload)
+        rows, absent = (np.load(stream, allow_pickle=False) for _ in range(2))
+        fits = rows.ndim == 2 and rows.shape[1] == self.layout.width and len(rows) < chunk.rows
+        return (rows, absent.tolist()) if fits else None
 
     def read(self, chunk: Chunk) -> NDArray:
         """Features (chunk.rows, D) that were written, as `Cache.read_chunk` gives them; NaN in rows that have none.
@@ -218,6 +262,10 @@ class Writer:
             skipped=skipped,
         )
         with self.place.refusals():
+            if parts := [
+                name for name in self.place.names() if name.endswith(PART)
+            ]:  # a process died before it removed them
+                self.place.delete(*parts)
             self.place.settle()
             self._lock.renew()
             self._lock.confirm()

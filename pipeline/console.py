@@ -61,13 +61,21 @@ class Bar:
     def __init__(self, talk: Talk, label: str, bars: Progress | None):
         self.talk, self.label, self.bars, self.said_at = talk, label, bars, time.monotonic()
         self.task = bars.add_task(label, total=None, note="") if bars else None
+        self.first: tuple[float, float] | None = None  # when it was moved first, and how far
 
     def move(self, done: float, total: float, note: str = "") -> None:
+        now = time.monotonic()
+        self.first = self.first or (now, done)
         if self.bars is not None and self.task is not None:
             self.bars.update(self.task, completed=done, total=total, note=note)
-        elif time.monotonic() - self.said_at >= LINE_EVERY:
-            self.said_at = time.monotonic()
-            self.talk.say(f"{self.label}: {done:g}/{total:g} {note}".rstrip())
+        elif now - self.said_at >= LINE_EVERY:
+            self.said_at = now
+            self.talk.say(f"{self.label}: {done:g}/{total:g} {note}{self._left(now, done, total)}".rstrip())
+
+    def _left(self, now: float, done: float, total: float) -> str:
+        """Return `, 1:05 left` by the rate so far, or nothing where there is none yet."""
+        began, start = self.first or (now, done)
+        return f", {clock((total - done) * (now - began) / (done - start))} left" if start < done < total else ""
 
 
 def describe_dataset(facts: dict[str, Any]) -> str:

@@ -8,10 +8,10 @@ import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,11 @@ from pipeline.unreadable import skipped_text
 
 OWN_HEAD = "of the backbone"
 WAITING = 2  # encoded chunks that may wait for the disk; with the one being encoded they bound the memory
+PART_SECONDS = 10.0  # of encoding, after which the finished rows of a chunk are kept
 Report = Callable[[int, int, str], object]
+
+
+def _no_report(done: int, total: int, note: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def dump_features(
     probe: bool = False,
     device: str = "auto",
     overwrite: bool = False,
-    report: Report = lambda done, total, note: None,
+    report: Report = _no_report,
     say: Callable[[str], object] = lambda line: None,
     images: Dataset | None = None,
     keep_in: Path | None = None,
@@ -123,7 +127,7 @@ def dump_features(
     Raises:
         DataError: a checkpoint or images that cannot be used, or, without overwrite, a store that was made otherwise.
         ConfigError: settings, or a backbone that cannot be used.
-        Terminated: SIGTERM or Ctrl-C; finished chunks stay and the same call goes on.
+        Terminated: SIGTERM or Ctrl-C; finished images stay and the same call goes on.
     """
     started = time.perf_counter()
     with distributed.ranks(device) as ranks, Signals() as signals:
@@ -142,12 +146,13 @@ def _dump(prepared: PreparedDump, signals: Signals, *, report: Report, started: 
         ranks.together(lambda: save_external(backbone, source.keep_in) if source.keep_in and ranks.first else None)
         missing = missing_chunks(writer, ranks, skipping=config.dump.on_error == "skip")
         share = [missing[i] for i in owned_chunks(chunks=len(missing), rank=ranks.rank, world=ranks.world)]
+        on_ranks = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
+        progress = Progress(sum(chunk.rows for chunk in share), report if ranks.first else _no_report, on_ranks)
         encoded = encoded_chunks(
-            Encoder(backbone, ranks.device, prepared.arithmetic), share, dataset, backbone, config, signals
-        )
-        ranks.together(
-            lambda: write_chunks(writer, encoded, share, dataset=dataset, ranks=ranks, kill=kill, report=report)
-        )
+            Encoder(backbone, ranks.device, prepared.arithmetic), share, dataset, backbone, config, signals,
+            writer=writer, progress=progress,
+        )  # fmt: skip
+        ranks.together(lambda: write_chunks(writer, encoded, dataset=dataset, kill=kill))
         ranks.together(lambda: _obey(signals, source.out))
         if backbone.probe:
             ranks.together(lambda: _fit_head(writer, config, dataset, ranks, signals) if ranks.first else None)
@@ -169,9 +174,14 @@ def _dump(prepared: PreparedDump, signals: Signals, *, report: Report, started: 
     )
 
 
-def batches_of(chunk: Chunk, batch_size: int) -> list[np.ndarray]:
-    """Return the rows of a chunk in batches; none crosses its borders, so no batch depends on what else is computed."""
-    return [np.arange(a, min(a + batch_size, chunk.stop)) for a in range(chunk.start, chunk.stop, batch_size)]
+def batches_of(chunk: Chunk, batch_size: int, *, done: int = 0) -> list[np.ndarray]:
+    """Return the rows of a chunk, but for the first `done`, in batches.
+
+    None crosses the chunk's borders, and all end where they would with done = 0: no batch depends on what else is computed.
+    """
+    edges = range(chunk.start, chunk.stop, batch_size)
+    batches = [np.arange(max(a, chunk.start + done), min(a + batch_size, chunk.stop)) for a in edges]
+    return [rows for rows in batches if len(rows)]
 
 
 def augmentation_key(seed: int, view: int) -> int | None:
@@ -193,74 +203,118 @@ def missing_chunks(writer: Writer, ranks: Ranks, *, skipping: bool) -> list[Chun
 Encoded = tuple[Chunk, np.ndarray, list[int]]  # features (rows, D) float32, and the unreadable rows in the chunk
 
 
+@dataclass
+class Progress:
+    """The images of this rank's share that are done, reported as they are encoded.
+
+    Arguments:
+        total: images of the share.
+        done: of them, those that an earlier command encoded included.
+    """
+
+    total: int
+    report: Report
+    suffix: str = ""
+    done: int = 0
+    encoded: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, images: int, *, encoded: bool = True) -> None:
+        """Count images that are done; those that were not encoded now count for no rate."""
+        self.done += images
+        if encoded:
+            self.encoded += images
+            rate = self.encoded / max(time.perf_counter() - self.started, 1e-9)
+            self.report(self.done, self.total, f"images{self.suffix}, {rate:,.0f}/s")
+
+
 def encoded_chunks(
-    encoder: Encoder, chunks: Sequence[Chunk], dataset: Dataset, backbone: Checkpoint, config: Config, signals: Signals
+    encoder: Encoder,
+    chunks: Sequence[Chunk],
+    dataset: Dataset,
+    backbone: Checkpoint,
+    config: Config,
+    signals: Signals,
+    *,
+    writer: Writer,
+    progress: Progress,
 ) -> Iterator[Encoded]:
-    """Yield the features of each chunk; end between two batches once there is a signal.
+    """Yield the features of each chunk; keep what is finished of one and end once there is a signal.
+
+    The finished rows of a chunk are also kept every PART_SECONDS, and a chunk is begun behind those that were.
 
     Raises:
         PipelineError: the device's memory does not suffice.
         DataError: an image cannot be read, and none may be skipped.
     """
     settings = config.dump
-    unreadable: list[int] = []
-    note = unreadable.append if settings.on_error == "skip" else None
+    unreadable: set[int] = set()
+    note = unreadable.add if settings.on_error == "skip" else None
     for split, split_chunks in itertools.groupby(chunks, key=lambda chunk: chunk.split):
         loader = Loader(dataset.splits[split], backbone.transform, device=encoder.device, workers=config.data.workers)
         for view, view_chunks in itertools.groupby(split_chunks, key=lambda chunk: chunk.view):
-            batches = [(chunk, batches_of(chunk, settings.batch_size)) for chunk in view_chunks]
-            rows = [batch for _, chunk_batches in batches for batch in chunk_batches]
+            unreadable.clear()
+            parts = [(chunk, _read_part(writer, chunk, skipping=note is not None)) for chunk in view_chunks]
+            rows = [b for chunk, (kept, _) in parts for b in batches_of(chunk, settings.batch_size, done=len(kept))]
             images = loader.batches(rows, augmentation_key(settings.seed, view), unreadable=note)
-            for chunk, chunk_batches in batches:
-                features = _encode(
-                    encoder, chunk, itertools.islice(images, len(chunk_batches)), settings.batch_size, signals
-                )
-                if features is None:
-                    return
-                yield chunk, features, [row - chunk.start for row in unreadable]
-                unreadable.clear()
+            with closing(_until_signal(encoder.stream(images), encoder, settings.batch_size, signals)) as stream:
+                for chunk, (kept, absent) in parts:
+                    features = torch.empty(chunk.rows, encoder.width, device=encoder.device)
+                    features[: len(kept)] = torch.from_numpy(kept)
+                    done = kept_rows = len(kept)
+                    progress.add(done, encoded=False)
+                    kept_at = time.monotonic()
+                    while done < chunk.rows:
+                        encoded = next(stream, None)
+                        if encoded is not None:
+                            features[done : done + len(encoded)] = encoded
+                            done += len(encoded)
+                        no_features = [
+                            *absent,
+                            *(r - chunk.start for r in unreadable if chunk.start <= r < chunk.start + done),
+                        ]
+                        due = encoded is None or time.monotonic() - kept_at >= PART_SECONDS
+                        if due and kept_rows < done < chunk.rows:
+                            with as_data_error():
+                                writer.write_part(chunk, features[:done].cpu().numpy(), absent=no_features)
+                            kept_rows, kept_at = done, time.monotonic()
+                        if encoded is None:
+                            return
+                        progress.add(len(encoded))
+                    yield chunk, features.cpu().numpy(), sorted(no_features)
 
 
-def _encode(
-    encoder: Encoder, chunk: Chunk, images: Iterator[torch.Tensor], batch_size: int, signals: Signals
-) -> np.ndarray | None:
-    """Return the features (rows, D) of a chunk, None once there is a signal."""
-    features = torch.empty(chunk.rows, encoder.width, device=encoder.device)
-    done = 0
+def _read_part(writer: Writer, chunk: Chunk, *, skipping: bool) -> tuple[np.ndarray, list[int]]:
+    """Return the rows of a chunk that an earlier command kept and those without features; none where these may not be skipped."""
+    with as_data_error():
+        part = writer.read_part(chunk)
+    if part is None or (part[1] and not skipping):
+        return np.empty((0, writer.layout.width), np.float32), []
+    return part
+
+
+def _until_signal(
+    features: Generator[torch.Tensor, None, None], encoder: Encoder, batch_size: int, signals: Signals
+) -> Generator[torch.Tensor, None, None]:
+    """Yield the encoder's features until there is a signal; turn a lack of memory into advice."""
     try:
-        for batch in images:
-            if signals.received:
-                return None
-            features[done : done + len(batch)] = encoder(batch)
-            done += len(batch)
-        return features.cpu().numpy()
+        with closing(features):
+            for encoded in features:
+                yield encoded
+                if signals.received:
+                    return
     except torch.OutOfMemoryError as error:
         raise PipelineError(
             f"{encoder.device}: not enough memory for batches of {batch_size}; "
             f"go on with --set dump.batch_size={max(1, batch_size // 2)}"
         ) from error
     except (PipelineError, OSError, RuntimeError):
-        if signals.received:  # Ctrl-C at a terminal also ends the processes that load images
-            return None
-        raise
+        if not signals.received:  # Ctrl-C at a terminal also ends the processes that load images
+            raise
 
 
-def write_chunks(
-    writer: Writer,
-    encoded: Iterator[Encoded],
-    share: Sequence[Chunk],
-    *,
-    dataset: Dataset,
-    ranks: Ranks,
-    kill: KillPoint,
-    report: Report,
-) -> None:
-    """Write this rank's share of the chunks, a background thread writing one while the next is encoded.
-
-    After a signal the chunk being encoded is dropped, and those being written are finished.
-    """
-    total, done, started = sum(chunk.rows for chunk in share), 0, time.perf_counter()
-    ranks_text = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
+def write_chunks(writer: Writer, encoded: Iterator[Encoded], *, dataset: Dataset, kill: KillPoint) -> None:
+    """Write this rank's share of the chunks, a background thread writing one while the next is encoded."""
 
     def write(number: int, chunk: Chunk, features: np.ndarray, unreadable: list[int]) -> None:
         images = dataset.splits[chunk.split]
@@ -272,9 +326,6 @@ def write_chunks(
     with as_data_error(), _in_background(write) as enqueue:
         for number, (chunk, features, unreadable) in enumerate(encoded, start=1):
             enqueue(number, chunk, features, unreadable)
-            done += chunk.rows
-            if ranks.first:
-                report(done, total, f"images{ranks_text}, {done / (time.perf_counter() - started):,.0f}/s")
 
 
 @contextmanager
@@ -347,6 +398,6 @@ def _seal(writer: Writer, prepared: PreparedDump, kill: KillPoint) -> str:
 
 def _obey(signals: Signals, out: Path | str) -> None:
     if signals.received:
-        stop = Terminated(f"stopped; the finished chunks are in {out}: the same command goes on")
+        stop = Terminated(f"stopped; the finished images are in {out}: the same command goes on")
         stop.exit_code = signals.exit_code
         raise stop

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ROOT = Path("/")  # of the file system whose proc and sys/fs/cgroup are read; tests set another
 ASSUMED_MEMORY = 4 << 30  # bytes, on systems that do not say
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # numbers of glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # numbers of glibc's malloc.h
 LARGEST_INT, TOP_PAD = 2**31 - 1, 256 << 20
 
 
@@ -31,7 +31,8 @@ def keep_freed_memory() -> bool:
         return False
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
-    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: LARGEST_INT, M_TOP_PAD: TOP_PAD}
+    # a thread's arena of its own grows in pieces of 64 MB, too small for activations: one arena for all
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: LARGEST_INT, M_TOP_PAD: TOP_PAD, M_ARENA_MAX: 1}
     mallopt = ctypes.CDLL(None).mallopt
     return sum(mallopt(option, value) for option, value in settings.items()) == len(settings)
 

@@ -10,6 +10,7 @@ from cache import CacheError, Otherwise, is_url, locate
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
 from pipeline.backbone.external_checkpoint import load_external_for_run
 from pipeline.backbone.prepare import PreparedTraining, prepare_training
+from pipeline.backbone.training_dir import refuse_among_images
 from pipeline.config import Config, RebalanceConfig
 from pipeline.data import Dataset, load_dataset
 from pipeline.distributed import Ranks, planned_ranks
@@ -186,6 +187,7 @@ def prepare_backbone(
     Raises: what the stages raise before their first step.
     """
     training = backbone = None
+    refuse_among_images(out, config.data)
     if external:
         backbone, images = load_external_for_run(
             external.path, config, out / "backbone", model=external.model, key_map=external.key_map, probe=external.probe,

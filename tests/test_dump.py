@@ -183,23 +183,56 @@ def test_a_dump_killed_after_a_chunk_goes_on_to_the_same_bytes(whole, config, ch
     assert_same(store, whole)
 
 
-def test_sigterm_keeps_the_finished_chunks(whole, config, checkpoint, tmp_path):
-    store = tmp_path / "f.zarr"
-    seen = []
+def test_sigterm_keeps_the_finished_images_of_an_unfinished_chunk_too(whole, config, checkpoint, tmp_path):
+    store, reports = tmp_path / "f.zarr", []
 
     def terminate(done, total, note):
-        seen.append(done)
-        if len(seen) == 3:
+        reports.append(done)
+        if len(reports) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Terminated, match="the same command goes on") as stopped:
         dump_features(load_checkpoint(checkpoint), config, out=store, report=terminate)
     assert stopped.value.exit_code == 143
-    assert len(seen) == 3
+    assert reports == [32, 64, 75, 107, 139]  # two batches of the second chunk
     assert not (store / ".lock").exists()
-    result = dump_features(load_checkpoint(checkpoint), config, out=store)
-    assert result.written == result.chunks - 3
+    reports.clear()
+    result = dump_features(load_checkpoint(checkpoint), config, out=store, report=lambda *r: reports.append(r[:2]))
+    assert result.written == result.chunks - 1
+    images = result.samples["train"] * 3 + result.samples["val"] + result.samples["test"]
+    assert reports[0] == (75, images - 75)  # the 11 that were missing of the second chunk, 64 are there
     assert_same(store, whole)
+
+
+@pytest.mark.parametrize("damage", [None, "flipped", "cut"])
+def test_what_a_process_kept_before_it_died_is_not_encoded_again(
+    whole, config, checkpoint, tmp_path, monkeypatch, damage
+):
+    monkeypatch.setattr(dump, "PART_SECONDS", 0.0)
+    store, reports = tmp_path / "f.zarr", []
+
+    def die(done, total, note):
+        reports.append(done)
+        if len(reports) == 5:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        dump_features(load_checkpoint(checkpoint), config, out=store, report=die)
+    (part,) = store.rglob("*.part")
+    if damage == "flipped":
+        content = bytearray(part.read_bytes())
+        content[-100] ^= 1
+        part.write_bytes(content)
+    elif damage == "cut":
+        part.write_bytes(part.read_bytes()[:-7])
+    reports.clear()
+    smaller = config.model_copy(update={"dump": config.dump.model_copy(update={"batch_size": 16})})
+    dump_features(load_checkpoint(checkpoint), smaller, out=store, report=lambda *r: reports.append(r[:2]))
+    assert reports[0][0] == (16 if damage else 75)
+    assert not list(store.rglob("*.part"))
+    np.testing.assert_allclose(
+        open_cache(store).read("train", 0), open_cache(whole).read("train", 0), rtol=2**-9, atol=2**-10
+    )
 
 
 def test_dumping_again_verifies_and_repairs_just_what_is_damaged(whole, config, checkpoint, tmp_path):
@@ -214,7 +247,8 @@ def test_dumping_again_verifies_and_repairs_just_what_is_damaged(whole, config, 
     lost.unlink()
     reports = []
     result = dump_features(backbone, config, out=store, report=lambda *seen: reports.append(seen))
-    assert result.written == len(reports) == 2
+    assert result.written == 2
+    assert [done for done, *_ in reports] == [32, 64, 75, 107, 139, 150]
     assert reports[-1][0] == reports[-1][1] == 75 + min(75, open_cache(store).rows("val"))
     assert_same(store, whole)
     assert verify(store) == []

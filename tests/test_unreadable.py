@@ -240,7 +240,7 @@ def test_an_unfinished_dump_that_skipped_goes_on_without_leave_to_skip_only_with
     store = tmp_path / "f.zarr"
 
     def stop(done, total, note):
-        if done > 60:
+        if done > 80:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

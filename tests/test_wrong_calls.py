@@ -63,7 +63,7 @@ CALLS = [
     ("train-backbone photo.jpg", 2, ["photo.jpg", "not a configuration"]),
     ("train-backbone cifar100lt", 2, ["no configuration cifar100lt", "did you mean cifar100-lt"]),
     ("run pipline.yaml", 2, ["no configuration pipline.yaml", "did you mean pipeline.yaml?"]),
-    ("run runs", 2, ["no configuration runs", "a folder", "data: {source: folder, path: runs}"]),
+    ("run runs", 2, ["no configuration runs", "a folder of runs", "a folder of images, CLASS/*.jpg"]),
     ("train-backbone --set backbone=3", 2, ["backbone is a section, got 3", "such as backbone.model"]),
     ("train-backbone --set backbone.lr=fast", 2, ["backbone.lr", "'fast'"]),
     ("train-backbone --set data.source=folder --set data.path=pipeline.yaml", 3, ["pipeline.yaml", "folder"]),

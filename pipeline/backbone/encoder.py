@@ -1,7 +1,10 @@
 """The frozen encoder on its device: images in, features out, in the formats in which that takes the least time."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,27 +21,71 @@ from pipeline.backbone.arithmetic import (
 from pipeline.backbone.build import classifier, encode
 from pipeline.backbone.checkpoint import Checkpoint
 from pipeline.config import DumpConfig
-from pipeline.resources import keep_freed_memory
+from pipeline.resources import keep_freed_memory, usable_cores
 
 MICRO_BATCHES = (16, 64)  # the first is within some 5 % of the best size wherever it was measured
 TRIAL_IMAGES = 4  # of the trial of formats
 TRIAL_SECONDS = 2.0  # a trial of larger micro-batches that would take longer gains less than it costs
+MICRO_SECONDS = 10.0  # most that a micro-batch takes: a dump that is stopped loses the one that is computed
 SLOWER = (2.0, 1.2)  # after each pass, a candidate that took this many times the best one's time is out
 
 
 class Encoder:
-    """The encoder of a backbone on its device."""
+    """The encoder of a backbone on its device.
+
+    On a CPU, micro-batches are computed side by side, each by one thread (`lanes` of them). Threads that share one operation
+    wait for each other behind each of some hundred layers: beside other work a core is lent to somebody else at any moment, and
+    all wait for its part.
+    """
 
     def __init__(self, backbone: Checkpoint, device: torch.device, arithmetic: Arithmetic):
+        self.device, self.arithmetic = device, arithmetic
+        self.lanes = 1
         if device.type == "cpu":
             keep_freed_memory()
-        self.device, self.arithmetic = device, arithmetic
+            self.lanes = min(torch.get_num_threads(), usable_cores())
         self.width = classifier(backbone.model).in_features
         self._model = arithmetic.arrange_weights(backbone.model.to(device)).eval()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return features (B, D) of normalised images (B, 3, H, W) on the device."""
-        return encode_in_parts(self._model, images, self.arithmetic)
+        return torch.cat(list(self.stream([images])))
+
+    def stream(self, batches: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        """Yield the features of batches of normalised images in order, a micro-batch at a time.
+
+        While the caller or the source of the batches is at work, the next ones are computed. Closing the generator ends that.
+        """
+        size = self.arithmetic.micro_batch
+        if self.device.type != "cpu" or size is None:
+            for images in batches:
+                yield encode_in_parts(self._model, images, self.arithmetic)
+            return
+        pending: deque[Future[Tensor]] = deque()
+        with one_thread(), ThreadPoolExecutor(self.lanes, "encode") as pool:
+            try:
+                for images in batches:
+                    parts = images.split(size) if len(images) else [images]
+                    for part in parts:
+                        pending.append(pool.submit(encode_in_parts, self._model, part, self.arithmetic))
+                        while len(pending) > len(parts) + self.lanes or (pending and pending[0].done()):
+                            yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute each operation inside by one thread, in threads that are started inside too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
@@ -94,6 +141,8 @@ def encoding_arithmetic(
         sizes = [settings.micro_batch]
     candidates = [Arithmetic(p, f, sizes[0]) for p in precisions for f in formats]
     first, seconds = fastest(model, size, candidates, images=TRIAL_IMAGES)
+    if settings.micro_batch is None and resumed is None and sizes[0] and sizes[0] * seconds > MICRO_SECONDS:
+        sizes = [max(1, int(MICRO_SECONDS / seconds))]
     passes = 1 + len(SLOWER)
     sizes = [n for n in sizes if n == sizes[0] or passes * seconds * (n or 1) < TRIAL_SECONDS]
     return fastest(model, size, [Arithmetic(first.precision, first.memory_format, n) for n in sizes])[0]
@@ -102,7 +151,9 @@ def encoding_arithmetic(
 def fastest(
     model: nn.Module, size: tuple[int, int], candidates: Sequence[Arithmetic], *, images: int | None = None
 ) -> tuple[Arithmetic, float]:
-    """Return the candidate in which the model encodes images (3, *size) fastest on the CPU, and its seconds an image.
+    """Return the candidate in which the model takes the least CPU time for images (3, *size), and its seconds an image.
+
+    One thread computes and its own clock counts, so that other work on the machine decides nothing.
 
     Arguments:
         images: encoded in each pass, by default the candidate's micro-batch.
@@ -114,14 +165,15 @@ def fastest(
     pixels = torch.randn(max(sizes), 3, *size, generator=torch.Generator().manual_seed(0))
     seconds: dict[Arithmetic, float] = {}
     remaining = list(zip(candidates, sizes, strict=True))
-    for slower in (*SLOWER, 1.0):
-        for candidate, count in remaining:
-            candidate.arrange_weights(model)
-            started = time.perf_counter()
-            encode_in_parts(model, pixels[:count], candidate)
-            seconds[candidate] = min(seconds.get(candidate, float("inf")), (time.perf_counter() - started) / count)
-        limit = slower * min(seconds.values())
-        remaining = [(candidate, count) for candidate, count in remaining if seconds[candidate] <= limit]
+    with one_thread():
+        for slower in (*SLOWER, 1.0):
+            for candidate, count in remaining:
+                candidate.arrange_weights(model)
+                started = time.thread_time()
+                encode_in_parts(model, pixels[:count], candidate)
+                seconds[candidate] = min(seconds.get(candidate, float("inf")), (time.thread_time() - started) / count)
+            limit = slower * min(seconds.values())
+            remaining = [(candidate, count) for candidate, count in remaining if seconds[candidate] <= limit]
     best = remaining[0][0]
     return best, seconds[best]
 

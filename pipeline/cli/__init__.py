@@ -9,6 +9,7 @@ import click
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = {  # name → module of this package, line in the help; in the order of use
+    "init": ("init", "Look at a folder of images and write settings for it."),
     "run": ("stages", "Train, dump, rebalance and report in one go."),
     "train-backbone": ("stages", "Stage 1: train, or continue, encoder and classifier."),
     "dump-features": ("stages", "Run the encoder once over every image into a store."),
@@ -77,7 +78,7 @@ def cli() -> None:
     The three steps:  pipeline train-backbone
                       pipeline dump-features
                       pipeline rebalance --lam 0.05
-    All in one:       pipeline run digits-lt
+    All in one:       pipeline run FOLDER-OF-IMAGES
     """
 
 

@@ -11,6 +11,7 @@ import click
 from pipeline.cli.completion import configs
 from pipeline.cli.exit_codes import show
 from pipeline.cli.options import Command, settings, shared
+from pipeline.cli.paths import images_folder
 from pipeline.cli.settings import REQUIRED, SettingField, setting_sections
 from pipeline.shipped import shipped_configs
 from pipeline.text import Shown, columns, wrapped
@@ -39,7 +40,7 @@ class ShippedConfigs(Shown):
 
 @dataclass(frozen=True)
 class SettingValue:
-    """A setting with its value in a configuration; origin is default, file or --set."""
+    """A setting with its value in a configuration; origin is default, file, images (chosen from them) or --set."""
 
     field: SettingField
     value: Any
@@ -103,8 +104,13 @@ def list_settings(name: str | None, sets: Sequence[str]) -> ConfigSettings:
         read_tree,
     )
 
-    path = find_config(name)
-    tree: dict[str, Any] = read_tree(path)
+    folder = images_folder(name) if name else None
+    if folder:
+        from pipeline.proposal import propose
+
+        proposal = propose(folder)
+    path = folder or find_config(name)
+    tree: dict[str, Any] = proposal.tree() if folder else read_tree(path)
     typed: dict[str, Any] = {}
     for text in sets:
         apply_setting(typed, text)
@@ -115,13 +121,20 @@ def list_settings(name: str | None, sets: Sequence[str]) -> ConfigSettings:
         values["rebalance"] = make_rebalance_config(tree, str(path)).model_dump(mode="json")
         tree = read_tree(path)
     else:
-        values = load_config(path, sets).model_dump(mode="json")
+        config = proposal.config(sets) if folder else load_config(path, sets)
+        values = config.model_dump(mode="json")
     rows = []
     for section in setting_sections().values():
         for item in section.fields.values():
             if "[" in section.path or item.key.partition(".")[0] not in values:
                 continue
-            origin = "--set" if _has(typed, item.key) else "file" if _has(tree, item.key) else "default"
+            origin = (
+                "--set"
+                if _has(typed, item.key)
+                else ("images" if folder else "file")
+                if _has(tree, item.key)
+                else "default"
+            )
             rows.append(SettingValue(item, _at(values, item.key), origin))
     return ConfigSettings(values["name"], path, tuple(rows))
 
@@ -152,7 +165,8 @@ def _has(tree: Any, key: str) -> bool:
 def config_command(name, sets, as_json, debug):
     """List every setting of a configuration: its value, where the value comes from, its default and its meaning.
 
-    NAME is a file or the name of a shipped configuration. Without NAME and --set, list the shipped configurations.
+    NAME is a file, the name of a shipped configuration, or a folder of images. Without NAME and --set, list the shipped
+    configurations.
     """
     show(list_settings(name, sets) if name or sets else list_shipped(), as_json)
 

@@ -2,15 +2,19 @@
 
 import os
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import STORE
 from pipeline.errors import ConfigError, DataError
 from pipeline.hosts import TOLD, in_worker
+from pipeline.paths import is_run
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.console import Talk
+
+PROPOSED = "pipeline.yaml"  # the configuration of a command without CONFIG
 
 
 def take_config(name: str | None, sets: Any, *, announce: bool = True) -> "tuple[Talk, Config]":
@@ -18,11 +22,45 @@ def take_config(name: str | None, sets: Any, *, announce: bool = True) -> "tuple
     from pipeline.config import find_config, load_config
     from pipeline.console import Talk
 
-    talk, path = Talk(), find_config(name)
+    talk, announce = Talk(), announce and not (in_worker() and TOLD in os.environ)  # its launcher has printed the lines
+    if name is None and not Path(PROPOSED).is_file():
+        from pipeline.proposal import refuse_ignored_images
+
+        refuse_ignored_images()
+    if name is not None and (folder := images_folder(name)):
+        from pipeline.proposal import propose
+
+        proposal = propose(folder)
+        config = proposal.config(sets)
+        if announce:
+            talk.say(
+                f"{proposal}\nThese settings were chosen from the images; to change them: pipeline init {quote(name)}"
+            )
+        return talk, config
+    path = find_config(name)
     config = load_config(path, sets)
-    if announce and not (in_worker() and TOLD in os.environ):  # its launcher has printed the line
+    if announce:
         talk.say(f"configuration: {config.name} ({path})")
     return talk, config
+
+
+def images_folder(name: str) -> Path | None:
+    """Return the folder of images that stands in the place of a CONFIG, None for a configuration.
+
+    A folder with a pipeline.yaml of its own means that file.
+    """
+    path = Path(name)
+    return path if path.is_dir() and not (path / PROPOSED).is_file() else None
+
+
+def run_of_images(name: str) -> Path | None:
+    """Return the run's folder of `pipeline run FOLDER`, None where a path is no folder of images."""
+    path = Path(name)
+    if not path.is_dir() or is_run(path):
+        return None
+    from pipeline.proposal import experiment_name, holds_images
+
+    return Path("runs") / experiment_name(path) if holds_images(path) else None
 
 
 def backbones_of(run: Path) -> list[Path]:
@@ -43,7 +81,7 @@ def run_folder(run: str | None) -> Path:
     if run is not None and (Path(run) / "last.pt").is_file():
         raise DataError(f"{run}: the training of a run; give the run itself, such as {Path(run).parent}")
     if run is not None and Path(run).exists():
-        return Path(run)
+        return run_of_images(run) or Path(run)
     try:
         return load_config(find_config(run)).run_dir
     except ConfigError:
@@ -79,6 +117,8 @@ def store_and_tree(
         path = named.run_dir / "features.zarr"
     elif "://" in store:
         path = STORE.convert(store, None, None)
+    elif run := run_of_images(store):
+        path = run / "features.zarr"
     elif Path(store).exists():
         path = Path(store) / "features.zarr" if (Path(store) / "features.zarr").exists() else Path(store)
     else:

@@ -74,7 +74,8 @@ def run_command(
 ):
     """Run stage 1, feature dump, rebalancing and report in one go; resumes where it stopped.
 
-    CONFIG is a file or the name of a shipped configuration (default: ./pipeline.yaml, else digits-lt).
+    CONFIG is a file, the name of a shipped configuration, or a folder of images, for which settings are chosen as `pipeline
+    init` does (default: ./pipeline.yaml, else digits-lt).
     """
     sets = with_encoder(sets, encoder, checkpoint)
     talk, experiment = take_config(config, (*sets, *_dump_sets(on_error=on_error)))

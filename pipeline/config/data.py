@@ -56,11 +56,17 @@ class DataConfig(Section):
         ge=1,
         description="Training images of the largest class of a subset; null takes as many as all classes have.",
     )
-    val_per_class: int = Field(
-        20, ge=0, description="Images per class held out for validation where the source has no such split."
+    val_per_class: int | None = Field(
+        None,
+        ge=0,
+        description="Images per class held out for validation where the source has no such split, at most a fifth of the "
+        "class; null holds out 15 %, at least 2 and at most 50, of classes of 5 or more, and 20 beside a subset.",
     )
-    test_per_class: int = Field(
-        20, ge=0, description="Images per class held out for testing where the source has none."
+    test_per_class: int | None = Field(
+        None,
+        ge=0,
+        description="Images per class held out for testing where the source has no test split; null as for "
+        "data.val_per_class.",
     )
     subset_seed: int = Field(0, ge=0, description="Seed that draws the subset and the images that are held out.")
     image_size: int | None = Field(

@@ -31,11 +31,10 @@ def find_config(name: str | None) -> Path:
     stem = str(path.with_suffix("")).removeprefix("configs/") if path.suffix in (".yaml", ".yml") else name
     if stem in shipped and not path.is_absolute():
         return shipped[stem]
+    if (path / "pipeline.yaml").is_file():
+        return path / "pipeline.yaml"
     if path.is_dir():
-        raise ConfigError(
-            f"no configuration {name}: it is a folder; to train on its images write a configuration with "
-            f"data: {{source: folder, path: {name}}}"
-        )
+        raise ConfigError(f"no configuration {name}: it is a folder; `pipeline init {name}` writes one for its images")
     files = [str(file) for file in path.parent.glob("*") if file.suffix in (".yaml", ".yml")]
     raise ConfigError(
         f"no configuration {name}: neither a file nor a shipped name{nearest(name, [*files, *shipped])}; "

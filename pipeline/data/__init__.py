@@ -10,7 +10,7 @@ from pipeline.config import DataConfig
 from pipeline.data import huggingface, sources
 from pipeline.data.dataset import Dataset, Split, check_classes
 from pipeline.data.names import class_names_from
-from pipeline.data.subset import class_sizes, hold_out, long_tail
+from pipeline.data.subset import SUBSET_SPLIT, class_sizes, held_out_sizes, hold_out, long_tail
 from pipeline.errors import ConfigError
 from pipeline.metrics import unmeasured
 
@@ -30,8 +30,8 @@ __all__ = ["Dataset", "Split", "load_dataset"]
 def load_dataset(config: DataConfig, *, resize: bool = True) -> Dataset:
     """Return the images of a configuration: long-tailed as configured, with validation and test splits.
 
-    Validation is the source's own, else what the subset left over, else min(val_per_class, N_c // 5) images of each
-    class held out of training; a test split that is missing is held out the same way, and a note says so.
+    Validation is the source's own, else what the subset left over, else held out of training as `held_out_sizes` has it;
+    a test split that is missing is held out the same way, and a note says so.
     resize: whether images in memory get the size data.image_size; a frozen encoder's are resized batch by batch.
     Raises DataError naming the file, sample or class that is wrong, ConfigError for an impossible subset.
     """
@@ -43,27 +43,25 @@ def load_dataset(config: DataConfig, *, resize: bool = True) -> Dataset:
     names = class_names_from(source.class_names, str(config.path or config.hub or config.train_list or config.source))
     classes, notes = len(names), list(source.notes)
     train, val, test = source.train, source.val, source.test
-    if test is None and config.test_per_class:
-        keep, held_out = hold_out(
-            train.labels, per_class=config.test_per_class, seed=config.subset_seed, classes=classes
-        )
-        train, test = train.take(keep), train.take(held_out)
-        notes.append(f"no test split: {len(held_out)} training images were held out as one")
+    sizes = np.bincount(train.labels, minlength=classes)
+    if test is None and config.test_per_class != 0:
+        per_class = config.test_per_class if config.subset == "none" else _of_subset(config.test_per_class)
+        train, test = _held_out(train, held_out_sizes(sizes, per_class), config.subset_seed, "test", notes)
     if config.subset != "none":
-        sizes = np.bincount(train.labels, minlength=classes)
+        pool = np.bincount(train.labels, minlength=classes)
         train, left = _subset(config, train, classes)
-        if config.max_per_class is None and sizes.max() > sizes.min():
+        if config.max_per_class is None and pool.max() > pool.min():
             notes.append(
-                f"data.max_per_class is not set: the smallest class has {sizes.min()} images, so {len(train)} of "
-                f"{sizes.sum()} are kept; set it to keep more of the larger ones"
+                f"data.max_per_class is not set: the smallest class has {pool.min()} images, so {len(train)} of "
+                f"{pool.sum()} are kept; set it to keep more of the larger ones"
             )
         val = val or left
-    elif val is None and config.val_per_class:
-        keep, held_out = hold_out(
-            train.labels, per_class=config.val_per_class, seed=config.subset_seed + 1, classes=classes
+    elif val is None and config.val_per_class != 0:
+        if config.val_per_class is not None:
+            sizes = np.bincount(train.labels, minlength=classes)  # a fifth of what is left
+        train, val = _held_out(
+            train, held_out_sizes(sizes, config.val_per_class), config.subset_seed + 1, "validation", notes
         )
-        train, val = train.take(keep), train.take(held_out)
-        notes.append(f"no validation split: {len(held_out)} training images were held out as one")
     notes += filter(None, (one_colour_note(s, name) for name, s in (("training", train), ("test", test))))
     dataset = check_classes(Dataset(config.source, names, train, val, test, tuple(notes)))
     for name, split in (("validation", val), ("test", test)):
@@ -85,11 +83,22 @@ def one_colour_note(split: Split | None, name: str) -> str:
     return f"{len(constant)} {name} image(s) are one colour: {first}" if len(constant) else ""
 
 
+def _held_out(train: Split, sizes: np.ndarray, seed: int, split: str, notes: list[str]) -> tuple[Split, Split | None]:
+    """Return what stays and what is held out, None where that is nothing, and note it."""
+    keep, held_out = hold_out(train.labels, sizes, seed=seed)
+    notes.append(f"no {split} split: {len(held_out)} training images were held out as one")
+    return train.take(keep), train.take(held_out) if len(held_out) else None
+
+
+def _of_subset(per_class: int | None) -> int:
+    """Return the images of each class that a subset has in a split of its own."""
+    return SUBSET_SPLIT if per_class is None else per_class
+
+
 def _subset(config: DataConfig, pool: Split, classes: int) -> tuple[Split, Split | None]:
     available = np.bincount(pool.labels, minlength=classes)
-    spare = (
-        config.val_per_class if config.subset == "step" else 0
-    )  # every class of a step subset keeps its validation images
+    val_per_class = _of_subset(config.val_per_class)
+    spare = val_per_class if config.subset == "step" else 0  # every class of a step subset keeps its validation images
     largest = config.max_per_class or int(available.min()) - spare
     if largest < 1:
         raise ConfigError(
@@ -106,7 +115,7 @@ def _subset(config: DataConfig, pool: Split, classes: int) -> tuple[Split, Split
             f"data.max_per_class={largest}: class {short[0]} would need {sizes[short[0]]} images and has {available[short[0]]}; "
             + (f"set it to {most} or less" if most else "no size fits: the classes are not in the order of their sizes")
         )
-    selected, left = long_tail(pool.labels, sizes, val_per_class=config.val_per_class, seed=config.subset_seed)
+    selected, left = long_tail(pool.labels, sizes, val_per_class=val_per_class, seed=config.subset_seed)
     return pool.take(selected), pool.take(left) if len(left) else None
 
 

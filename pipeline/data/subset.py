@@ -2,6 +2,13 @@
 
 import numpy as np
 
+SHARE, HELD_OUT, SMALLEST_SPLIT = (
+    0.15,
+    (2, 50),
+    5,
+)  # of a class: share held out, its limits, smallest class that is split
+SUBSET_SPLIT = 20  # validation and test images of a class beside a subset, where nothing else is asked for
+
 
 def class_sizes(*, classes: int, largest: int, imbalance: float, shape: str) -> np.ndarray:
     """(classes,) int64 images to keep of each class, class order = label order.
@@ -34,13 +41,25 @@ def long_tail(labels: np.ndarray, sizes: np.ndarray, *, val_per_class: int, seed
     return np.concatenate(selected), np.concatenate(left)
 
 
-def hold_out(labels: np.ndarray, *, per_class: int, seed: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(positions that stay, positions held out): min(per_class, N_c // 5) of each class, none of classes under 5."""
+def held_out_sizes(counts: np.ndarray, per_class: int | None) -> np.ndarray:
+    """Return how many images (C,) of classes of the given sizes (C,) are held out for one split.
+
+    Arguments:
+        per_class: min(per_class, N_c // 5) of each class, none of classes under 5; None for 15 %, at least 2 and at most 50,
+            none of classes under 5.
+    """
+    if per_class is not None:
+        return np.minimum(per_class, counts // 5)
+    return np.where(counts < SMALLEST_SPLIT, 0, np.clip(np.round(SHARE * counts), *HELD_OUT)).astype(np.int64)
+
+
+def hold_out(labels: np.ndarray, sizes: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (positions that stay, positions held out), sizes[c] of class c at random."""
     random = np.random.RandomState(seed)
     held_out = []
-    for order in of_each_class(labels, classes):
+    for size, order in zip(sizes, of_each_class(labels, len(sizes)), strict=True):
         random.shuffle(order)
-        held_out.append(order[: min(per_class, len(order) // 5)])
+        held_out.append(order[:size])
     out = np.zeros(len(labels), bool)
     out[np.concatenate(held_out)] = True
     return np.flatnonzero(~out), np.flatnonzero(out)

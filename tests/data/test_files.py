@@ -41,6 +41,7 @@ def images(tmp_path):
     return root
 
 
+SPLIT = {"val_per_class": 20, "test_per_class": 20}  # how missing splits were held out before 0.2
 LIST = {"source": "list"}
 EXPONENTIAL = {"test_per_class": 0, "subset": "exponential", "max_per_class": 20, "imbalance_factor": 8}
 WITHOUT = {"train": [0, 5]}
@@ -60,7 +61,7 @@ def test_fingerprints_stay_those_of_stores_and_checkpoints_made_before(images, m
     """Computed once by the first version, which kept names in a list and asked for every size when hashing."""
     if limit:
         monkeypatch.setattr("pipeline.data.dataset.CONTENT_LIMIT", limit)
-    given = {"source": "folder", "path": images, "train_list": images.parent / "list.txt", **settings}
+    given = {"source": "folder", "path": images, "train_list": images.parent / "list.txt", **SPLIT, **settings}
     dataset = load_dataset(DataConfig(**given))
     assert (dataset.fingerprint, dataset.fingerprint_without(WITHOUT)[:16]) == expected
 
@@ -78,7 +79,7 @@ def test_fingerprints_stay_those_of_stores_and_checkpoints_made_before(images, m
 def test_so_do_those_of_arrays(tmp_path, settings, expected):
     pixels = (np.arange(60 * 4 * 4 * 3) % 251).astype(np.uint8).reshape(60, 4, 4, 3)
     np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(60) % 3)
-    assert load_dataset(DataConfig(**{"path": tmp_path / "a.npz", **settings})).fingerprint == expected
+    assert load_dataset(DataConfig(**{"path": tmp_path / "a.npz", **SPLIT, **settings})).fingerprint == expected
 
 
 @pytest.mark.parametrize("source", ["folder", "list"])

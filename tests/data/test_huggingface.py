@@ -374,8 +374,8 @@ def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(compile(code, str(docs), "exec"), names)
     assert capsys.readouterr().out.splitlines() == [
-        "('cat', 'dog') [32  7] {'train': 39, 'val': 8, 'test': 9}",
-        "no test split: 9 training images were held out as one",
-        "pets-disk, train, row 46 (6.png)",
+        "('cat', 'dog') [34  6] {'train': 40, 'val': 8, 'test': 8}",
+        "no test split: 8 training images were held out as one",
+        "pets-disk, train, row 45 (5.png)",
         "[30  3]",
     ]

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import make_config
+from pipeline.config import DataConfig, make_config
 from pipeline.data import load_dataset
-from pipeline.data.subset import class_sizes, hold_out, long_tail
+from pipeline.data.subset import class_sizes, held_out_sizes, hold_out, long_tail
 from pipeline.errors import ConfigError
 from tests.conftest import digits_tree
 
@@ -37,12 +37,34 @@ def test_long_tail_follows_the_public_recipe():
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.integers(0, 30), st.integers(0, 5))
-def test_hold_out_keeps_every_sample_once_and_spares_small_classes(labels, per_class, seed):
+def test_hold_out_keeps_every_sample_once_and_takes_so_many_of_each_class(labels, per_class, seed):
     labels = np.array(labels)
-    stay, held = hold_out(labels, per_class=per_class, seed=seed, classes=5)
+    counts = np.bincount(labels, minlength=5)
+    stay, held = hold_out(labels, held_out_sizes(counts, per_class), seed=seed)
     assert sorted([*stay, *held]) == list(range(len(labels)))
-    for c in range(5):
-        assert (labels[held] == c).sum() == min(per_class, (labels == c).sum() // 5)
+    assert np.bincount(labels[held], minlength=5).tolist() == [min(per_class, n // 5) for n in counts]
+
+
+def test_without_a_number_15_percent_of_a_class_are_held_out_within_limits():
+    counts = np.array([0, 1, 4, 5, 13, 14, 17, 100, 333, 334, 5000])
+    assert held_out_sizes(counts, None).tolist() == [0, 0, 0, 2, 2, 2, 3, 15, 50, 50, 50]
+
+
+def test_both_missing_splits_take_their_share_of_the_whole_class(tmp_path):
+    sizes = (100, 5, 4)
+    labels = np.repeat(np.arange(3), sizes)
+    np.savez(tmp_path / "a.npz", images=np.zeros((len(labels), 2, 2, 3), np.uint8), labels=labels)
+    source = {"source": "npz", "path": tmp_path / "a.npz"}
+    for settings, expected in (
+        ({}, {"train": [70, 1, 4], "val": [15, 2, 0], "test": [15, 2, 0]}),
+        ({"val_per_class": 20, "test_per_class": 20}, {"train": [64, 4, 4], "val": [16, 0, 0], "test": [20, 1, 0]}),
+    ):
+        dataset = load_dataset(DataConfig(**source, **settings))
+        assert {
+            name: np.bincount(split.labels, minlength=3).tolist() for name, split in dataset.splits.items()
+        } == expected
+        ids = np.concatenate([split.ids for split in dataset.splits.values()])
+        assert sorted(ids) == list(range(len(labels)))
 
 
 def test_digits_are_split_as_documented():
