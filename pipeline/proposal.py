@@ -13,12 +13,12 @@ import yaml
 
 from pipeline.backbone.pretrained import ALIASES, EXTRA, installed_aliases
 from pipeline.config import Config, DataConfig, apply_setting, make_config
-from pipeline.data.images import EXTENSIONS
-from pipeline.data.sources import SPLIT_FOLDERS
+from pipeline.data.images import is_image_name
 from pipeline.data.sources import folder as folder_source
+from pipeline.data.sources import split_folders
 from pipeline.data.subset import HELD_OUT, SHARE, SMALLEST_SPLIT, held_out_sizes
 from pipeline.data.survey import ImageSurvey, survey_images
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.paths import holds_runs, is_run
 from pipeline.text import Shown, wrapped
 
@@ -168,21 +168,19 @@ def holds_images(folder: Path) -> bool:
 
     The demand is strict, so that a folder with pictures somewhere in it does not pass for a data set.
     """
-    train = next((folder / name for name in SPLIT_FOLDERS["train"] if (folder / name).is_dir()), folder)
-    classes = [
-        place for place in train.glob("*") if place.is_dir() and not place.name.startswith(".") and place.name != "runs"
-    ]
-    return len(classes) > 1 and all(
-        any(file.suffix.lower() in EXTENSIONS for file in place.glob("*.*")) for place in classes
-    )
+    try:
+        train = split_folders(folder).get("train", folder)
+    except DataError:  # two folders of one split
+        return False
+    classes = [place for place in train.glob("*") if place.is_dir() and place.name[0] != "." and place.name != "runs"]
+    return len(classes) > 1 and all(any(is_image_name(file.name) for file in place.glob("*.*")) for place in classes)
 
 
 def refuse_ignored_images() -> None:
     """Raise ConfigError where a command without CONFIG would leave the images of the working folder aside."""
     if not holds_images(Path()):
         return
-    split = (Path() / "train").is_dir()
-    name, place = (".", "") if split else (shlex.quote(Path().resolve().name), "cd .. && ")
+    name, place = (".", "") if split_folders(Path()) else (shlex.quote(Path().resolve().name), "cd .. && ")
     raise ConfigError(
         f"this folder holds images and no {FILE}: `{place}pipeline run {name}` proposes settings for them and runs, "
         f"`{place}pipeline init {name}` writes these settings; `pipeline run digits-lt` runs the digits that come along"

@@ -127,7 +127,7 @@ def folder(config: DataConfig) -> DataSource:
     root = _required(config.path)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set data.path to a folder with train/CLASS/*.jpg or CLASS/*.jpg")
-    places = _split_folders(root)
+    places = split_folders(root)
     if "train" not in places:
         if places:
             raise DataError(
@@ -212,7 +212,7 @@ def _images_in(place: Path) -> list[str]:
         return sorted(entry.path for entry in entries if is_image_name(entry.name) and entry.is_file())
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def split_folders(root: Path) -> dict[str, Path]:
     """Split → its folder, of those that there are; DataError where two have a name of the same split."""
     places: dict[str, Path] = {}
     for name in _folders(root):
