@@ -173,11 +173,6 @@ class Layout:
             "rows_per_chunk": self.rows_per_chunk,
         }
 
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> "Layout":
-        splits = tuple((str(name), int(views), int(rows)) for name, views, rows in tree["splits"])
-        return cls(splits, tree["width"], tree["classes"], tree["dtype"], tree["rows_per_chunk"])
-
 
 def chunk_rows(*, width: int, itemsize: int) -> int:
     """Return the rows of (width,) features that make a chunk of about 16 MiB; at least 1, at most CHUNK_ROWS."""

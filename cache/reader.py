@@ -15,7 +15,7 @@ from cache.numbers import NUMBERS, decode
 from cache.place import Place
 from cache.root import Root, read_root
 from cache.stream import Block, stream, stream_order, stream_window
-from cache.verify import checked_read, damaged_metadata, padding_bytes, unfinished
+from cache.verify import checked_read, damaged_metadata, padding_bytes, unfinished, wrong_sizes
 
 
 def open_cache(path: Path | str) -> "Cache":
@@ -28,7 +28,7 @@ def open_cache(path: Path | str) -> "Cache":
     root = read_root(place)
     if not root.sealed:
         raise CacheError(unfinished(place, root))
-    for damage in damaged_metadata(place, root):
+    for damage in (*damaged_metadata(place, root), *wrong_sizes(place, root)):
         raise CacheError(f"{place}: {damage}; {_repair(place)}")
     return Cache(place, root)
 
@@ -198,7 +198,11 @@ class Cache:
 
     def labels(self, split: str) -> NDArray[np.int64]:
         """(N,) class of each sample."""
-        return self._small(f"{split}/labels")
+        labels = self._small(f"{split}/labels")
+        if labels.size and not 0 <= labels.min() <= labels.max() < len(self.class_names):
+            reach = f"labels from {labels.min()} to {labels.max()} for {len(self.class_names)} classes"
+            raise CacheError(f"{self._place}: {split}/labels: {reach}; {_repair(self._place)}")
+        return labels
 
     def ids(self, split: str) -> NDArray[np.int64]:
         """(N,) the dataset's own number of each sample."""
@@ -207,7 +211,10 @@ class Cache:
     @property
     def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Stage-1 weight (C, D) and bias (C,), float32."""
-        return self._small("classifier/weight"), self._small("classifier/bias")
+        weight, bias = self._small("classifier/weight"), self._small("classifier/bias")
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise CacheError(f"{self._place}: classifier: holds numbers that are none; {_repair(self._place)}")
+        return weight, bias
 
     def _stored(self, split: str) -> np.dtype:
         return np.dtype(self._root.layout.features(split).stored)

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cache.attributes import Wrong, check_attributes, checked_layout
 from cache.chunks import checksum
 from cache.layout import FORMAT, CacheError, Layout, canonical
 from cache.place import Place
@@ -94,24 +95,17 @@ def read_root(place: Place) -> Root:
         raise CacheError(damaged) from error
     if not intact:
         raise CacheError(damaged)
-    version = attributes["format_version"]
+    version = attributes.get("format_version")
     if version != FORMAT:
         raise CacheError(f"{place}: format_version is {version}, this program reads {FORMAT}; {again}")
     try:
-        root = Root(
-            Layout.from_json(attributes["layout"]),
-            tuple(attributes["class_names"]),
-            tuple(attributes["counts"]),
-            attributes["fingerprint"],
-            attributes["provenance"],
-            attributes["state"],
-            attributes["manifest"],
-            attributes["metadata"],
-            attributes.get("skipped", {}),
-            tag,
-        )
-    except KeyError as error:
-        raise CacheError(damaged) from error
+        layout = checked_layout(attributes)
+        check_attributes(attributes, layout)
+    except Wrong as error:
+        raise CacheError(f"{place}: zarr.json: {error}; {again}") from error
+    fields = {key: attributes[key] for key in ("fingerprint", "provenance", "state", "manifest", "metadata")}
+    names, counts = tuple(attributes["class_names"]), tuple(attributes["counts"])
+    root = Root(layout, names, counts, **fields, skipped=attributes.get("skipped", {}), tag=tag)
     if root.sealed and root.digest != attributes.get("digest"):
         raise CacheError(damaged)
     return root

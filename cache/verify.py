@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cache import store
 from cache.chunks import Torn, checksum, read_chunk
-from cache.layout import Array, CacheError, Chunk
+from cache.layout import CHECKSUM_BYTES, Array, CacheError, Chunk
 from cache.locate import locate
 from cache.numbers import absent_rows
 from cache.place import Place
@@ -102,6 +102,24 @@ def damaged_metadata(place: Place, root: Root) -> Iterator[Damage]:
     for name, reason in _side_by_side(place, fault, expected):
         if reason:
             yield Damage(name, "zarr.json", "", reason)
+
+
+def wrong_sizes(place: Place, root: Root) -> Iterator[Damage]:
+    """Files of labels that do not have a number for each row: nobody needs memory for rows that are not there."""
+    arrays = [array for array in root.layout.small() if array.name.endswith("/labels") and array.keys]
+
+    def size(array: Array) -> int:
+        try:
+            with place.open(f"{array.name}/{array.keys[0]}") as (_, size):
+                return size
+        except OSError:
+            return -1
+
+    for array, length in _side_by_side(place, size, arrays):
+        expected = array.chunk_bytes + CHECKSUM_BYTES
+        if length != expected:
+            fault = "cannot be read" if length < 0 else f"has {length:,} bytes instead of {expected:,}"
+            yield Damage(array.name, array.keys[0], "", fault)
 
 
 def metadata_checksums(root: Root) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import Any
 from cache import Cache, CacheError, open_cache
 from pipeline.config import RebalanceConfig, make_rebalance_config
 from pipeline.errors import DataError
+from pipeline.results.documents import RecordShape, checked
 
 
 def store_tree(store: Cache | Path | str) -> dict[str, Any]:
@@ -14,8 +15,12 @@ def store_tree(store: Cache | Path | str) -> dict[str, Any]:
     Raises: CacheError: the store cannot be read.
     """
     opened = store if isinstance(store, Cache) else open_cache(store)
+    checked(Path(opened.path), opened.provenance, RecordShape, "dump again with --overwrite")
     tree = dict(opened.provenance.get("config") or {})
-    rebalance = dict(tree.get("rebalance", {}))
+    rebalance = tree.get("rebalance", {})
+    if not isinstance(rebalance, dict):
+        raise DataError(f"{opened.path}: provenance.config.rebalance is no section; dump again with --overwrite")
+    rebalance = dict(rebalance)
     if opened.views("train") == 1:
         rebalance.pop("views", None)  # what was configured cannot be had; what is typed is still refused
     return tree | {"rebalance": rebalance}

@@ -272,7 +272,10 @@ def test_weights_from_elsewhere_are_told_how_they_are_taken(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     for name in ("sd.pt", "old.pth", "w.safetensors"):
         assert describe(tmp_path / name).facts["next"].endswith(str(tmp_path / name))
-    wanted = {"whole.pt": "torch.save(s.state_dict(), ", "text.pt": "text.pt: not a PyTorch or safetensors file"}
+    wanted = {
+        "whole.pt": "have it saved anew where it was made: torch.save(model.state_dict(), ",
+        "text.pt": "text.pt: not a PyTorch or safetensors file",
+    }
     for name, said in wanted.items():
         with pytest.raises(DataError) as refused:
             describe(tmp_path / name)

@@ -1,12 +1,13 @@
 """The tensors in anybody's checkpoint file, read without executing anything, under the names that a network uses."""
 
 import argparse
-import json
 import re
-import shlex
+import signal
+import threading
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from pipeline.config.plain_yaml import plain_yaml
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import near
 
@@ -31,7 +33,7 @@ FOLDER_FILES = (
     "model.pth",
     "pytorch_model.pth",
 )  # of a folder, the first there is
-USUAL_KEYS = ("state_dict", "model_state_dict", "model")  # what training scripts mostly call it
+PATTERN_SECONDS = 3.0  # for all patterns of a key map on all names; thousands take some milliseconds
 DEEPEST = 3
 Renaming = tuple[re.Pattern[str], str | None]
 
@@ -115,7 +117,7 @@ def read_key_map(path: Path) -> list[Renaming]:
     Raises: ConfigError: names the line that is wrong.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = plain_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
@@ -139,12 +141,18 @@ def rename_tensors(tensors: Mapping[str, Tensor], renames: Sequence[Renaming], p
     """Return the tensors under their new names; raise ConfigError where two names become equal or a pattern matches none."""
     sources: dict[str, str] = {}
     matching: set[str] = set()
-    for old in tensors:
-        name: str | None = old
-        for pattern, replacement in renames:
-            if name is not None and pattern.search(name):
-                matching.add(pattern.pattern)
-                name = None if replacement is None else pattern.sub(replacement, name)
+    new_names: dict[str, str | None] = dict.fromkeys(tensors)
+    with _time_limit(
+        f"{path}: its patterns take more than {PATTERN_SECONDS:g} s; write them without nested repetitions"
+    ):
+        for old in tensors:
+            name: str | None = old
+            for pattern, replacement in renames:
+                if name is not None and pattern.search(name):
+                    matching.add(pattern.pattern)
+                    name = None if replacement is None else pattern.sub(replacement, name)
+            new_names[old] = name
+    for old, name in new_names.items():
         if name in sources:
             raise ConfigError(f"{path}: {sources[name]} and {old} both become {name}")
         if name is not None:
@@ -156,6 +164,25 @@ def rename_tensors(tensors: Mapping[str, Tensor], renames: Sequence[Renaming], p
             f"{path}: {unused_patterns[0]!r} is in no name; the file's are {', '.join(names[:3])} … {names[-1]}"
         )
     return {name: tensors[old] for name, old in sources.items()}
+
+
+@contextmanager
+def _time_limit(message: str) -> Iterator[None]:
+    """Raise ConfigError with the message after PATTERN_SECONDS; regular expressions heed signals, in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expired(number: int, frame: object) -> None:
+        raise ConfigError(message)
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, PATTERN_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def common_prefix(names: Collection[str], expected: Collection[str]) -> tuple[str, list[str]]:
@@ -207,8 +234,8 @@ def _unreadable_reason(path: Path, start: bytes, error: Exception) -> str:
         return f"wants to run {class_name[1]} when it is loaded: no checkpoint needs that. It was not loaded; do not trust it"
     if class_name and "eights only" in text:
         return (
-            f"holds Python objects beside its tensors ({class_name[1]}), which could run anything and are not loaded here. "
-            f"If you trust where it comes from, take its tensors out and give those:\n{_extraction_command(path, class_name[1])}"
+            f"holds Python objects beside its tensors ({class_name[1]}), which could run anything and are not loaded here; "
+            "have it saved anew where it was made: torch.save(model.state_dict(), 'weights.pt')"
         )
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -218,25 +245,3 @@ def _unreadable_reason(path: Path, start: bytes, error: Exception) -> str:
         return "not a PyTorch or safetensors file"
     kind = "safetensors file" if start[8:9] == b"{" else "checkpoint"
     return f"not a readable {kind}: it ends too early or is damaged; copy or download it again"
-
-
-def _extraction_command(path: Path, class_name: str) -> str:
-    """Return the command that saves the tensors of a file whose pickle is, or holds, an object of a class."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as records:
-            name = next((name for name in records.namelist() if name.endswith("data.pkl")), None)
-            pickled = records.read(name) if name else b""
-    else:
-        with open(path, "rb") as file:
-            pickled = file.read(1 << 16)
-    module, _, kind = class_name.rpartition(".")
-    # the class comes first where the file is that object; as torch saved before 1.6, behind the word module
-    is_object = rb"\x80.(?:\(X\x06\0\0\0module(?:q.)?)?c" + re.escape(f"{module}\n{kind}\n".encode())
-    if re.search(is_object, pickled, re.DOTALL):
-        tensors = "s.state_dict()"
-    else:
-        keys_in_file = (key for key in USUAL_KEYS if len(key).to_bytes(4, "little") + key.encode() in pickled)
-        tensors = f"s[{json.dumps(next(keys_in_file, USUAL_KEYS[0]))}]"
-    source, target = (json.dumps(str(p)) for p in (path, path.with_name(f"{path.stem}-weights.pt")))
-    code = f"import torch; s = torch.load({source}, weights_only=False); torch.save({tensors}, {target})"
-    return f"python -c {shlex.quote(code)}"

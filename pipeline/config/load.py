@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.experiment import Config, RebalanceOnly
+from pipeline.config.plain_yaml import plain_yaml
 from pipeline.config.rebalance import RebalanceConfig
 from pipeline.config.section import explanations, nearest
 from pipeline.errors import ConfigError
@@ -50,7 +51,7 @@ def is_rebalance_only(tree: dict) -> bool:
 def read_tree(path: Path) -> dict:
     """Return the plain tree of a YAML file; raise ConfigError where it holds none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = plain_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: not a configuration, which is a text in YAML; give such a file, or a shipped name such as {DEFAULT}"
@@ -115,7 +116,7 @@ def apply_setting(tree: dict, setting: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"--set {setting}: expected KEY=VALUE, for example --set backbone.epochs=10")
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {setting}: the value is not YAML") from error
     if isinstance(value, str):

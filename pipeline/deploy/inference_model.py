@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file as load_arrays
-from safetensors.torch import load_file as load_tensors
 from torch import Tensor, nn
 
 from pipeline.backbone.build import build_model, classifier, encode
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
+from pipeline.backbone.weights import read_file
 from pipeline.config import BackboneConfig
 from pipeline.data.transform import Transform
 from pipeline.deploy.onnx import runner
@@ -131,10 +131,7 @@ def _network(config: dict[str, Any], weights: Path) -> nn.Module:
     width = args.pop("width", 1.0)
     settings = BackboneConfig.model_validate({"model": config["architecture"], "width": width, "model_args": args})
     network = build_model(settings, num_classes=config["num_classes"])
-    safe = weights.suffix == ".safetensors"
-    network.load_state_dict(
-        load_tensors(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True)
-    )
+    network.load_state_dict(read_file(weights))
     return network
 
 

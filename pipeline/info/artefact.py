@@ -45,7 +45,7 @@ class Artefact(Shown):
     def __str__(self) -> str:
         record: Facts = {key: self.provenance[key] for key in MADE if self.provenance.get(key) is not None}
         if "argv" in record:
-            record["argv"] = " ".join(record["argv"])
+            record["argv"] = " ".join(map(str, record["argv"]))
         lines = (
             lines_of(self.facts) + ([("made by", "")] if record else []) + [(f"  {k}", v) for k, v in lines_of(record)]
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from cache import Cache, CacheError, Writer, open_cache, open_writer
 from pipeline.errors import DataError
 from pipeline.info.artefact import EXPECTED, Artefact, read_json
+from pipeline.results.documents import RecordShape, checked
 from pipeline.results.summary import class_facts, prefixed
 
 
@@ -20,6 +21,7 @@ def store(path: Path | str) -> Artefact:
         raise DataError(str(error)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a readable feature store ({error}); expected {EXPECTED}") from error
+    checked(Path(path), opened.provenance, RecordShape, "dump again with --overwrite")
     sizes = {s: f"{opened.rows(s):,} samples, {opened.views(s)} view(s)" for s in opened.splits}
     facts = {"state": "sealed", **sizes, "features": f"{opened.width} wide, {opened.dtype}"}
     facts |= {f"skipped {split}": samples_text(ids) for split, ids in skipped_of(opened).items()}

@@ -1,6 +1,5 @@
 """The data of a report: one run folder, or the seed-N folders of several backbones, read into arrays."""
 
-import csv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from pipeline.longtail import GROUPS, class_groups
 from pipeline.method_names import PROBE, start_name
 from pipeline.paths import holds_runs
 from pipeline.report.dispersion import Directions, read_directions
-from pipeline.results.documents import read_epochs, read_record, read_results
+from pipeline.results.documents import read_epochs, read_per_class, read_record, read_results
 from pipeline.results.head_id import HeadId
 from pipeline.results.heads import Linear, Scorer, read_heads_file, read_scorers
 from pipeline.results.mean_std import MeanStd, mean_std
@@ -104,14 +103,7 @@ class Backbone:
     @cached_property
     def per_class(self) -> list[Row]:
         """Lines of per_class.csv; empty where there is none."""
-        path = self.results_path.with_name("per_class.csv")
-        if not path.is_file():
-            return []
-        with open(path, encoding="utf-8", newline="") as file:
-            return [
-                line | {"lam": float(line["lam"]) if line["lam"] else None, "loss": line["loss"] or None}
-                for line in csv.DictReader(file)
-            ]
+        return read_per_class(self.results_path.with_name("per_class.csv"), classes=len(self.store.class_names))
 
     def class_accuracy(self, kind: HeadId, split: str) -> np.ndarray | None:
         """(C,) accuracy in %, mean over batch orders, nan where a class has no sample; None where nobody measured it.
@@ -121,8 +113,8 @@ class Backbone:
         total, samples = np.zeros(len(self.store.counts)), np.zeros(len(self.store.counts))
         for line in self.per_class:
             if line["split"] == split and kind.matches(line):
-                c, n = int(line["class"]), int(line["total"])
-                total[c] += int(line["correct"])
+                c, n = line["class"], line["total"]
+                total[c] += line["correct"]
                 samples[c] += n
         if not samples.any():
             total, samples = self._measured(kind, split)
@@ -321,7 +313,7 @@ def _read_backbone(path: Path, choice: dict[str, Any] | None) -> Backbone:
         store = open_cache(neighbour if neighbour.exists() and not is_url(named) else named)
     except CacheError as error:
         raise DataError(f"{path}: its feature store cannot be read: {error}") from error
-    if results.get("digest", store.digest) != store.digest:
+    if results.get("digest") not in (None, store.digest):
         raise DataError(
             f"{path}: results of a store with digest {results['digest'][:12]}, {store.path} has {store.digest[:12]}: its "
             f"features were made anew since; run `pipeline rebalance {store.path}` again"

@@ -1,7 +1,9 @@
 """The shape of every JSON document and of the metadata of every safetensors file, checked when one is read."""
 
 import contextlib
+import csv
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -22,6 +24,7 @@ from pipeline.method_names import RENAMED
 from pipeline.paths import read_document
 from pipeline.results.files import FORMAT
 
+CONTROL = re.compile(r"[\x7f-\x9f]|\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])", re.IGNORECASE)  # as JSON has them
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -29,6 +32,14 @@ class Shape(BaseModel):
     """Fields that readers rely on; a document may hold others."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, defer_build=True)
+
+
+class RecordShape(Shape):
+    """The record of an artefact's making, as far as anything is read from it."""
+
+    argv: list[str] = []
+    config: dict[str, Any] | None = None
+    network: dict[str, Any] | None = None
 
 
 class HeadShape(Shape):
@@ -61,6 +72,11 @@ class MeasuredShape(Shape):
     medium: Number | None = None
     few: Number | None = None
     ece: Number | None = None
+    all_std: Number | None = None
+    many_std: Number | None = None
+    medium_std: Number | None = None
+    few_std: Number | None = None
+    ece_std: Number | None = None
 
 
 class RowShape(HeadShape, MeasuredShape):
@@ -93,6 +109,9 @@ class ResultsShape(Shape):
     within_one_se: list[HeadShape] = []
     chosen: list[TunedShape] = []
     notes: list[str] = []
+    timing: dict[str, Number] = {}
+    network: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
 
 
 class ChoiceShape(Shape):
@@ -192,6 +211,7 @@ class ExportShape(Shape):
     counts: list[NonNegativeInt]
     head: HeadShape
     transform: dict[str, Any]
+    provenance: RecordShape = RecordShape()
 
     @model_validator(mode="after")
     def _one_of_each_class(self) -> Self:
@@ -210,12 +230,29 @@ class EpochShape(Shape):
     val_accuracy: Number | None = None
 
 
+class ClassLine(BaseModel):
+    """A line of per_class.csv, where every value is text."""
+
+    model_config = ConfigDict(defer_build=True)
+    method: str
+    loss: str | None = None
+    lam: Number | None = None
+    split: str
+    number: NonNegativeInt = Field(alias="class")
+    correct: NonNegativeInt
+    total: NonNegativeInt
+
+
 def read_json(path: Path) -> Any:
     """Return the JSON document in a file; DataError where it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable JSON file ({error})") from error
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a readable JSON file ({getattr(error, 'strerror', None) or error})") from error
+    if CONTROL.search(text):
+        raise DataError(f"{path}: holds control characters, which a terminal would obey; it is not of this program")
+    return document
 
 
 def checked(path: Path, document: Any, shape: Any, advice: str) -> Any:
@@ -227,8 +264,8 @@ def checked(path: Path, document: Any, shape: Any, advice: str) -> Any:
     Raises: DataError: the file and the field that is missing or wrong.
     """
     header = document.get("header") if isinstance(document, dict) else None
-    if isinstance(header, dict) and header.get("format", FORMAT) > FORMAT:
-        raise DataError(f"{path}: header.format: {header['format']} is of a newer version; update with pip install -U")
+    if isinstance(header, dict) and isinstance(version := header.get("format"), int) and version > FORMAT:
+        raise DataError(f"{path}: header.format: {version} is of a newer version; update with pip install -U")
     try:
         TypeAdapter(shape).validate_python(document)
     except ValidationError as error:
@@ -275,12 +312,12 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl, none where there is no file; a last one that a kill cut off is left out."""
     if not path.is_file():
         return []
-    *lines, last = path.read_text(encoding="utf-8").splitlines() or [""]
-    with contextlib.suppress(ValueError):
-        lines += [last] * bool(json.loads(last))
     try:
+        *lines, last = path.read_text(encoding="utf-8").splitlines() or [""]
+        with contextlib.suppress(ValueError):
+            lines += [last] * bool(json.loads(last))
         epochs = [json.loads(line) for line in lines]
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: a line is not JSON ({error}); train again with --overwrite") from error
     return checked(path, epochs, list[EpochShape], "train again with --overwrite")
 
@@ -288,6 +325,27 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
 def read_bench(path: Path) -> dict[str, Any]:
     """Return a result of `pipeline bench`; DataError where it is damaged or something else."""
     return checked(path, read_json(path), BenchShape, "run `pipeline bench` again")
+
+
+def read_per_class(path: Path, *, classes: int) -> list[dict[str, Any]]:
+    """Return the lines of per_class.csv, none where there is no file; DataError names the line and field that is wrong.
+
+    Arguments:
+        classes: the number of classes that the lines may name.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = [{key: text or None for key, text in line.items()} for line in csv.DictReader(file)]
+    except (OSError, ValueError, csv.Error, AttributeError) as error:
+        raise DataError(f"{path}: not readable ({error}); run `pipeline rebalance` again") from error
+    checked(path, lines, list[ClassLine], "run `pipeline rebalance` again")
+    rows = [line.model_dump(by_alias=True) for line in TypeAdapter(list[ClassLine]).validate_python(lines)]
+    for number, row in enumerate(rows, start=2):
+        if row["class"] >= classes or row["correct"] > row["total"]:
+            raise DataError(f"{path}, line {number}: not of {classes} classes; run `pipeline rebalance` again")
+    return rows
 
 
 def read_record(path: Path) -> dict[str, Any]:
