@@ -7,7 +7,6 @@ from typing import Any
 
 import cache
 from cache import CacheError, open_cache
-from pipeline.config import find_config, is_rebalance_only, load_config, make_rebalance_config, read_tree
 from pipeline.errors import ConfigError, DataError
 from pipeline.info.artefact import EXPECTED, Artefact, Facts, size_on_disk, try_json
 from pipeline.info.results import document, heads, kept, progress, reproduction
@@ -72,10 +71,7 @@ def describe(path: Path | str) -> Artefact:
     if isinstance(path, str):
         return store(path)
     if not path.exists():
-        try:
-            return _config(find_config(str(path)))
-        except ConfigError as error:
-            raise DataError(f"{path}: no such file or folder{near(path)}; expected {EXPECTED}") from error
+        return _shipped(path)
     if path.is_dir():
         tell = next((tell for recognises, tell in _FOLDERS if recognises(path)), None)
     else:
@@ -91,7 +87,19 @@ def describe(path: Path | str) -> Artefact:
         raise DataError(f"{path}: not as this version writes it ({error!r}); expected {EXPECTED}") from error
 
 
+def _shipped(path: Path) -> Artefact:
+    """Describe the shipped configuration of a name; DataError where there is none."""
+    from pipeline.config import find_config
+
+    try:
+        return _config(find_config(str(path)))
+    except ConfigError as error:
+        raise DataError(f"{path}: no such file or folder{near(path)}; expected {EXPECTED}") from error
+
+
 def _config(path: Path) -> Artefact:
+    from pipeline.config import is_rebalance_only, load_config, make_rebalance_config, read_tree  # a tenth of info's time
+
     try:
         tree = read_tree(path)
         if is_rebalance_only(tree):  # as the ablations are
