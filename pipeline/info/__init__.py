@@ -98,7 +98,12 @@ def _shipped(path: Path) -> Artefact:
 
 
 def _config(path: Path) -> Artefact:
-    from pipeline.config import is_rebalance_only, load_config, make_rebalance_config, read_tree  # a tenth of info's time
+    from pipeline.config import (  # a tenth of info's time
+        is_rebalance_only,
+        load_config,
+        make_rebalance_config,
+        read_tree,
+    )
 
     try:
         tree = read_tree(path)
