@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def _dump(prepared: PreparedDump, signals: Signals, *, report: Report, started: 
         missing = missing_chunks(writer, ranks, skipping=config.dump.on_error == "skip")
         share = [missing[i] for i in owned_chunks(chunks=len(missing), rank=ranks.rank, world=ranks.world)]
         on_ranks = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
-        progress = Progress(sum(chunk.rows for chunk in share), report if ranks.first else _no_report, on_ranks)
+        progress = DumpProgress(sum(chunk.rows for chunk in share), report if ranks.first else _no_report, on_ranks)
         encoded = encoded_chunks(
             Encoder(backbone, ranks.device, prepared.arithmetic), share, dataset, backbone, config, signals,
             writer=writer, progress=progress,
@@ -204,7 +204,7 @@ Encoded = tuple[Chunk, np.ndarray, list[int]]  # features (rows, D) float32, and
 
 
 @dataclass
-class Progress:
+class DumpProgress:
     """The images of this rank's share that are done, reported as they are encoded.
 
     Arguments:
@@ -217,15 +217,19 @@ class Progress:
     suffix: str = ""
     done: int = 0
     encoded: int = 0
-    started: float = field(default_factory=time.perf_counter)
+    started: float | None = None
 
     def add(self, images: int, *, encoded: bool = True) -> None:
         """Count images that are done; those that were not encoded now count for no rate."""
         self.done += images
-        if encoded:
+        if not encoded:
+            return
+        if self.started is None:  # the rate leaves out the time that processes which read images take to start
+            self.started, rate = time.perf_counter(), ""
+        else:
             self.encoded += images
-            rate = self.encoded / max(time.perf_counter() - self.started, 1e-9)
-            self.report(self.done, self.total, f"images{self.suffix}, {rate:,.0f}/s")
+            rate = f", {self.encoded / max(time.perf_counter() - self.started, 1e-9):,.0f}/s"
+        self.report(self.done, self.total, f"images{self.suffix}{rate}")
 
 
 def encoded_chunks(
@@ -237,7 +241,7 @@ def encoded_chunks(
     signals: Signals,
     *,
     writer: Writer,
-    progress: Progress,
+    progress: DumpProgress,
 ) -> Iterator[Encoded]:
     """Yield the features of each chunk; keep what is finished of one and end once there is a signal.
 

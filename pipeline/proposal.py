@@ -35,7 +35,7 @@ SCRATCH_VIEWS = 4
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProposedSettings:
     """A section's settings and the reason for them; settings may be empty where a default is explained."""
 
     section: str
@@ -56,7 +56,7 @@ class Proposal(Shown):
     name: str
     folder: Path
     survey: ImageSurvey
-    choices: tuple[Choice, ...]
+    choices: tuple[ProposedSettings, ...]
 
     def tree(self, *, folder: Path | None = None) -> dict[str, Any]:
         """Return the configuration as a plain tree; `folder` replaces the path of the images."""
@@ -151,8 +151,8 @@ def propose(folder: Path) -> Proposal:
     aliases = installed_aliases()
     encoder = PREFERRED if PREFERRED in aliases else next(iter(aliases), None)
     network = _encoder_choices(encoder, survey) if encoder else _scratch_choices(survey)
-    data = Choice("data", {"source": "folder", "path": str(folder)}, "A folder for each class.")
-    reading = Choice(
+    data = ProposedSettings("data", {"source": "folder", "path": str(folder)}, "A folder for each class.")
+    reading = ProposedSettings(
         "dump", {"on_error": "skip"}, "Images that cannot be read are left out and listed; `fail` ends the run instead."
     )
     return Proposal(experiment_name(folder), folder, survey, (data, *_split_choices(survey), *network, reading))
@@ -187,7 +187,7 @@ def refuse_ignored_images() -> None:
     )
 
 
-def _encoder_choices(encoder: str, survey: ImageSurvey) -> tuple[Choice, ...]:
+def _encoder_choices(encoder: str, survey: ImageSurvey) -> tuple[ProposedSettings, ...]:
     size = ALIASES[encoder].size
     enlarged = (
         f" Most images are smaller ({survey.shorter_side} pixels) and are enlarged, which costs time and helps accuracy."
@@ -200,12 +200,14 @@ def _encoder_choices(encoder: str, survey: ImageSurvey) -> tuple[Choice, ...]:
         "lite2 is some points better and takes three times as long."
     )
     return (
-        Choice("data", {"image_size": size}, f"Pixels of a side, the size that {encoder} was trained at.{enlarged}"),
-        Choice("backbone", {"encoder": encoder}, reason),
+        ProposedSettings(
+            "data", {"image_size": size}, f"Pixels of a side, the size that {encoder} was trained at.{enlarged}"
+        ),
+        ProposedSettings("backbone", {"encoder": encoder}, reason),
     )
 
 
-def _scratch_choices(survey: ImageSurvey) -> tuple[Choice, ...]:
+def _scratch_choices(survey: ImageSurvey) -> tuple[ProposedSettings, ...]:
     side = survey.shorter_side
     size, network = next(
         ((size, name) for size, name in SMALL_SIDES.items() if side <= 1.5 * size), (LARGE_SIDE, LARGE_NETWORK)
@@ -217,13 +219,15 @@ def _scratch_choices(survey: ImageSurvey) -> tuple[Choice, ...]:
         f"Better: {EXTRA}, then `pipeline init` again."
     )
     return (
-        Choice("data", {"image_size": size}, f"Pixels of a side; half of the images have {side} or fewer."),
-        Choice("backbone", {"model": network, **SCRATCH}, reason),
-        Choice("dump", {"views": SCRATCH_VIEWS}, "One clean view of each training image and three augmented ones."),
+        ProposedSettings("data", {"image_size": size}, f"Pixels of a side; half of the images have {side} or fewer."),
+        ProposedSettings("backbone", {"model": network, **SCRATCH}, reason),
+        ProposedSettings(
+            "dump", {"views": SCRATCH_VIEWS}, "One clean view of each training image and three augmented ones."
+        ),
     )
 
 
-def _split_choices(survey: ImageSurvey) -> tuple[Choice, ...]:
+def _split_choices(survey: ImageSurvey) -> tuple[ProposedSettings, ...]:
     """Return the choice on splits that the folder lacks, or nothing."""
     absent = [(key, split) for key, split in (("val", "validation"), ("test", "test")) if key not in survey.counts]
     if not absent:
@@ -240,7 +244,7 @@ def _split_choices(survey: ImageSurvey) -> tuple[Choice, ...]:
             f" {small} class(es) with fewer than {SMALLEST_SPLIT} images stay in training whole, so that their accuracy is not "
             "measured."
         )
-    return (Choice("data", {f"{key}_per_class": None for key, _ in absent}, reason),)
+    return (ProposedSettings("data", {f"{key}_per_class": None for key, _ in absent}, reason),)
 
 
 def _comment(text: str, *, indent: int = 0) -> list[str]:

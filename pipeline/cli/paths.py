@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.cli.options import STORE
 from pipeline.errors import ConfigError, DataError
 from pipeline.hosts import TOLD, in_worker
-from pipeline.paths import is_run
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -56,7 +55,11 @@ def images_folder(name: str) -> Path | None:
 def run_of_images(name: str) -> Path | None:
     """Return the run's folder of `pipeline run FOLDER`, None where a path is no folder of images."""
     path = Path(name)
-    if not path.is_dir() or is_run(path):
+    if not path.is_dir():
+        return None
+    from pipeline.paths import is_run
+
+    if is_run(path):
         return None
     from pipeline.proposal import experiment_name, holds_images
 
