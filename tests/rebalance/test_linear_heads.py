@@ -6,6 +6,8 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
+from pipeline.linear.logistic import Objective, Standardised, logistic_regression
+from pipeline.linear.moments import class_moments
 from pipeline.rebalance.methods.adjustment import adjusted, mean_directions, with_directions
 from pipeline.rebalance.methods.api import Stage1
 from pipeline.rebalance.methods.discriminant import gaussian_discriminants, with_prior
@@ -18,8 +20,6 @@ from pipeline.rebalance.methods.ensemble import (
     within_one_error,
 )
 from pipeline.rebalance.methods.linear_families import LINEAR_FAMILIES
-from pipeline.rebalance.methods.logistic import Objective, Standardised, logistic_regression
-from pipeline.rebalance.methods.moments import class_moments
 
 COUNTS = np.array([120, 60, 25, 12, 6, 3])
 CLASSES, WIDTH = len(COUNTS), 9

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from pipeline.linear.moments import Moments, Reduce, one_rank
 from pipeline.rebalance.methods.api import Samples
-from pipeline.rebalance.methods.moments import Moments, Reduce, one_rank
 
 TAU = tuple(round(0.25 * i, 2) for i in range(11))
 SHARE = (0.0, 0.25, 0.5, 1.0)

@@ -4,7 +4,7 @@ Parameters have leading dimensions (S, T): S batch orders, T trials that differ 
 method. Such a number is a tensor (T, 1), so that it broadcasts with values per sample (…, B) and per class (…, C).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.linear.moments import Samples
 from pipeline.longtail import log_prior
 
 Params = dict[str, Tensor]
 Values = Mapping[str, Any]  # hyperparameters of one trial by name
 HeadTensors = tuple[Tensor, ...]  # weight (…, C, D), bias (…, C); of a gated head two of each, and its gate (…, D+1)
-Samples = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 Sampling = Literal["instance", "class-balanced"]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.rebalance.methods.moments import Moments
+from pipeline.linear.moments import Moments
 
 SHRINKAGE = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
 PRIOR = (0.0, 0.25, 0.5)  # t: 0 takes every class as equally likely, 1 as often as in training

@@ -9,11 +9,11 @@ from itertools import product
 
 from torch import Tensor
 
+from pipeline.linear.logistic import L2, RHO, logistic_regression
+from pipeline.linear.moments import class_moments
 from pipeline.rebalance.methods.adjustment import SHARE, adjusted, mean_directions, with_directions
 from pipeline.rebalance.methods.api import Free, Samples, Stage1, Values
 from pipeline.rebalance.methods.discriminant import PRIOR, SHRINKAGE, gaussian_discriminants, with_prior
-from pipeline.rebalance.methods.logistic import L2, RHO, logistic_regression
-from pipeline.rebalance.methods.moments import class_moments
 
 Layers = list[tuple[Tensor, Tensor]]
 RESIDENT_BYTES = 4 << 30  # standardised features that stay in memory between the passes of logistic regression

@@ -3,14 +3,13 @@
 Every closed-form and convex head starts from these numbers: standardisation, class means, Gaussian discriminants.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.rebalance.methods.api import Samples
-
+Samples = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # blocks (features (n, D), labels (n,)), anew at each call
 Reduce = Callable[[Tensor], Tensor]  # the sum of a tensor over all ranks
 CONSTANT = 1e-10  # share of a feature's mean square below which its variance is rounding
 

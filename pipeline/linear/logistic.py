@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.rebalance.methods.api import Samples
-from pipeline.rebalance.methods.moments import Moments, Reduce, class_moments, one_rank
+from pipeline.linear.moments import Moments, Reduce, Samples, class_moments, one_rank
 
 L2 = (1.0, 0.2, 0.05, 0.01, 2e-3, 5e-4, 1e-4)
 RHO = (0.0, 0.5, 1.0)
