@@ -66,7 +66,7 @@ def class_moments(samples: Samples, counts: Tensor, width: int, *, reduce: Reduc
         reduce: sum over ranks.
     """
     counts = counts.double()
-    first = next(iter(samples()), None)
+    first = next((block for block in samples() if len(block[0])), None)
     start = counts.new_zeros(width + 1)
     if first is not None:
         start[:-1], start[-1] = first[0].double().mean(0), 1
