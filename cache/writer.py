@@ -78,6 +78,10 @@ class Writer:
         return dict(self._root.provenance)
 
     @property
+    def fingerprint(self) -> dict[str, Any]:
+        return dict(self._root.fingerprint)
+
+    @property
     def chunks(self) -> list[Chunk]:
         return self.layout.chunks()
 
@@ -238,10 +242,16 @@ class Writer:
             self._ids[split] = ids
         return str(self._ids[split][row])
 
-    def seal(self, identify: Callable[[Mapping[str, list[int]]], Mapping[str, Any]] | None = None) -> str:
+    def seal(
+        self,
+        identify: Callable[[Mapping[str, list[int]]], Mapping[str, Any]] | None = None,
+        *,
+        facts: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the store's digest, after every chunk was read back and the store marked sealed in one last write.
 
         identify: the fingerprint of the content without the skipped rows (split → rows), where that is another one.
+        facts: are added to the provenance.
         Raises CacheError naming what is missing or damaged; the store then stays open.
         """
         if self._root.sealed:
@@ -257,6 +267,7 @@ class Writer:
             self._root,
             state="sealed",
             fingerprint=json.loads(canonical(dict(identify(skipped)))) if identify else self._root.fingerprint,
+            provenance=json.loads(canonical({**self._root.provenance, **(facts or {})})),
             manifest=manifest,
             metadata=metadata_checksums(self._root),
             skipped=skipped,

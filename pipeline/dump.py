@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 import cache
 from cache import Chunk, Writer, owned_chunks
 from pipeline import distributed
+from pipeline.backbone.build import classifier
 from pipeline.backbone.checkpoint import Checkpoint
 from pipeline.backbone.encoder import Encoder
 from pipeline.backbone.external_checkpoint import save_external
@@ -28,8 +29,9 @@ from pipeline.config import Config
 from pipeline.data import Dataset
 from pipeline.data.transform import Loader
 from pipeline.distributed import Ranks, Signals
-from pipeline.dump_prepare import PreparedDump, as_data_error, fingerprint, prepare_dump
+from pipeline.dump_prepare import AT_CHANCE, PreparedDump, as_data_error, fingerprint, prepare_dump
 from pipeline.errors import PipelineError, Terminated
+from pipeline.head_order import find_order
 from pipeline.killpoint import KillPoint
 from pipeline.method_names import PROBE
 from pipeline.probe import SETTINGS as PROBE_SETTINGS
@@ -57,6 +59,7 @@ class DumpResult(Shown):
         written: chunks that this call computed, of `chunks` in all.
         skipped: split → images that could not be read; their rows are NaN and left out wherever features are used.
         head: the head that stage 2 starts from, the backbone's own classifier or a linear probe.
+        head_choice: how it was fitted, or which order its classes have; empty where nothing was to be chosen.
     """
 
     store: Path | str
@@ -72,6 +75,7 @@ class DumpResult(Shown):
     dataset: dict[str, Any]
     skipped: dict[str, list[str]]
     head: str = OWN_HEAD
+    head_choice: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"store": str(self.store)}
@@ -82,7 +86,7 @@ class DumpResult(Shown):
         return (
             f"{self.store}: {sizes}; {self.views} training view(s), {self.width} features each, {self.dtype}\n"
             f"{done}, all checksums hold; {self.seconds:.1f} s; digest {self.digest[:16]}"
-            + (f"\nhead: {PROBE_SETTINGS}" if self.head == PROBE else "")
+            + (f"\nhead: {self.head_choice}" if self.head_choice else "")
             + (f"\n{skipped_text(self.skipped)}" if self.skipped else "")
         )
 
@@ -154,9 +158,12 @@ def _dump(prepared: PreparedDump, signals: Signals, *, report: Report, started: 
         )  # fmt: skip
         ranks.together(lambda: write_chunks(writer, encoded, dataset=dataset, kill=kill))
         ranks.together(lambda: _obey(signals, source.out))
-        if backbone.probe:
-            ranks.together(lambda: _fit_head(writer, config, dataset, ranks, signals) if ranks.first else None)
-        digest = ranks.together(lambda: _seal(writer, prepared, kill) if ranks.first else "")
+        head = ranks.together(
+            lambda: (
+                choose_head(writer, backbone, config, dataset, ranks.device, signals) if ranks.first else HeadChoice()
+            )
+        )
+        digest = ranks.together(lambda: _seal(writer, prepared, kill, head) if ranks.first else "")
     return DumpResult(
         store=source.out,
         digest=digest,
@@ -170,7 +177,8 @@ def _dump(prepared: PreparedDump, signals: Signals, *, report: Report, started: 
         network=backbone.network,
         dataset=dataset.summary(),
         skipped={s: [dataset.splits[s].name_of(r) for r in rows] for s, rows in writer.skipped.items()},
-        head=PROBE if backbone.probe else OWN_HEAD,
+        head=PROBE if "probe" in writer.fingerprint else OWN_HEAD,
+        head_choice=writer.provenance.get("head", ""),
     )
 
 
@@ -366,37 +374,71 @@ def _writer(prepared: PreparedDump) -> Writer:
     return ranks.together(lambda: first or join())
 
 
-def _fit_head(writer: Writer, config: Config, dataset: Dataset, ranks: Ranks, signals: Signals) -> None:
-    """Fit the head of a backbone that has none for these classes, from the features in the store.
+@dataclass(frozen=True)
+class HeadChoice:
+    """The head that stage 2 starts from, as it was chosen on the features.
 
-    They are read again for every evaluation where stage 2 could not hold them in memory either.
+    Arguments:
+        facts: for the provenance of the store; empty where the head was final before.
+        probe: for its fingerprint, how the head was fitted; None for the backbone's own.
     """
-    if writer.has_classifier:
-        return
-    layout, labels = writer.layout, torch.from_numpy(dataset.train.labels)
-    chunks = list(layout.chunks_of("train", 0))
-    size = layout.rows("train") * layout.width * (2 if layout.dtype == "float16" else 4)
-    read = functools.cache(writer.read) if size <= config.rebalance.memory_bytes else writer.read
 
-    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for chunk in chunks:
+    facts: dict[str, Any] = field(default_factory=dict)
+    probe: str | None = None
+
+
+def choose_head(
+    writer: Writer, backbone: Checkpoint, config: Config, dataset: Dataset, device: torch.device, signals: Signals
+) -> HeadChoice:
+    """Write the classifier of a backbone whose own is none of these classes, or names none, and return the choice.
+
+    A head that does not name its classes is put into the order that fits the training features. Where none does, and where
+    there is no head, a linear probe is fitted. Features are read again for every evaluation where stage 2 could not hold them
+    in memory either.
+    """
+    if backbone.head_is_final or writer.has_classifier:
+        return HeadChoice(probe=writer.fingerprint.get("probe"))
+    layout = writer.layout
+    size = layout.rows("train") * layout.width * (2 if layout.dtype == "float16" else 4)
+    resident = size <= config.rebalance.memory_bytes
+    read = functools.cache(writer.read) if resident else writer.read
+
+    def blocks(split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        labels = torch.from_numpy(dataset.splits[split].labels)
+        for chunk in layout.chunks_of(split, 0):
             features, truth = torch.from_numpy(read(chunk)), labels[chunk.start : chunk.stop]
             readable = ~features[:, 0].isnan()
             if readable.any():
-                yield features[readable].to(ranks.device).float(), truth[readable].to(ranks.device)
+                yield features[readable].to(device).float(), truth[readable].to(device)
 
+    facts, suffix = {}, ""
     with as_data_error():
-        weight, bias = fit_probe(
-            blocks, classes=layout.classes, width=layout.width, stop=lambda: _obey(signals, writer.place.location)
-        )
-        writer.set_classifier(weight, bias)
+        if not backbone.probe:
+            layer = classifier(backbone.model)
+            weight, bias = layer.weight.detach(), layer.bias if layer.bias is not None else torch.zeros(layout.classes)
+            order = find_order(blocks("train"), weight, bias.detach(), backbone.class_names)
+            if order.rows is not None:
+                writer.set_classifier(weight.cpu().numpy()[order.rows], bias.detach().cpu().numpy()[order.rows])
+                return HeadChoice({"head": str(order)})
+            facts, suffix = {"order": str(order)}, AT_CHANCE
+        validation = functools.partial(blocks, "val") if "val" in dataset.splits else None
+        probe = fit_probe(
+            functools.partial(blocks, "train"), classes=layout.classes, width=layout.width, validation=validation,
+            resident=resident, stop=lambda: _obey(signals, writer.place.location),
+        )  # fmt: skip
+        writer.set_classifier(probe.weight, probe.bias)
+    text = "; ".join([*facts.values(), str(probe)])
+    return HeadChoice({"head": text, "probe": probe.to_dict()}, PROBE_SETTINGS + suffix)
 
 
-def _seal(writer: Writer, prepared: PreparedDump, kill: KillPoint) -> str:
+def _seal(writer: Writer, prepared: PreparedDump, kill: KillPoint, head: HeadChoice) -> str:
     source = prepared.source
     with as_data_error(), kill.around("seal", size=1024):  # its one file is larger
         return writer.seal(
-            lambda skipped: fingerprint(source.backbone, source.config, prepared.dataset, skipped=skipped)
+            lambda skipped: fingerprint(
+                source.backbone, source.config, prepared.dataset, skipped=skipped, probe=head.probe
+            ),
+            facts=head.facts,
         )
 
 

@@ -28,6 +28,7 @@ from pipeline.probe import SETTINGS as PROBE_SETTINGS
 from pipeline.provenance import provenance
 from pipeline.unreadable import Rows, readable_now, skipped_before
 
+AT_CHANCE = "; the checkpoint's own head is at chance"  # ends the fingerprint's text on a probe that took its place
 STATES = {
     "new": "new",
     "sealed": "complete, nothing is missing",
@@ -215,13 +216,16 @@ def _description(
     )
 
 
-def fingerprint(backbone: Checkpoint, config: Config, dataset: Dataset, *, skipped: Rows) -> dict[str, Any]:
+def fingerprint(
+    backbone: Checkpoint, config: Config, dataset: Dataset, *, skipped: Rows, probe: str | None
+) -> dict[str, Any]:
     """Return all that decides the features, up to rounding; stores that differ in any of it are different stores.
 
     Batch size, device, precision and threads only round differently: a dump may go on with a smaller batch or elsewhere.
 
     Arguments:
         skipped: rows without features; whatever becomes of their images, the rest stays the same.
+        probe: how the head was fitted, None for the backbone's own.
     """
     return {
         "dataset": dataset.fingerprint_without(skipped),
@@ -231,7 +235,7 @@ def fingerprint(backbone: Checkpoint, config: Config, dataset: Dataset, *, skipp
         "views": config.dump.views,
         "seed": config.dump.seed,
         "dtype": config.dump.dtype,
-        **({"probe": PROBE_SETTINGS} if backbone.probe else {}),
+        **({"probe": probe} if probe else {}),
     }
 
 
@@ -259,7 +263,8 @@ def _store_arguments(
     """Return the arguments of `cache.create_store`; raise DataError where skipped images may not be skipped again."""
     backbone, config, out = source.backbone, source.config, source.out
     head = classifier(backbone.model)
-    weight, bias = (None, None) if backbone.probe else _arrays(head)
+    weight, bias = _arrays(head) if backbone.head_is_final else (None, None)
+    probe = _recorded_probe(backbone, out, overwrite=overwrite) or (PROBE_SETTINGS if backbone.probe else None)
     skipped = {} if overwrite else skipped_before(out, dataset)
     return {
         "splits": {
@@ -272,7 +277,7 @@ def _store_arguments(
         "bias": bias,
         "class_names": dataset.class_names,
         "counts": dataset.counts,
-        "fingerprint": fingerprint(backbone, config, dataset, skipped=skipped),
+        "fingerprint": fingerprint(backbone, config, dataset, skipped=skipped, probe=probe),
         "provenance": provenance(
             command="dump-features",
             config=config.model_dump(mode="json"),
@@ -294,6 +299,17 @@ def _store_arguments(
         ),
         "retry": readable_now(skipped, dataset, store=out, may_skip=config.dump.on_error == "skip"),
     }
+
+
+def _recorded_probe(backbone: Checkpoint, out: Path | str, *, overwrite: bool) -> str | None:
+    """Return how the head in a store was fitted, where this backbone leads to such a head; it may be another version's way."""
+    if overwrite or backbone.head_is_final:
+        return None
+    try:
+        text = cache.open_writer(out).fingerprint.get("probe")
+    except CacheError:  # who makes or continues the store says why
+        return None
+    return text if isinstance(text, str) and text.endswith(AT_CHANCE) != backbone.probe else None
 
 
 def _arrays(head: torch.nn.Linear) -> tuple[np.ndarray, np.ndarray]:

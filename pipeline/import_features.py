@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.errors import DataError
 from pipeline.method_names import PROBE
 from pipeline.prepared import Prepared, Write
 from pipeline.probe import SETTINGS as PROBE_SETTINGS
-from pipeline.probe import fit_probe
+from pipeline.probe import Probe, fit_probe
 from pipeline.provenance import provenance
 from pipeline.text import Shown
 
@@ -86,9 +87,12 @@ def store_from_arrays(
     with as_data_error(), cache.create_store(out, overwrite=overwrite, **contents) as writer:
         for chunk in writer.missing():
             writer.write(chunk, np.asarray(features[chunk.split][chunk.view, chunk.start : chunk.stop], np.float32))
+        facts = {}
         if contents["weight"] is None and not writer.has_classifier:
-            writer.set_classifier(*_fit_head(writer, contents["splits"]["train"].labels))
-        digest = writer.seal()
+            probe = _fit_head(writer, contents["splits"])
+            writer.set_classifier(probe.weight, probe.bias)
+            facts = {"head": str(probe), "probe": probe.to_dict()}
+        digest = writer.seal(facts=facts)
         layout = writer.layout
     return ImportResult(
         store=out,
@@ -247,12 +251,14 @@ def _finite(array: np.ndarray, name: str, origin: str) -> np.ndarray:
     return array
 
 
-def _fit_head(writer: cache.Writer, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Return weight and bias of a linear probe on the clean training features in the store."""
-    layout, truth = writer.layout, torch.from_numpy(np.asarray(labels))
+def _fit_head(writer: cache.Writer, splits: Mapping[str, cache.StoreSplit]) -> Probe:
+    """Return a linear probe on the clean training features in the store, its L2 chosen on validation where there is one."""
+    layout = writer.layout
 
-    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for chunk in layout.chunks_of("train", 0):
+    def blocks(split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        truth = torch.from_numpy(np.asarray(splits[split].labels))
+        for chunk in layout.chunks_of(split, 0):
             yield torch.from_numpy(writer.read(chunk)).float(), truth[chunk.start : chunk.stop]
 
-    return fit_probe(blocks, classes=layout.classes, width=layout.width)
+    validation = partial(blocks, "val") if "val" in splits else None
+    return fit_probe(partial(blocks, "train"), classes=layout.classes, width=layout.width, validation=validation)

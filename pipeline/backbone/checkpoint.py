@@ -48,6 +48,11 @@ class Checkpoint:
     probe: bool = False
     external: dict[str, Any] | None = None
 
+    @property
+    def head_is_final(self) -> bool:
+        """True where the head's rows are the data's classes; else it waits for the features: to be fitted, or ordered by them."""
+        return not self.probe and (self.external or {}).get("classes_named", True)
+
 
 class DamagedCheckpoint(DataError):
     """A file that is not a whole checkpoint of this program: torn, changed, or something else."""

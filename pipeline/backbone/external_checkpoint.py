@@ -80,6 +80,7 @@ def load_external(
         "sha256": _sha256(file),
         "taken_from": ".".join([*stored.keys, *filter(None, [matched.prefix.rstrip(".")])]) or None,
         "key_map": None if key_map is None else str(key_map),
+        "classes_named": head is None or bool(metadata.class_names),
         "notes": notes,
     }
     return _external_checkpoint(
@@ -288,7 +289,7 @@ def _head(
         examples = ", ".join(f"{i} = {name}" for i, name in enumerate(names[:3]))
         return head, (
             f"the file's head is taken, its classes matched by their number ({examples} …): nothing in the file names them; "
-            "if theirs is another order, --probe fits a new head"
+            "the dump tries other orders on the training features, and a probe takes its place where none fits"
         )
     if metadata.class_names == names:
         return head, "the file's head is taken: its classes are the data's, in the same order"

@@ -24,6 +24,8 @@ def store(path: Path | str) -> Artefact:
     checked(Path(path), opened.provenance, RecordShape, "dump again with --overwrite")
     sizes = {s: f"{opened.rows(s):,} samples, {opened.views(s)} view(s)" for s in opened.splits}
     facts = {"state": "sealed", **sizes, "features": f"{opened.width} wide, {opened.dtype}"}
+    if head := opened.provenance.get("head"):
+        facts["head"] = str(head)
     facts |= {f"skipped {split}": samples_text(ids) for split, ids in skipped_of(opened).items()}
     return Artefact(
         path,
