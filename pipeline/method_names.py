@@ -31,7 +31,22 @@ METHODS = {
     "logistic-adjusted": "plain logistic regression less τ·ln π; convex",
     "gda": "Gaussian discriminant, shrunk covariance; no training",
     "adjust-means": "logits less τ·ln π plus class means; no training",
+    "logistic-balanced": "logistic regression, class weights 1/N; convex",
+    "ensemble": "a weighted mean of linear heads, one linear layer",
 }
+# what is fitted where neither a method nor λ is given; the ensemble averages its members among them
+RECOMMENDED = (
+    "logit-adjust",
+    "adjust-means",
+    "gda",
+    "logistic",
+    "logistic-balanced",
+    "logistic-adjusted",
+    "cb",
+    "iwb",
+    "ensemble",
+)
+MEMBERS = ("adjust-means", "gda", "logistic", "logistic-adjusted", "cb", "iwb")
 
 RENAMED = {"best": "iwb-la"}  # of format 0.1
 

@@ -44,13 +44,19 @@ def unmeasured(samples: np.ndarray, class_names: Sequence[str], split: str, *, m
 
 
 def sampling_error(class_accuracy: np.ndarray, total: np.ndarray) -> float:
-    """Standard error in % of the mean over classes of accuracies (C,) in 0…1, each from total (C,) samples: binomial.
+    """Return the standard error in % of the mean over classes of their accuracy: √(Σ p(1−p)/(n−1)) / C.
 
-    Classes without a sample (nan) are left out.
+    Arguments:
+        class_accuracy: p (C,) in 0…1; classes without a sample (nan) are left out.
+        total: n (C,) samples of each class. A single one has no variance to estimate and takes the mean of the others;
+            where no class has two, the error is that of p = 1/2.
     """
     measured = (total > 0) & ~np.isnan(class_accuracy)
-    p = class_accuracy[measured]
-    return float(100 * np.sqrt((p * (1 - p) / total[measured]).sum()) / max(measured.sum(), 1))
+    p, n = class_accuracy[measured], total[measured]
+    several = n > 1
+    variance = np.divide(p * (1 - p), n - 1, out=np.zeros(len(p)), where=several)
+    variance[~several] = (p * (1 - p))[several].mean() if several.any() else 0.25
+    return float(100 * np.sqrt(variance.sum()) / max(measured.sum(), 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,7 +64,7 @@ def test_calibration_error_comes_from_the_softmax():
 def test_standard_error_by_hand():
     labels, predicted = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 1, 1])
     found = scores(logits_for(predicted, np.full(6, 0.9)), labels, COUNTS)
-    assert found.standard_error == pytest.approx(100 * np.sqrt(0.5 * 0.5 / 4) / 2)
+    assert found.standard_error == pytest.approx(100 * np.sqrt(0.5 * 0.5 / (4 - 1)) / 2)
 
 
 def test_confusion_has_the_truth_in_rows():

@@ -122,7 +122,7 @@ def list_settings(name: str | None, sets: Sequence[str]) -> ConfigSettings:
         tree = read_tree(path)
     else:
         config = proposal.config(sets) if folder else load_config(path, sets)
-        values = config.model_dump(mode="json")
+        values = config.model_dump(mode="json") | {"rebalance": config.rebalance.model_dump(mode="json")}
     rows = []
     for section in setting_sections().values():
         for item in section.fields.values():

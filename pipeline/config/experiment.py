@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from pipeline.config.backbone import BackboneConfig
 from pipeline.config.data import DataConfig
@@ -55,6 +55,11 @@ class Config(Section):
         backbone, dump = (tree.get(key) for key in ("backbone", "dump")) if isinstance(tree, dict) else (None, None)
         frozen = isinstance(backbone, dict) and backbone.get("encoder")
         return tree | {"dump": {"views": 1} | (dump or {})} if frozen and isinstance(dump or {}, dict) else tree
+
+    @field_serializer("rebalance")
+    def _settings_that_were_set(self, rebalance: RebalanceConfig) -> dict[str, Any]:
+        """Return the settings of stage 2 without defaults, so that artefacts keep open what the user left open."""
+        return rebalance.model_dump(mode="json", exclude_unset=True)
 
     @property
     def run_dir(self) -> Path:

@@ -22,7 +22,9 @@ class RebalanceConfig(Section):
     """Stage 2: the heads that are fitted on the cached features (docs/method.md, docs/methods.md)."""
 
     method: tuple[str, ...] = Field(
-        ("iwb",), description="Methods to fit: names of docs/methods.md, `all`, or Python files that define one."
+        ("recommended",),
+        description="Methods to fit: names of docs/methods.md, `recommended`, `all`, or Python files that define one. "
+        "Where λ alone is given, iwb.",
     )
     lam: str = Field(
         "auto",
@@ -71,7 +73,7 @@ class RebalanceConfig(Section):
         description="Data that λ and methods are chosen on: the validation split, or folds of the training split.",
     )
     tune: bool = Field(False, description="Tune ce, cb and iwb too, as all other methods always are.")
-    trials: int = Field(12, ge=1, description="Settings that are tried for each trained method that is tuned.")
+    trials: int = Field(20, ge=1, description="Most settings that are tried for each trained method that is tuned.")
     sampling: Literal["instance", "class-balanced"] | None = Field(
         None, description="Sampling of training features; null takes the method's."
     )
@@ -93,6 +95,14 @@ class RebalanceConfig(Section):
     def memory_bytes(self) -> int:
         """Bytes that training features may take; a view that is larger is streamed from the store."""
         return parse_bytes(self.memory)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lam_alone_means_iwb(cls, values: Any) -> Any:
+        """Take `iwb` as the method where λ is given and no method."""
+        if isinstance(values, dict) and values.get("lam") is not None and "method" not in values:
+            return values | {"method": ("iwb",)}
+        return values
 
     @field_validator("memory", mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """The heads that a configuration asks for: its λ, its methods, and what the engine fits for each of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config import RebalanceConfig, nearest
 from pipeline.errors import ConfigError
-from pipeline.method_names import METHODS, RENAMED
+from pipeline.method_names import METHODS, RECOMMENDED, RENAMED
 from pipeline.rebalance.engine.fit import NO_PENALTY, Head, Schedule
 from pipeline.rebalance.engine.objective import Penalty, penalty, preset_cb
 from pipeline.rebalance.methods import RIVALS, Trained, methods_in
@@ -20,6 +20,10 @@ from pipeline.results.head_id import BASELINE, CB_ONLY, HeadId
 
 LAM_FORMS = "expected λ in [0, 1]: 0.05, 0.01,0.05,0.1, 0.01:0.5:log:32, 0.1:0.5:lin:5 or auto"
 ENGINE = ("ce", "cb", "iwb", "iwb-la")  # methods that the stacked engine fits
+GROUPS_OF_METHODS: dict[str, Callable[[], Sequence[str]]] = {
+    "recommended": lambda: RECOMMENDED,
+    "all": lambda: tuple(METHODS),
+}
 LA_ONLY = HeadId("balanced-softmax", values=(("tau", 1.0),))  # the logit-adjusted loss without a norm term
 REFERENCES = {"baseline": BASELINE, "cb": CB_ONLY}  # rows that the selected one is always compared with
 
@@ -86,21 +90,26 @@ def is_trained(head: HeadId) -> bool:
 
 
 def method_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the methods that a configuration names, each once; `all` is every one, FILE.py those it defines.
+    """Return the methods that a configuration names, each once.
+
+    `recommended` stands for the methods of RECOMMENDED, `all` for every one, FILE.py for those it defines.
 
     Raises: ConfigError: unknown name, or none.
     """
-    methods = [method for name in names for method in (methods_in(Path(name)) if name.endswith(".py") else (name,))]
-    methods = [RENAMED.get(name, name) for name in methods]
-    for name in methods:
-        if name not in (*METHODS, "all"):
-            valid = ", ".join(METHODS)
-            raise ConfigError(
-                f"--method {name}: unknown; known: {valid}, all, FILE.py{nearest(name, (*METHODS, 'all'))}"
-            )
+    methods: list[str] = []
+    for name in names:
+        if name in GROUPS_OF_METHODS:
+            methods += GROUPS_OF_METHODS[name]()
+        elif name.endswith(".py"):
+            methods += methods_in(Path(name))
+        elif (method := RENAMED.get(name, name)) in METHODS:
+            methods.append(method)
+        else:
+            valid = (*METHODS, *GROUPS_OF_METHODS)
+            raise ConfigError(f"--method {name}: unknown; known: {', '.join(valid)}, FILE.py{nearest(name, valid)}")
     if not methods:
-        raise ConfigError(f"no method; known: {', '.join(METHODS)}, all")
-    return tuple(METHODS) if "all" in methods else tuple(dict.fromkeys(methods))
+        raise ConfigError(f"no method; known: {', '.join((*METHODS, *GROUPS_OF_METHODS))}")
+    return tuple(dict.fromkeys(methods))
 
 
 def candidates(config: RebalanceConfig, lams: Sequence[float] | None = None) -> list[HeadId]:
@@ -142,25 +151,23 @@ def head_of(head: HeadId, config: RebalanceConfig) -> Head:
         return iwb_la_head(head.lam or 0.0)
     form = "ce" if head.loss in ("ce", "la") else f"cb-{cb_form(config)}"
     rule, tau = penalty_of(config) if head.method == "iwb" else NO_PENALTY, float(head.loss == "la")
+    if (kl_weight := dict(head.values).get("kl_weight")) is not None:
+        rule = replace(rule, kl_weight=kl_weight)
     return Head(form, head.lam or 0.0, rule, config.beta, tau)  # type: ignore[arg-type]
 
 
-def schedule_of(config: RebalanceConfig, *, lr: float | None = None, method: str = "") -> Schedule:
-    """Return the schedule by which a configuration trains a method.
-
-    Arguments:
-        lr: learning rate in place of the configuration's.
-    """
+def schedule_of(config: RebalanceConfig, head: HeadId | None = None) -> Schedule:
+    """Return the schedule by which a configuration trains a head, whose tuned values replace the configuration's."""
+    values = {} if head is None else dict(head.values)
     schedule = Schedule(
         epochs=config.epochs,
-        lr=config.lr,
+        lr=config.lr if head is None or head.lr is None else head.lr,
         momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        weight_decay=float(values.get("weight_decay", config.weight_decay)),
         batch_size=config.batch_size,
-        augmented=config.views == "augmented",
+        augmented=values.get("views", config.views) == "augmented",
     )
-    schedule = schedule if lr is None else replace(schedule, lr=lr)
-    return iwb_la_schedule(schedule) if method == "iwb-la" else schedule
+    return iwb_la_schedule(schedule) if head is not None and head.method == "iwb-la" else schedule
 
 
 def resolved(config: RebalanceConfig) -> dict[str, Any]:

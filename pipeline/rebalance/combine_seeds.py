@@ -14,6 +14,7 @@ from pipeline.rebalance.selection import AUTO, SELECTED_LAM, border_notes
 from pipeline.results.differences import Hits, differences
 from pipeline.results.head_id import HeadId
 from pipeline.results.mean_std import MEASURES, mean_std, means_and_stds
+from pipeline.results.recommendation import recommendation
 from pipeline.results.selection import Choice, select
 
 
@@ -39,6 +40,10 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
     if chosen_on and choice.runner_up is not None:
         against["runner_up"] = candidates[choice.runner_up].to_dict()
     splits = sorted({row["split"] for row in first["results"]}, key=("kfold", "val", "test").index)
+    best = {row["method"]: HeadId.of_row(row).to_dict() for row in tuned}
+    pairs = [(best["iwb"], best["cb"])] if {"iwb", "cb"} <= best.keys() else []
+    if "logistic-balanced" in best:
+        against["balanced_logistic_regression"] = best["logistic-balanced"]
     scores = {split: [_by_setting(d["results"], split) for d in documents] for split in splits}
     rows = [
         s.to_dict()
@@ -49,7 +54,7 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
         if all(s in rows for rows in scores[split])
     ]
     tested = [rows_of[selected] for rows_of in scores.get("test", []) if selected in rows_of]
-    return {
+    combined = {
         "store": [d["store"] for d in documents],
         "fingerprint": [d["fingerprint"] for d in documents],
         "backbones": len(documents),
@@ -65,11 +70,13 @@ def combine(documents: Sequence[Mapping[str, Any]], hits: Sequence[Hits] = ()) -
         "results": rows,
         "timing": {key: sum(d["timing"][key] for d in documents) for key in first["timing"]},
         "within_one_se": [candidates[i].to_dict() for i in choice.within_one_se] if chosen_on else [],
-        "differences": differences(selected.to_dict(), against, hits) if hits else None,
+        "differences": differences(selected.to_dict(), against, hits, pairs) if hits else None,
+        "selection": first["selection"] | {"standard_error": choice.standard_error} if first.get("selection") else {},
         "chosen": tuned,
         "notes": combined_notes(documents, selected, candidates) if chosen_on else shared_notes(documents),
         **{key: first[key] for key in ("network", "settings") if key in first},
     }
+    return combined | {"recommendation": recommendation(combined)}
 
 
 def combined_notes(documents: Sequence[Mapping[str, Any]], selected: HeadId, candidates: Sequence[HeadId]) -> list[str]:
@@ -142,7 +149,16 @@ def choose(documents: Sequence[Mapping[str, Any]]) -> tuple[list[HeadId], Choice
     chosen_on = documents[0]["selected"]["chosen_on"]
     scores = [_by_setting(d["results"], chosen_on) for d in documents]
     means = np.array([[by_head[head]["all"] for by_head in scores] for head in candidates], np.float64)
-    return candidates, select(means, methods=[s.method for s in candidates]), chosen_on
+    # all backbones are scored on the same samples, so that their number does not lower this error
+    errors = [d.get("selection", {}).get("standard_error", 0.0) for d in documents]
+    methods = [head.method for head in candidates]
+    choice = select(
+        means,
+        sampling_error=[float(np.mean(errors))] * len(candidates),
+        methods=methods,
+        preferred=methods.index("ensemble") if "ensemble" in methods else None,
+    )
+    return candidates, choice, chosen_on
 
 
 def _by_setting(rows: Sequence[Mapping[str, Any]], split: str) -> dict[HeadId, dict[str, float | None]]:

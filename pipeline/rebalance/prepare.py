@@ -17,7 +17,7 @@ from pipeline.prepared import Prepared, Write, classes_text, device_numbers, dev
 from pipeline.rebalance.candidates import candidates, count_lam, is_trained, method_names, references
 from pipeline.rebalance.load import has_validation, open_store
 from pipeline.rebalance.overwrite_check import refuse_other_results
-from pipeline.rebalance.tuning import is_comparison, refuse_double_balancing
+from pipeline.rebalance.tuning import is_comparison, lams_of, refuse_double_balancing, tuned_methods
 from pipeline.resources import free_memory
 from pipeline.results.head_id import HeadId
 from pipeline.store_settings import store_settings
@@ -43,17 +43,20 @@ class FitPlan:
     chosen_on: str | None
 
     @property
-    def open_ended(self) -> bool:
-        """True where more heads follow those that are known now."""
+    def bound(self) -> str:
+        """Return `at most` where tuning may stop early, `at least` where `auto` adds λ, nothing where the heads are known."""
+        if is_comparison(self.config):
+            return "at most"
         auto = self.config.lam.strip() == "auto" and "iwb" in method_names(self.config.method)
-        return is_comparison(self.config) or auto
+        return "at least" if auto else ""
 
     @property
     def trained_heads(self) -> int:
-        """Heads that are fitted at least, in all batch orders."""
+        """Heads that are fitted in all batch orders, within `bound`."""
         if is_comparison(self.config):
-            methods = [HeadId(method) for method in method_names(self.config.method)]
-            return sum(map(is_trained, methods)) * self.config.trials * len(self.config.seeds)
+            trained = sum(is_trained(HeadId(method)) for method in tuned_methods(self.config))
+            again = (len(self.config.seeds) - 1) * (trained + len(lams_of(self.config)))
+            return trained * self.config.trials + again + len(self.config.seeds)
         heads = dict.fromkeys([*self.references, *self.candidates])
         return sum(map(is_trained, heads)) * len(self.config.seeds)
 
@@ -257,7 +260,7 @@ def _numbers(plans: Sequence[FitPlan], *, rows: int, views: int) -> dict[str, An
     first = plans[0].config
     return {
         "heads": sum(plan.trained_heads for plan in plans),
-        "heads_at_least": any(plan.open_ended for plan in plans),
+        "heads_bound": " and ".join(dict.fromkeys(plan.bound for plan in plans if plan.bound)),
         "steps": sum(p.config.epochs * ceil(rows / p.config.batch_size) * len(p.config.seeds) for p in plans),
         "epochs": first.epochs,
         "seeds": list(first.seeds),
@@ -268,10 +271,10 @@ def _numbers(plans: Sequence[FitPlan], *, rows: int, views: int) -> dict[str, An
 def _fits_text(plans: Sequence[FitPlan], numbers: dict[str, Any]) -> str:
     config = plans[0].config
     methods = ", ".join(method_names(config.method)) if len(plans) == 1 else f"{len(plans)} variants"
-    at_least = "at least " if numbers["heads_at_least"] else ""
-    tuned = f"; each trained method is tuned in {config.trials} trials" if is_comparison(config) else ""
+    bound = f"{numbers['heads_bound']} " if numbers["heads_bound"] else ""
+    tuned = f"; each trained method is tuned in at most {config.trials} trials" if is_comparison(config) else ""
     return (
-        f"{methods}, λ {config.lam}: {at_least}{numbers['heads']:,} heads in {len(config.seeds)} batch order(s), "
+        f"{methods}, λ {config.lam}: {bound}{numbers['heads']:,} heads in {len(config.seeds)} batch order(s), "
         f"{numbers['steps']:,} steps of {config.batch_size} features in {config.epochs} epochs{tuned}"
     )
 

@@ -13,6 +13,7 @@ from cache import Cache, write_durably
 from pipeline import distributed
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks
+from pipeline.method_names import PROBE, start_name
 from pipeline.metrics import scarce, unmeasured
 from pipeline.paths import recorded_document, recorded_path
 from pipeline.provenance import provenance
@@ -87,6 +88,8 @@ def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str]
     selected = selected_head.to_dict() | {"chosen_on": chosen_on}
     selected |= {"parameters": selected_head.parameters} if comparison else {}
     against: dict[str, dict[str, Any] | None] = {role: head.to_dict() for role, head in REFERENCES.items()}
+    if any(head.method == "logistic-balanced" for head, _ in sweep.heads):
+        against["balanced_logistic_regression"] = HeadId("logistic-balanced").to_dict()
     against["runner_up"] = None if choice.runner_up is None else fitted.candidates[choice.runner_up].to_dict()
     document: dict[str, Any] = {"selected": selected}
     if chosen_on:
@@ -106,7 +109,8 @@ def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str]
         selected=selected | {"n": len(selected_rows), "n_of": REPETITIONS} | over_seeds(selected_rows),
         candidates=tuple(head.to_dict() for head in fitted.candidates),
         within_one_se=tuple(near),
-        differences=differences(selected_head.to_dict(), against, [hits]),
+        differences=differences(selected_head.to_dict(), against, [hits], fitted.pairs),
+        selection=fitted.selection_facts(loaded.store.class_names),
         results=tuple(rows),
         timing=timing(started, load_seconds, loaded, [sweep], sweep.fitted),
         notes=(
@@ -151,6 +155,28 @@ class Fitted:
         return caveat + ([] if self.comparison else short_training_notes(self.plan.config, self.candidates, rows))
 
     @property
+    def pairs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Rows that are compared with each other beside the selected one: iwb less the class-balanced loss alone."""
+        if self.comparison is None:
+            return []
+        best = {row["method"]: HeadId.of_row(row).to_dict() for row in self.comparison.tuned}
+        return [(best["iwb"], best["cb"])] if {"iwb", "cb"} <= best.keys() else []
+
+    def selection_facts(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """Return on what the choice was made and how far it can be trusted; empty where nothing was chosen."""
+        if self.plan.chosen_on is None:
+            return {}
+        samples = np.bincount(self.sweep.labels_chosen_on(self.plan.chosen_on), minlength=len(class_names))
+        return {
+            "split": self.plan.chosen_on,
+            "samples": int(samples.sum()),
+            "median_per_class": float(np.median(samples[samples > 0])),
+            "classes_without": [name for name, n in zip(class_names, samples, strict=True) if not n],
+            "standard_error": self.choice.standard_error,
+            "settings_tried": len(self.comparison.trials) if self.comparison else len(self.candidates),
+        }
+
+    @property
     def choice_notes(self) -> list[str]:
         """Return notes on the choice: the border of a grid, and what tuning did."""
         if self.comparison:
@@ -162,7 +188,8 @@ class Fitted:
 def fit(plan: FitPlan, loaded: Loaded, ranks: Ranks, report: Callable[[str], object]) -> Fitted:
     """Fit and score the heads of a plan and choose one; `auto` refines its grid, methods that compete are tuned."""
     config, chosen_on, heads = plan.config, plan.chosen_on, plan.candidates
-    sweep = Sweep(loaded.features, loaded.val, config, ranks, folds=chosen_on == "kfold")
+    probe = start_name(loaded.store.fingerprint) == PROBE
+    sweep = Sweep(loaded.features, loaded.val, config, ranks, folds=chosen_on == "kfold", probe=probe)
     comparison = compare(sweep, config, chosen_on, report) if chosen_on and is_comparison(config) else None
     if comparison:
         heads = tuple(comparison.winners)
@@ -173,7 +200,8 @@ def fit(plan: FitPlan, loaded: Loaded, ranks: Ranks, report: Callable[[str], obj
             lams = sorted({*AUTO, *refine(AUTO, [lam for lam in near if lam is not None])})
             heads = tuple(candidates(config, lams))
             sweep.add(heads)
-    choice = sweep.choose(heads, chosen_on) if chosen_on else ONLY_CANDIDATE
+    preferred = comparison.ensemble if comparison else None
+    choice = sweep.choose(heads, chosen_on, preferred=preferred) if chosen_on else ONLY_CANDIDATE
     return Fitted(plan, sweep, heads, choice, comparison)
 
 

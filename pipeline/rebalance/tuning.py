@@ -1,26 +1,66 @@
-"""The trials of each method when methods compete: every trained method has the same number of them.
+"""The trials of each method when methods compete: every trained method may try the same number of settings.
 
-A trial is a learning rate with one point of the method's grid; λ is in the grid of iwb. Methods without training try their
-whole grid, since a trial costs one evaluation and there is no learning rate to tune.
+A trained method is searched one hyperparameter after the other: first a ladder of learning rates, then every value of each
+`axis` (views, weight decay, the method's own grid, λ and the weight of the norm term) at the best setting so far, then learning
+rates around the best. Methods without training try their whole grid, since a trial costs one evaluation.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
-from pipeline.rebalance.candidates import ENGINE, is_trained, method_names, parse_lam
+from pipeline.method_names import MEMBERS
+from pipeline.rebalance.candidates import ENGINE, is_trained, method_names, parse_lam, penalty_of, references
 from pipeline.rebalance.methods import RIVALS, Free, Trained
 from pipeline.rebalance.methods.iwb_la import RATE, TRIALS
-from pipeline.results.head_id import BASELINE, HeadId
+from pipeline.results.head_id import BASELINE, HeadId, Value
 
-LAMS = (0.05, 0.15, 0.5)  # of `--lam auto`
+LAMS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # of `--lam auto`
+WEIGHT_DECAYS = (0.003, 0.03)  # beside the configuration's
+KL_WEIGHTS = (4.0, 16.0)  # beside the formulation's
+UNTUNED = {"weight_decay": 0.0, "kl_weight": 1.0}  # values of trials that do not name them
+RUNGS = 5  # most learning rates of the ladder
+RATES = 3  # most learning rates around the best
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The values that a trained method tries in one place of its setting, at the best of everything else.
+
+    Arguments:
+        names: of the hyperparameters; `λ` is the field of `HeadId`.
+        points: values of these names; a point that lacks a name leaves the method's default in its place.
+    """
+
+    names: tuple[str, ...]
+    points: tuple[dict[str, Value], ...]
+
+    def at(self, head: HeadId, point: dict[str, Value]) -> HeadId:
+        """Return a head with the values of a point in place of its own."""
+        values = {name: value for name, value in head.values if name not in self.names}
+        values |= {name: value for name, value in point.items() if name != "λ"}
+        lam = point.get("λ", head.lam)
+        assert lam is None or isinstance(lam, float)
+        return replace(head, lam=lam, values=tuple(values.items()))
+
+    def point_of(self, head: HeadId) -> dict[str, Value]:
+        """Return the values of a head on this axis."""
+        lam = {} if head.lam is None else {"λ": head.lam}
+        return {name: value for name, value in (dict(head.values) | lam).items() if name in self.names}
 
 
 def is_comparison(config: RebalanceConfig) -> bool:
     """Return true where each method is tuned: where `tune` is set, and wherever a method competes that is always tuned."""
-    return config.tune or any(method in RIVALS or method == "iwb-la" for method in method_names(config.method))
+    return config.tune or any(method not in ("baseline", "ce", "cb", "iwb") for method in method_names(config.method))
+
+
+def tuned_methods(config: RebalanceConfig) -> list[str]:
+    """Return the methods that are tuned, in this order: the reference rows, members of the ensemble, those asked for."""
+    asked = method_names(config.method)
+    reference = [head.method for head in references(config) if head.method not in ("baseline", "iwb")]
+    members = MEMBERS if "ensemble" in asked else ()
+    return [method for method in dict.fromkeys([*reference, *members, *asked]) if method != "ensemble"]
 
 
 def next_trials(
@@ -28,40 +68,66 @@ def next_trials(
 ) -> list[HeadId]:
     """Return the next trials of one method, none once it is tuned.
 
-    Half of the trials are a ladder of learning rates with the first point of the grid, which is the literature's; then
-    every other point has one trial at the best rate, and the remaining trials are rates around the best, beyond the ladder
-    where it lies at an end. A method without training tries its whole grid at once.
-
     Arguments:
         trials: those before.
         best: the best of them.
     """
+    first = first_trial(method, config)
+    if not is_trained(first):
+        return [] if trials else [replace(first, values=tuple(p.items())) for p in grid_of(method)]
     if best is None:
-        ladder = learning_rates(centre_of(method, config), -(-config.trials // 2))
-        first, *rest = settings_of(method, config)
-        return [replace(first, lr=lr) for lr in ladder] if is_trained(first) else [first, *rest]
+        ladder = learning_rates(centre_of(method, config), min(RUNGS, -(-config.trials // 2)))
+        return [replace(first, lr=lr) for lr in ladder]
     left = config.trials - len(trials)
-    if not is_trained(best) or left <= 0:
-        return []
-    points = {replace(trial, lr=None) for trial in trials}
-    if rest := [replace(s, lr=best.lr) for s in settings_of(method, config) if s not in points]:
-        return rest[:left]
-    return [replace(best, lr=lr) for lr in rates_around(best, trials, left)]
+    for axis in axes_of(method, config):
+        tried = [axis.point_of(trial) for trial in trials]
+        if new := [axis.at(best, point) for point in axis.points if point not in tried]:
+            return new[:left]
+    around = sum(trial.lr not in {t.lr for t in trials[:RUNGS]} for trial in trials)
+    return [replace(best, lr=lr) for lr in rates_around(best, trials, min(left, RATES - around))]
 
 
-def settings_of(method: str, config: RebalanceConfig) -> list[HeadId]:
-    """Return a method at every point of its grid, λ included, without a learning rate; the literature's point first."""
+def first_trial(method: str, config: RebalanceConfig) -> HeadId:
+    """Return a method at the setting of the literature, without a learning rate."""
     if method == "baseline":
-        return [BASELINE]
+        return BASELINE
     if method in ("ce", "cb"):
-        return [HeadId(method, method)]
+        return HeadId(method, method)
     if method == "iwb":
         lams = lams_of(config)
-        middle = lams[len(lams) // 2]
-        return [HeadId(method, config.loss, lam) for lam in sorted(lams, key=lambda lam: lam != middle)]
+        return HeadId(method, config.loss, lams[len(lams) // 2])
     if method == "iwb-la":
-        return [HeadId(method, "la", lam, values=(("means", share),)) for lam, share in TRIALS]
-    return [HeadId(method, values=tuple(values.items())) for values in RIVALS[method].grid]
+        lam, share = TRIALS[0]
+        return HeadId(method, "la", lam, values=(("means", share),))
+    return HeadId(method, values=tuple(grid_of(method)[0].items()))
+
+
+def grid_of(method: str) -> tuple[dict[str, Value], ...]:
+    """Return the points of a method's own grid; the literature's first."""
+    return RIVALS[method].grid if method in RIVALS else ({},)
+
+
+def axes_of(method: str, config: RebalanceConfig) -> list[Axis]:
+    """Return what a trained method tries beside learning rates, in this order.
+
+    Views and weight decay are tried where the configuration leaves them open and the method does not fix them.
+    """
+    axes, rule = [], RIVALS.get(method)
+    if config.views == "augmented" and "views" not in config.model_fields_set and method != "iwb-la":
+        axes.append(Axis(("views",), ({"views": "clean"},)))
+    if method == "iwb":
+        axes.append(Axis(("λ",), tuple({"λ": lam} for lam in lams_of(config))))
+    own = {name for point in grid_of(method) for name in point}
+    decides = isinstance(rule, Trained) and rule.weight_decay is not None
+    if "weight_decay" not in config.model_fields_set and "weight_decay" not in own and not decides:
+        axes.append(Axis(("weight_decay",), tuple({"weight_decay": value} for value in WEIGHT_DECAYS)))
+    if own:
+        axes.append(Axis(tuple(sorted(own)), grid_of(method)))
+    if method == "iwb-la":
+        axes.append(Axis(("λ", "means"), tuple({"λ": lam, "means": share} for lam, share in TRIALS)))
+    if method == "iwb" and config.kl_weight is None and penalty_of(config).kl_weight == UNTUNED["kl_weight"]:
+        axes.append(Axis(("kl_weight",), tuple({"kl_weight": weight} for weight in KL_WEIGHTS)))
+    return axes
 
 
 def centre_of(method: str, config: RebalanceConfig) -> float:
@@ -102,9 +168,9 @@ def _rounded(lr: float) -> float:
 
 
 def lams_of(config: RebalanceConfig) -> tuple[float, ...]:
-    """Return about √trials of the configured λ, evenly spread, because λ and learning rate share the trials."""
+    """Return the λ that a tuned iwb tries: those of the configuration, evenly thinned to two fifths of the trials."""
     lams = parse_lam(config.lam) or LAMS
-    most = max(1, min(len(lams), math.isqrt(config.trials)))
+    most = max(1, min(len(lams), round(config.trials * 0.4)))
     return tuple(lams[(2 * i + 1) * len(lams) // (2 * most)] for i in range(most))
 
 
@@ -112,7 +178,8 @@ def edges(head: HeadId, trials: Sequence[HeadId]) -> list[str]:
     """Return the values of a head at the border of the trials: `lr 0.32 (0.00016 … 0.32)`, of three values or more."""
     texts = []
     for name, value in numbers(head).items():
-        values = sorted({numbers(t)[name] for t in trials if t.loss == head.loss and _kind(t) == _kind(head)})
+        comparable = [numbers(t) for t in trials if t.loss == head.loss and _kind(t) == _kind(head)]
+        values = sorted({t.get(name, UNTUNED.get(name)) for t in comparable} - {None})
         if len(values) > 2 and value in (values[0], values[-1]):
             texts.append(f"{name} {value:g} ({values[0]:g} … {values[-1]:g})")
     return texts
@@ -151,4 +218,4 @@ def refuse_double_balancing(config: RebalanceConfig) -> None:
 
 def _kind(setting: HeadId) -> tuple:
     """Return the hyperparameters that are no numbers; grids of different kinds have separate borders."""
-    return tuple(item for item in setting.values if isinstance(item[1], str))
+    return tuple(item for item in setting.values if isinstance(item[1], str) and item[0] != "views")

@@ -32,7 +32,8 @@ def paired_difference(
 
     first, second (M,): how often, of 0…1, each is right on a sample; labels (M,); counts (C,) training images decide the
     groups. low and high bound the middle 95 % of a bootstrap over samples: each class is drawn anew from its own samples,
-    the same draw for both. None for a group without a sample.
+    the same draw for both, and the spread is that of other images, n/(n − 1) times the variance of the draws. None for a
+    group without a sample. A class with a single sample adds nothing to the spread: `metrics.scarce` names them.
     """
     values, code = np.unique(np.round(first - second, 12), return_inverse=True)
     classes = len(counts)
@@ -47,7 +48,10 @@ def paired_difference(
         present = np.flatnonzero(row)
         share = np.array(row)[present] / np.sum(row)
         point[g] += number * (share @ values[present])
-        resampled[g] += random.multinomial(number * np.sum(row), share, size=resamples) @ values[present] / np.sum(row)
+        images, expected = int(np.sum(row)), number * (share @ values[present])
+        drawn = random.multinomial(number * images, share, size=resamples) @ values[present] / images
+        # a bootstrap of n images spreads √((n − 1)/n) as wide as other images would
+        resampled[g] += expected + (drawn - expected) * np.sqrt(images / max(images - 1, 1))
         sizes[g] += number
     columns = {"all": _column(point.sum(), resampled.sum(0), sizes.sum())}
     return columns | {name: _column(point[g], resampled[g], sizes[g]) for g, name in enumerate(GROUPS)}
@@ -99,10 +103,14 @@ def read_hits(path: Path) -> Hits:
 
 
 def differences(
-    selected: Mapping[str, Any], references: Mapping[str, Mapping[str, Any] | None], hits: Sequence[Hits]
+    selected: Mapping[str, Any],
+    references: Mapping[str, Mapping[str, Any] | None],
+    hits: Sequence[Hits],
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = (),
 ) -> dict[str, Any]:
     """The selected row less each of the others, by their roles, over the test samples of all backbones.
 
+    pairs: other rows that are compared with each other, the first less the second.
     hits: one a backbone, of the same test samples; a row's rate is its mean over seeds, then over backbones. A role
     without a row, or with the selected one, is left out.
     """
@@ -118,4 +126,8 @@ def differences(
         for role, facts in references.items()
         if facts is not None and facts != selected
     ]
-    return {"resamples": RESAMPLES, "level": LEVEL, "samples": len(first.labels), "rows": rows}
+    compared = [
+        {"first": dict(a), "second": dict(b), **paired_difference(rate(a), rate(b), first.labels, first.counts)}
+        for a, b in pairs
+    ]
+    return {"resamples": RESAMPLES, "level": LEVEL, "samples": len(first.labels), "rows": rows, "pairs": compared}

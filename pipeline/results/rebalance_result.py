@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.metrics import Scores
 from pipeline.results.files import csv_text
 from pipeline.results.head_id import HeadId
 from pipeline.results.mean_std import means_and_stds
+from pipeline.results.recommendation import recommendation
 from pipeline.text import Shown
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class RebalanceResult(Shown):
     written. candidates: the settings chosen among. within_one_se: those whose validation score lies within one standard
     error of the selected one.
     differences: the selected row less others on the same test samples, with intervals (differences.py).
+    selection: what was chosen on: split, samples, median_per_class, classes_without, standard_error, settings_tried.
+    recommendation: sentences on what to take and why (recommendation.py).
     chosen: where methods were tuned, the setting that stands for each; trials: all that were tried, never on test.
     """
 
@@ -58,10 +61,12 @@ class RebalanceResult(Shown):
     out: str
     chosen: tuple[dict[str, Any], ...] = ()
     trials: tuple[dict[str, Any], ...] = ()
+    selection: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The document of `rebalance --json`."""
-        return asdict(self)
+        document = asdict(self)
+        return document | {"recommendation": recommendation(document)}
 
     def __rich__(self) -> "Group":
         from pipeline.results.tables import results_tables

@@ -27,15 +27,20 @@ class Choice:
 
 
 def select(
-    val_scores: np.ndarray, *, sampling_error: Sequence[float] | None = None, methods: Sequence[str] | None = None
+    val_scores: np.ndarray,
+    *,
+    sampling_error: Sequence[float] | None = None,
+    methods: Sequence[str] | None = None,
+    preferred: int | None = None,
 ) -> Choice:
-    """Return the setting with the highest mean validation score; the first among equals.
+    """Return the setting with the highest mean validation score, the first among equals; or the preferred one.
 
     Arguments:
         val_scores: (M, S) balanced accuracy of M settings in S repetitions.
         sampling_error: (M,) standard error of a setting's score that comes from the validation samples being few;
             repetitions on the same samples do not lower it. It adds in squares to the standard error over repetitions.
         methods: (M,) the method of each setting, None for a single method.
+        preferred: number of a setting that is taken where its score is within one standard error of the highest.
     """
     val_scores = np.asarray(val_scores, np.float64)
     mean = val_scores.mean(1)
@@ -44,6 +49,7 @@ def select(
     spread = val_scores[best].std(ddof=1) / math.sqrt(repetitions) if repetitions > 1 else 0.0
     error = math.hypot(spread, sampling_error[best] if sampling_error is not None else 0.0)
     near = np.flatnonzero(mean >= mean[best] - error)
+    best = preferred if preferred is not None and preferred in near else best
     rest = [i for i in range(len(mean)) if i != best]
     rivals = [i for i in rest if methods is not None and methods[i] != methods[best]]
     runner_up = max(rivals or rest, key=lambda i: mean[i], default=None)

@@ -54,11 +54,12 @@ def results_table(document: Document) -> Table:
 
 
 def results_tables(document: Document) -> "Group":
-    """Return results_table, what was chosen for each method, and how far the selected row differs from others."""
-    return stacked(results_table(document), chosen_table(document), differences_table(document))
+    """Return results_table, what was chosen for each method, differences from other rows, and the recommendation."""
+    advice = "\n".join(document.get("recommendation", ())) or None
+    return stacked(results_table(document), chosen_table(document), differences_table(document), advice)
 
 
-def stacked(*tables: Table | None) -> "Group":
+def stacked(*tables: Table | str | None) -> "Group":
     """Return the tables that there are, one below the other."""
     from rich.console import Group
 

@@ -309,7 +309,7 @@ def test_few_steps_at_a_small_learning_rate_are_told(store, tmp_path, settings, 
 
 
 def test_auto_goes_from_coarse_to_fine(store, tmp_path):
-    result = rebalance(store, RebalanceConfig(seeds=(0,), **QUICK), out=tmp_path)
+    result = rebalance(store, RebalanceConfig(lam="auto", seeds=(0,), **QUICK), out=tmp_path)
     lams = {r.lam for r in result.results if r.method == "iwb"}
     assert {0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0} < lams
     assert len(lams) == 9 + 7

@@ -117,7 +117,7 @@ def test_the_runner_up_is_of_another_method_where_there_is_one():
 
 
 def test_no_test_split_can_be_given():
-    assert list(inspect.signature(select).parameters) == ["val_scores", "sampling_error", "methods"]
+    assert list(inspect.signature(select).parameters) == ["val_scores", "sampling_error", "methods", "preferred"]
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(2, 5))

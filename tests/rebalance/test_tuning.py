@@ -1,16 +1,16 @@
 """Which settings are tried when methods compete, and what is refused."""
 
 import math
-from dataclasses import replace
 
 import pytest
 
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError
-from pipeline.method_names import METHODS
+from pipeline.method_names import METHODS, RECOMMENDED
 from pipeline.rebalance.candidates import HeadId, method_names
 from pipeline.rebalance.methods import FREE, RIVALS, TRAINED
 from pipeline.rebalance.tuning import (
+    axes_of,
     centre_of,
     edges,
     is_comparison,
@@ -20,14 +20,13 @@ from pipeline.rebalance.tuning import (
     numbers,
     rates_around,
     refuse_double_balancing,
-    settings_of,
 )
 
 FREE_NAMES = {rule.name for rule in FREE}
 
 
 def test_the_names_are_those_of_the_rules():
-    assert {*METHODS} == {"baseline", "ce", "cb", "iwb", "iwb-la", *RIVALS}
+    assert {*METHODS} == {"baseline", "ce", "cb", "iwb", "iwb-la", "ensemble", *RIVALS}
     assert method_names(("all",)) == tuple(METHODS)
     with pytest.raises(ConfigError, match=r"--method balanced-sofmax: unknown.*did you mean balanced-softmax"):
         method_names(("balanced-sofmax",))
@@ -42,20 +41,47 @@ def search(method, config, score):
     return tried, best
 
 
-TRAINED_NAMES = [m for m in METHODS if m != "baseline" and m not in FREE_NAMES]
+TRAINED_NAMES = [m for m in METHODS if m not in ("baseline", "ensemble") and m not in FREE_NAMES]
 
 
-@pytest.mark.parametrize("trials", [12, 24, 7, 3, 2, 1])
+@pytest.mark.parametrize("trials", [30, 20, 7, 3, 2, 1])
 @pytest.mark.parametrize("method", TRAINED_NAMES)
 @pytest.mark.parametrize("wanted", [1e-6, 0.004, 1e3])
-def test_everything_trained_has_as_many_trials(method, trials, wanted):
-    config = RebalanceConfig(trials=trials, lam="0.02,0.05,0.1,0.2,0.5,1")
+def test_nothing_trained_has_more_trials_and_every_axis_is_tried(method, trials, wanted):
+    config = RebalanceConfig(method=(method,), trials=trials, lam="0.02,0.05,0.1,0.2,0.5,1")
     tried, _ = search(method, config, lambda s: -abs(math.log(s.lr / wanted)))
-    assert len(set(tried)) == len(tried) == trials
+    assert len(set(tried)) == len(tried) <= trials
     assert all(s.method == method and s.lr for s in tried)
-    if trials >= 7:
-        own = {replace(s, lr=None) for s in tried}
-        assert own == set(settings_of(method, config))
+    if trials >= 20:
+        for axis in axes_of(method, config):
+            assert all(point in [axis.point_of(trial) for trial in tried] for point in axis.points)
+        assert len({trial.lr for trial in tried}) == 8  # five of the ladder, three around the best
+
+
+def test_each_axis_is_searched_at_the_best_of_the_others():
+    def score(s):
+        values = dict(s.values)
+        fits = [values.get("views") == "clean", values.get("weight_decay") == 0.03, s.lam == 0.1]
+        return sum(fits) - abs(math.log(s.lr / 0.02)) - abs(math.log2(values.get("kl_weight", 1) / 4)) / 10
+
+    tried, best = search("iwb", RebalanceConfig(), score)
+    assert best.lam == 0.1
+    assert dict(best.values) == {"views": "clean", "weight_decay": 0.03, "kl_weight": 4.0}
+    assert 0.5 < best.lr / 0.02 < 2
+    assert len(tried) <= 20
+
+
+def test_what_the_configuration_sets_is_not_tuned():
+    names = {name for axis in axes_of("iwb", RebalanceConfig()) for name in axis.names}
+    assert names == {"views", "weight_decay", "λ", "kl_weight"}
+    settings = {"views": "augmented", "weight_decay": 0.01, "kl_weight": 2.0}
+    assert [axis.names for axis in axes_of("iwb", RebalanceConfig(**settings))] == [("λ",)]
+    assert [axis.names for axis in axes_of("iwb", RebalanceConfig(formulation="code", views="clean"))] == [
+        ("λ",),
+        ("weight_decay",),
+    ]
+    own = [axis for axis in axes_of("maxnorm", RebalanceConfig()) if "weight_decay" in axis.names]
+    assert [axis.points for axis in own] == [RIVALS["maxnorm"].grid]
 
 
 @pytest.mark.parametrize("rule", TRAINED, ids=lambda rule: rule.name)
@@ -97,19 +123,14 @@ def test_the_search_comes_near_the_best_rate_and_finds_the_best_value(wanted):
     assert not [b for b in edges(best, tried) if b.startswith("lr")]
 
 
-def test_lambda_shares_the_trials_with_the_learning_rate():
-    assert lams_of(RebalanceConfig()) == (0.05, 0.15, 0.5)
+def test_lambda_shares_the_trials_with_other_settings():
+    assert lams_of(RebalanceConfig()) == (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
     assert lams_of(RebalanceConfig(lam="0.2")) == (0.2,)
-    assert lams_of(RebalanceConfig(lam="0.1,0.2,0.3,0.4,0.5")) == (0.1, 0.3, 0.5)
     assert lams_of(RebalanceConfig(lam="0.1,0.2,0.3", trials=1)) == (0.2,)
     twelve = "0.02,0.05,0.1,0.15,0.2,0.25,0.3,0.4,0.5,0.6,0.8,1"
-    assert lams_of(RebalanceConfig(lam=twelve)) == (0.1, 0.3, 0.8)
+    assert len(lams_of(RebalanceConfig(lam=twelve))) == 8
     assert len(lams_of(RebalanceConfig(lam=twelve, trials=144))) == 12
-    first = next_trials("iwb", RebalanceConfig(lam="0.1,0.2,0.4"))
-    assert {s.lam for s in first} == {0.2}
-    assert len(first) == 6
-    then = next_trials("iwb", RebalanceConfig(lam="0.1,0.2,0.4"), first, first[1])
-    assert [(s.lam, s.lr) for s in then] == [(0.1, first[1].lr), (0.4, first[1].lr)]
+    assert {s.lam for s in next_trials("iwb", RebalanceConfig(lam="0.1,0.2,0.4"))} == {0.2}
 
 
 def test_the_border_of_a_grid_is_told():
@@ -124,6 +145,10 @@ def test_the_border_of_a_grid_is_told():
 
 
 def test_methods_are_tuned_where_they_compete_with_a_rival():
+    assert is_comparison(RebalanceConfig())
+    assert method_names(RebalanceConfig().method) == RECOMMENDED
+    assert RebalanceConfig(lam=0.05).method == ("iwb",)
+    assert not is_comparison(RebalanceConfig(lam=0.05))
     assert not is_comparison(RebalanceConfig(method=("cb", "iwb")))
     assert is_comparison(RebalanceConfig(method=("cb", "iwb"), tune=True))
     assert is_comparison(RebalanceConfig(method=("iwb", "ncm")))

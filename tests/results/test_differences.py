@@ -68,7 +68,7 @@ def test_classes_drawn_together_are_drawn_as_if_apart():
     labels, counts = np.repeat(np.arange(40), 5), np.full(40, 10)
     first, second = np.tile([1.0, 0, 0, 0, 0], 40), np.zeros(200)
     found = paired_difference(first, second, labels, counts, resamples=20_000)
-    half = 100 * 1.96 * np.sqrt(0.2 * 0.8 / 5 / 40)
+    half = 100 * 1.96 * np.sqrt(0.2 * 0.8 / (5 - 1) / 40)  # the variance over other samples, not over draws of these
     assert found["few"] == found["all"]
     assert (found["all"]["high"] - found["all"]["low"]) / 2 == pytest.approx(half, rel=0.05)
     assert found["many"] is found["medium"] is None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.linear.moments import Moments
 
-SHRINKAGE = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
+SHRINKAGE = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8)
 PRIOR = (0.0, 0.25, 0.5)  # t: 0 takes every class as equally likely, 1 as often as in training
 SMALLEST = 1e-6  # share of the mean variance below which a direction carries nothing
 

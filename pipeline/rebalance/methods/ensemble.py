@@ -30,36 +30,23 @@ def balanced_nll(logits: Tensor, labels: Tensor, inverse_temperature: float = 1.
 def temperature(logits: Tensor, labels: Tensor) -> float:
     """Return T > 0 with the smallest balanced NLL of logits / T (Guo et al., ICML 2017), within 0.001…1000.
 
-    The loss is convex in 1/T, so the root of its derivative is found by bisection of ln T.
+    The loss is convex in 1/T, so the root of its derivative is found by Newton's method, kept inside a bracket.
     """
-    logits, share = logits.double(), class_shares(labels, logits.shape[1])
-    true_logit = logits.gather(1, labels[:, None]).squeeze(1)
-    low, high = -6.9, 6.9
+    share = class_shares(labels, logits.shape[1]).to(logits)
+    centred = logits - logits.gather(1, labels[:, None])  # less the true class: softmax does not see it
+    low, high, inverse = 1e-3, 1e3, 1.0
     for _ in range(40):
-        middle = (low + high) / 2
-        expected = ((logits * math.exp(-middle)).softmax(1) * logits).sum(1)
-        # a positive derivative in 1/T says that 1/T is too large
-        low, high = (middle, high) if float((share * (expected - true_logit)).sum()) > 0 else (low, middle)
-    return float(math.exp((low + high) / 2))
-
-
-def balanced_accuracy(correct: Tensor, labels: Tensor, classes: int) -> tuple[float, float]:
-    """Return the mean over classes of their accuracy in 0…1, and its standard error √(Σ p(1−p)/(n−1)) / C.
-
-    A class with one sample has no variance to estimate; it takes the mean of the others.
-
-    Arguments:
-        correct: (M,) booleans.
-    """
-    number = torch.bincount(labels, minlength=classes).double()
-    hits = torch.bincount(labels, weights=correct.double(), minlength=classes)
-    present = number > 0
-    p, n = hits[present] / number[present], number[present]
-    repeated = n > 1
-    variance = torch.where(repeated, p * (1 - p) / (n - 1).clamp_min(1), 0.0)
-    if repeated.any():
-        variance = torch.where(repeated, variance, (p * (1 - p))[repeated].mean())
-    return float(p.mean()), float(variance.sum().sqrt() / present.sum())
+        probability = (inverse * centred).softmax(1)
+        mean = (probability * centred).sum(1)
+        slope = float((share * mean).sum())
+        curvature = float((share * ((probability * centred.square()).sum(1) - mean.square())).sum())
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+        step = inverse - slope / curvature if curvature > 0 else math.nan
+        following = step if low < step < high else math.sqrt(low * high)
+        if abs(following - inverse) <= 1e-5 * inverse:
+            break
+        inverse = following
+    return 1 / inverse
 
 
 def fold(members: Sequence[Layer], temperatures: Sequence[float], shares: Sequence[float] | None = None) -> Layer:
@@ -81,36 +68,42 @@ def fold(members: Sequence[Layer], temperatures: Sequence[float], shares: Sequen
     return weight - weight.mean(0), bias - bias.mean()
 
 
-def within_one_error(accuracies: Sequence[float], errors: Sequence[float]) -> list[int]:
-    """Return the members whose accuracy is at most one standard error of the best below it, the best first."""
-    order = sorted(range(len(accuracies)), key=lambda i: -accuracies[i])
-    return [i for i in order if accuracies[i] >= accuracies[order[0]] - errors[order[0]]]
-
-
 def stacking_shares(logits: Tensor, labels: Tensor, *, pseudo_samples: float = PSEUDO_SAMPLES) -> Tensor:
     """Return the shares a (K,) of members that minimise the balanced NLL of s·Σ a_m z_m, held towards equal ones.
 
-    The loss adds κ/M·KL(equal ‖ a), as if κ of the M samples asked for equal shares; the scale s > 0 is free.
+    The loss adds κ/M·KL(equal ‖ a), as if κ of the M samples asked for equal shares; the scale s > 0 is free. It is minimised
+    over θ = ln(s·a) by Newton's method with backtracking.
 
     Arguments:
         logits: (K, M, C) of the members, each divided by its temperature.
         labels: (M,).
         pseudo_samples: κ.
     """
-    logits = logits.double()
-    share = class_shares(labels, logits.shape[2])
-    log_share = torch.zeros(len(logits), dtype=torch.float64, device=logits.device, requires_grad=True)
-    log_scale = torch.zeros((), dtype=torch.float64, device=logits.device, requires_grad=True)
-    solver = torch.optim.LBFGS([log_share, log_scale], max_iter=100, line_search_fn="strong_wolfe")
+    members, number, classes = logits.shape
+    z = (logits - logits.gather(2, labels.expand(members, -1)[..., None])).double()  # less the true class
+    weight, prior = class_shares(labels, classes), pseudo_samples / number
+    theta = torch.full((members,), -math.log(members), dtype=torch.float64, device=z.device)
 
-    def closure() -> Tensor:
-        solver.zero_grad()
-        mixed = torch.einsum("k,kmc->mc", log_share.softmax(0), logits) * log_scale.exp()
-        fit = (share * (mixed.logsumexp(1) - mixed.gather(1, labels[:, None]).squeeze(1))).sum()
-        loss = fit - pseudo_samples / len(labels) * log_share.log_softmax(0).mean()
-        loss.backward()
-        return loss
+    def loss(theta: Tensor) -> Tensor:
+        mixed = torch.einsum("k,kmc->mc", theta.exp(), z)
+        return weight @ mixed.logsumexp(1) - prior * theta.log_softmax(0).mean()
 
-    with torch.enable_grad():
-        solver.step(closure)
-    return log_share.detach().softmax(0)
+    value = loss(theta)
+    for _ in range(50):
+        scale, share = theta.exp(), theta.softmax(0)
+        probability = torch.einsum("k,kmc->mc", scale, z).softmax(1)
+        expected = (probability * z).sum(2)
+        slope = scale * (expected @ weight)
+        weighted = (weight[:, None] * probability).flatten()
+        square = (z.flatten(1) * weighted) @ z.flatten(1).T - (expected * weight) @ expected.T
+        gradient = slope + prior * (share - 1 / members)
+        curvature = scale[:, None] * square * scale + torch.diag(slope.clamp_min(0) + 1e-9)
+        curvature += prior * (torch.diag(share) - share[:, None] * share)
+        step = torch.linalg.solve(curvature, gradient).clamp(-2, 2)
+        length = 1.0
+        while length > 1e-6 and (new := loss(theta - length * step)) > value - 1e-4 * length * gradient @ step:
+            length /= 2
+        if length <= 1e-6 or value - new < 1e-9:
+            break
+        theta, value = theta - length * step, new
+    return theta.softmax(0)

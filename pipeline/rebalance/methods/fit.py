@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -41,15 +40,18 @@ def solve(
     *,
     rows: np.ndarray | None = None,
     device: torch.device | str = "cpu",
+    samples: "Blocks | None" = None,
 ) -> list[Linear]:
     """Return the heads of a method without training, solved in float64, one for each point of the grid.
 
     Arguments:
         rows: training rows to solve on, None for all.
+        samples: the same rows where several methods are solved on them and share what they compute.
     """
-    train_rows = np.arange(len(features.labels)) if rows is None else rows
     stage1 = stage1_of(features, torch.device(device), torch.float64)
-    samples = partial(_blocks, features, train_rows, torch.device(device))
+    samples = samples or Blocks(features, rows, torch.device(device))
+    if rows is not None:
+        stage1 = replace(stage1, counts=torch.bincount(samples.labels, minlength=len(stage1.counts)).double())
     return [Linear(*(t.float().cpu().numpy() for t in layer)) for layer in rule.layers(stage1, samples, grid)]
 
 
@@ -77,7 +79,7 @@ def fit(
     """
     train_rows = np.arange(len(features.labels)) if rows is None else rows
     device = torch.device(device)
-    lengths = sum(float(x.norm(dim=1).sum()) for x, _ in _blocks(features, train_rows, device))
+    lengths = sum(float(x.norm(dim=1).sum()) for x, _ in Blocks(features, train_rows, device)())
     stage1 = replace(stage1_of(features, device, dtype), length=max(lengths / len(train_rows), torch.finfo(dtype).tiny))
     weight = {None: rule.class_weight, "none": unweighted, "class-balanced": _class_balanced}[weighting]
     rule = replace(rule, class_weight=weight, sampling=sampling or rule.sampling)
@@ -90,7 +92,9 @@ def fit(
         group = [trials[i] for i in members]
         work = 2 * len(group) * len(orders) * schedule.batch_size * stage1.weight.numel()
         with _cores(device, worth_sharing=work >= SHARED_PRODUCT):
-            fitted = _fit_together(rule, group, stage1, features, orders, schedule, train_rows)
+            views = group[0].values.get("views")
+            planned = replace(schedule, augmented=views == "augmented") if views else schedule
+            fitted = _fit_together(rule, group, stage1, features, orders, planned, train_rows)
         for i, of_seeds in zip(members, fitted, strict=True):
             heads[i] += of_seeds
     return heads
@@ -116,11 +120,29 @@ def stage1_of(features: Features, device: torch.device, dtype: torch.dtype) -> S
     return Stage1(counts, weight, bias)
 
 
-def _blocks(features: Features, rows: np.ndarray, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (clean features (n, D) in float64, labels (n,)) of the rows, a block at a time."""
-    for block in np.split(rows, range(BLOCK, len(rows), BLOCK)):
-        x = torch.as_tensor(features.views[0][block], device=device).double()
-        yield x, torch.as_tensor(features.labels[block], dtype=torch.int64, device=device)
+class Blocks:
+    """Calling it yields clean training features (n, D) in float64 with labels (n,), a block at a time.
+
+    Arguments:
+        rows: training rows (M,), None for all.
+    Attributes:
+        shared: what methods have computed from these samples, for the next of them.
+    """
+
+    def __init__(self, features: Features, rows: np.ndarray | None, device: torch.device):
+        self.features, self.device = features, device
+        self.rows = np.arange(len(features.labels)) if rows is None else rows
+        self.shared: dict[Any, Any] = {}
+
+    @property
+    def labels(self) -> Tensor:
+        """Return the labels (M,) of all rows."""
+        return torch.as_tensor(self.features.labels[self.rows], dtype=torch.int64, device=self.device)
+
+    def __call__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for block in np.split(self.rows, range(BLOCK, len(self.rows), BLOCK)):
+            x = torch.as_tensor(self.features.views[0][block], device=self.device).double()
+            yield x, torch.as_tensor(self.features.labels[block], dtype=torch.int64, device=self.device)
 
 
 def passes(
