@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +19,15 @@ from pipeline.backbone.pretrained import encoder_path, load_encoder
 from pipeline.backbone.weights import find_tensors, read_file, read_key_map, rename_tensors, weights_file
 from pipeline.backbone.weights_metadata import WeightsMetadata, own_metadata, read_metadata
 from pipeline.config import BackboneConfig, Config
-from pipeline.data import Dataset, load_dataset
-from pipeline.data.transform import Transform
+from pipeline.data import Dataset, Split, load_dataset
+from pipeline.data.transform import Loader, Transform
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError, DataError
 from pipeline.provenance import provenance
 from pipeline.results.files import write_artefact
 
+CROP_SAMPLE, STATISTICS_SAMPLE = 16, 32  # training images looked at
+MOST_DEVIATION = 2.0  # standard deviations of the means of a batch norm's input from the stored ones
 OWN_KEYS = {"format", "model", "config", "transform"}  # keys of what `pipeline train-backbone` writes
 
 
@@ -75,12 +78,15 @@ def load_external(
     transform = input_transform(config.data, settings, dataset.train, input_facts=input_facts)
     check_input(network, transform, torch.device("cpu"))
     notes += _input_notes(metadata, input_facts, transform.size, settings.model)
+    notes += _crop_notes(transform, dataset.train, path)
+    if matched.by_order:
+        notes.append(check_statistics(network, transform, dataset.train, file))
     epoch = content.get("epoch") if isinstance(content, Mapping) else None
     external = {
         "sha256": _sha256(file),
         "taken_from": ".".join([*stored.keys, *filter(None, [matched.prefix.rstrip(".")])]) or None,
         "key_map": None if key_map is None else str(key_map),
-        "classes_named": head is None or bool(metadata.class_names),
+        "classes_named": head is None or (bool(metadata.class_names) and not matched.by_order),
         "notes": notes,
     }
     return _external_checkpoint(
@@ -333,7 +339,10 @@ def _input_notes(
     notes = (
         []
         if metadata.input
-        else [f"input as is usual ({source}); others: --set data.mean=…, data.std=…, data.image_size=…"]
+        else [
+            f"input as is usual ({source}): mean and standard deviation are a guess, nothing in the file says them; others: "
+            "--set data.mean=…, data.std=…, data.image_size=…"
+        ]
     )
     input_size = input_facts.get("input_size")
     if input_size and size[0] < input_size[1] / 2:
@@ -342,6 +351,68 @@ def _input_notes(
             f"mostly better at its own size, --set data.image_size={input_size[1]}"
         )
     return notes
+
+
+def _crop_notes(transform: Transform, train: Split, path: Path) -> list[str]:
+    """Return a note where only the middle of small images is used."""
+    if train.images is not None or transform.crop_pct >= 1:
+        return []
+    rows = np.linspace(0, len(train) - 1, min(len(train), CROP_SAMPLE)).astype(int)
+    sides = [min(image.size) for row in rows if (image := _readable(train, row)) is not None]
+    if not sides or np.median(sides) >= min(transform.size):
+        return []
+    return [
+        f"small images ({int(np.median(sides))} pixels) are enlarged and lose their edges: the middle {transform.crop_pct:.0%} "
+        f"of a side is used, as networks are tested on photographs; --encoder {path} takes whole images, mostly better for these"
+    ]
+
+
+def _readable(split: Split, row: int) -> Any:
+    """Return a stored image, None where it cannot be read."""
+    try:
+        return split.read(row)
+    except DataError:
+        return None
+
+
+def check_statistics(network: nn.Module, transform: Transform, train: Split, path: Path) -> str:
+    """Return a note on how far the batch norms' stored means are from those of real images, after a match by order.
+
+    Raises: DataError: so far that the tensors cannot stand in the right places.
+    """
+    distances: list[float] = []
+
+    def compare(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        mean, variance = layer.running_mean, layer.running_var
+        if isinstance(mean, Tensor) and isinstance(variance, Tensor):
+            distance = (inputs[0].mean((0, 2, 3)) - mean).abs() / (variance + 1e-5).sqrt()
+            distances.append(float(distance.median()))
+
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    hooks = [layer.register_forward_pre_hook(compare) for layer in layers]
+    rows = np.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLE)).astype(np.int64)
+    try:
+        with torch.inference_mode():
+            for images in Loader(train, transform, device=torch.device("cpu")).batches(
+                [rows], unreadable=lambda row: None
+            ):
+                network.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not distances:
+        return "the match by order could not be checked: the network has no batch normalisation"
+    worst = float(np.quantile(distances, 0.9))
+    if not worst < MOST_DEVIATION:
+        raise DataError(
+            f"{path}: its tensors have the shapes of the network's in the same order but not its places: on training images the "
+            f"means of {len(distances)} batch norms are up to {worst:.1f} standard deviations from the stored ones; map the "
+            "names with --key-map FILE (docs/backbones.md)"
+        )
+    return (
+        f"the match by order holds on {len(rows)} training images: nine tenths of the batch norms' means are within {worst:.1f} "
+        "standard deviations of the stored ones"
+    )
 
 
 def _sha256(file: Path) -> str:

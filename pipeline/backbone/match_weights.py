@@ -19,6 +19,7 @@ NOT_ENCODING = re.compile(
     r"^(fc|head|heads|classifier|proj\w*|pred\w*|prototypes|queue\w*|mlp|decoder\w*|loss\w*|criterion|n_averaged|aux\w*)(\.|$)"
     r"|(relative_position_index|relative_coords_table|attn_mask|" + BATCH_COUNT + r")$"
 )
+KINDS = ("weight", "bias", "running_mean", "running_var")
 MOMENTUM_COPY = re.compile(r"(_k|momentum|key)\.")  # of two networks the one that is mostly left out
 MOST_NAMES, MOST_CANDIDATES = 3, 24
 FAMILY_MARKS = {  # a name in a file → a network of its family
@@ -46,12 +47,14 @@ class MatchedWeights:
         encoder: under the network's names.
         head: the file's linear head, if it has one.
         prefix: that stood before the names in the file.
+        by_order: the names are others; the tensors were matched by their order and shapes.
     """
 
     encoder: dict[str, Tensor]
     head: LinearHead | None
     prefix: str
     notes: list[str] = field(default_factory=list)
+    by_order: bool = False
 
 
 def match_weights(
@@ -78,14 +81,46 @@ def match_weights(
             f"with --key-map FILE, a file of lines such as '^{re.escape(prefix_to_drop)}': null"
         )
     stripped = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    renamed = None if expected.keys() <= stripped.keys() else match_by_order(tensors, network, head_name)
+    if renamed is not None:
+        stripped, prefix = renamed, ""
     _refuse_distilled(stripped, path)
     _refuse_misfit(stripped, expected, network, head_name, name=name, path=path)
-    left_out = [key for key in tensors if not key.startswith(prefix)]
+    left_out = [] if renamed else [key for key in tensors if not key.startswith(prefix)]
     left_out += [f"{prefix}{key}" for key in stripped if key not in expected and not key.startswith(f"{head_name}.")]
     left_out = [key for key in left_out if not key.endswith(BATCH_COUNT)]
     notes = [f"left out, no part of the encoder: {_first_names(left_out)}"] if left_out else []
+    if renamed is not None:
+        pair = next((a, b) for a, b in zip(tensors, renamed, strict=False) if a != b)
+        notes.append(
+            f"the file's names are not those of {name}; its {len(renamed)} tensors are matched by order and shapes, such as "
+            f"{pair[0]} with {pair[1]}"
+        )
     encoder = {key: stripped[key] for key in expected if key in stripped}
-    return MatchedWeights(encoder, _head_of(stripped, head_name, classifier(network), path, probe=probe), prefix, notes)
+    head = _head_of(stripped, head_name, classifier(network), path, probe=probe)
+    return MatchedWeights(encoder, head, prefix, notes, renamed is not None)
+
+
+def match_by_order(tensors: Mapping[str, Tensor], network: nn.Module, head_name: str) -> dict[str, Tensor] | None:
+    """Return a file's tensors under the network's names where both stand in the same order, else None.
+
+    Shapes are equal, but for the number of classes of the head, which may also be missing; and where the last part of a name
+    is a usual one, such as running_var, it is the same.
+    """
+    stored = {key: tensor for key, tensor in tensors.items() if not key.endswith(BATCH_COUNT)}
+    target = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(BATCH_COUNT)}
+    encoder = [key for key in target if not key.startswith(f"{head_name}.")]
+    names = list(target) if len(stored) == len(target) else encoder
+    if len(stored) != len(names) or (names != encoder and names[: len(encoder)] != encoder):
+        return None
+    for name, (key, tensor) in zip(names, stored.items(), strict=True):
+        kind, stored_kind = name.rpartition(".")[2], key.rpartition(".")[2]
+        skipped = int(name.startswith(f"{head_name}."))  # the first dimension of the head is of any number of classes
+        if tensor.ndim != target[name].ndim or tensor.shape[skipped:] != target[name].shape[skipped:]:
+            return None
+        if stored_kind in KINDS and stored_kind != kind:
+            return None
+    return dict(zip(names, stored.values(), strict=True))
 
 
 def _refuse_distilled(stripped: Mapping[str, Tensor], path: Path) -> None:
