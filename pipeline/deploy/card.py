@@ -10,6 +10,7 @@ from pipeline.report.sections import SummaryRow, summary
 from pipeline.report.study import SPLITS, Study
 from pipeline.results.head_id import HeadId
 from pipeline.results.mean_std import MeanStd
+from pipeline.results.recommendation import recommendation
 from pipeline.results.table import Column, Line, Table
 from pipeline.text import markdown
 
@@ -47,6 +48,7 @@ An image classifier trained on unbalanced classes ({counts.sum():,} images, {cou
 its {"gated " if head["method"] == GATED else "linear "}head re-balanced with {HeadId.of_row(head)}.
 {config["parameters"]:,} parameters, {config["num_features"]}-d features.
 
+{_advice(study, head)}
 ## Use
 
 {_use_onnx(exported, config) if exported.onnx else _use_timm(exported, config)}
@@ -85,6 +87,13 @@ Write it here and, for the Hugging Face hub, as a line `license: …` at the top
 
 {versions}, on {origin["created"][:10]}; weights of the trained network `{origin["made_from"]["checkpoint"][:16]}`.
 """
+
+
+def _advice(study: Study, head: dict[str, Any]) -> str:
+    """Return the recommendation as a list, where this is the head that it is about."""
+    if HeadId.of_row(head) != HeadId.of_row(study.document["selected"]):
+        return ""
+    return "".join(f"- {markdown(sentence)}\n" for sentence in recommendation(study.document))
 
 
 def _front_matter(exported: ExportedModel) -> str:

@@ -201,7 +201,7 @@ def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> 
         ("Origin", sections.origin(study)),
         ("Every head", sections.every_head(study)),
     ]
-    header = f"{sections.lead(study)}{sections.tiles(study, lines)}"
+    header = f"{sections.lead(study)}{sections.advice(study)}{sections.tiles(study, lines)}"
     rows = [line.to_dict() for line in lines]
     return Part(run.resolve().name, header, parts, figures, rows, study.repeated, class_data(study, change, key))
 

@@ -11,6 +11,7 @@ from pipeline.longtail import BOUNDS, class_groups
 from pipeline.report.study import COLUMNS, SPLITS, Row, Study, signed
 from pipeline.results.head_id import BASELINE, HeadId, chosen_text
 from pipeline.results.mean_std import MeanStd
+from pipeline.results.recommendation import recommendation
 from pipeline.results.table import Column, Line, Table
 from pipeline.results.tables import (
     DIFFERENCES,
@@ -38,13 +39,21 @@ class SummaryRow:
 
 
 def summary(study: Study, extra: HeadId | None = None) -> list[SummaryRow]:
-    """The main table: stage 1, the loss alone, λ = 0, the selected head, `also`; on the test split."""
+    """The main table: stage 1, the loss alone, λ = 0, what everybody would try, the selected head, `extra`; on test."""
     lines: list[tuple[str, HeadId | Sequence[HeadId]]] = [
         (study.start.removeprefix("the "), BASELINE),
         (study.first.loss_only.name(), study.first.loss_only),
         (study.at(0.0).name(), study.at(0.0)),
-        (_selected_name(study), study.selected),
     ]
+    tuned = {row["method"] for row in study.document.get("chosen", ())}
+    for method in ("logit-adjust", "logistic-balanced", "iwb"):
+        heads = [
+            HeadId(method, study.at(0.0).loss if method == "iwb" else None, b.tuned_lam(method))
+            for b in study.backbones
+        ]
+        if method in tuned and heads != study.selected:
+            lines.append((_name_of(heads), heads))
+    lines.append((_selected_name(study), study.selected))
     if extra is not None:
         lines.append((f"{extra} (given)", extra))
     table = []
@@ -59,6 +68,12 @@ def summary(study: Study, extra: HeadId | None = None) -> list[SummaryRow]:
 def result(study: Study, lines: Sequence[SummaryRow]) -> str:
     """The main table, and what is to be known of it."""
     return _table(study, lines) + choice(study) + _near(study) + _norm_term(study)
+
+
+def advice(study: Study) -> str:
+    """Return the recommendation, a sentence a line; nothing where results of an older version have none."""
+    sentences = recommendation(study.document)
+    return f"<ul class=advice>{''.join(f'<li>{escape(s)}</li>' for s in sentences)}</ul>" if sentences else ""
 
 
 def lead(study: Study) -> str:
@@ -117,7 +132,11 @@ def choice(study: Study) -> str:
     """Which λ was chosen, on what, out of which."""
     texts = [f"{k.lam:g}" for k in study.selected if k.lam is not None]
     if not texts:
-        return ""
+        tried = study.document.get("selection", {}).get("settings_tried")
+        if study.chosen_on is None or not tried:
+            return ""
+        name, split = study.first.selected.name(), SPLITS[study.choosing_split]
+        return f"<p><strong>{escape(name)}</strong> was chosen on {split}; {tried:,} settings were tried there, none on test.</p>"
     if study.chosen_on is None:
         return f"<p>λ = {texts[0]} was given, not chosen.</p>"
     zero = [0.0] if any(k.lam == 0 for k in study.selected) else []
@@ -148,11 +167,14 @@ def methods(study: Study) -> str:
 
 
 def _near(study: Study) -> str:
-    """Return the λ within one standard error of the chosen one."""
-    lams = [f"{s['lam']:g}" for s in study.document.get("within_one_se", ()) if s.get("lam") is not None]
-    if len(lams) < 2:
+    """Return the heads within one standard error of the chosen one."""
+    heads = [HeadId.of_row(row) for row in study.document.get("within_one_se", ())]
+    if len(heads) < 2:
         return ""
-    return f"<p>Within one standard error of the best on the same split: λ = {', '.join(lams)}.</p>"
+    several = len({head.method for head in heads}) > 1
+    names = [head.name(study.start.removeprefix("the ")) if several else f"{head.lam:g}" for head in heads]
+    listed = escape(", ".join(names))
+    return f"<p>Within one standard error of the best on the same split: {'' if several else 'λ = '}{listed}.</p>"
 
 
 def _norm_term(study: Study) -> str:
@@ -234,6 +256,11 @@ def every_head(study: Study) -> str:
 
 def _facts(lines: Iterable[tuple[str, Any]]) -> str:
     return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>' for k, v in lines if v)}</dl>"
+
+
+def _name_of(heads: Sequence[HeadId]) -> str:
+    """Return the name of a tuned method, without its λ where backbones differ in it."""
+    return heads[0].name() if len(set(heads)) == 1 else heads[0].without_lam.name()
 
 
 def _selected_name(study: Study) -> str:
