@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.backbone.prepare import PreparedTraining, prepare_training
     from pipeline.backbone.train import train_backbone
     from pipeline.bench.cache import bench_cache
+    from pipeline.bench.heads import bench_heads
     from pipeline.bench.rebalance import bench_rebalance
     from pipeline.bench.train import bench_train
     from pipeline.config import Config, RebalanceConfig, find_config, load_config, make_config
@@ -57,6 +58,7 @@ _PUBLIC = {
     "pipeline.backbone.train": ("train_backbone",),
     "pipeline.backbone.hparam_sweep": ("PreparedSweep", "SweepResult", "prepare_sweep", "sweep_hparams"),
     "pipeline.bench.cache": ("bench_cache",),
+    "pipeline.bench.heads": ("bench_heads",),
     "pipeline.bench.rebalance": ("bench_rebalance",),
     "pipeline.bench.train": ("bench_train",),
     "pipeline.config": ("Config", "RebalanceConfig", "find_config", "load_config", "make_config"),

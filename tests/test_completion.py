@@ -59,7 +59,7 @@ def test_bash_offers_commands_options_names_and_runs(place):
     assert offered(place, "report", "runs/d") == ["runs/digits", "runs/digits/seed-0", "runs/digits/seed-1"]
     assert "runs/cifar/features.zarr" in offered(place, "verify", "runs/c")
     assert offered(place, "completion", "") == ["bash", "zsh", "fish"]
-    assert offered(place, "bench", "") == ["cache", "rebalance", "train"]
+    assert offered(place, "bench", "") == ["cache", "heads", "rebalance", "train"]
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")

@@ -2,8 +2,9 @@
 
 import click
 
+from pipeline.cli.completion import stores as complete_stores
 from pipeline.cli.exit_codes import show
-from pipeline.cli.options import PATH, Command, count, device, option, out_json, shared
+from pipeline.cli.options import PATH, STORE, Command, count, device, option, out_json, shared
 from pipeline.results.files import write_artefact
 
 repeat = count("--repeat", "Repetitions of each timing.", default=5)
@@ -85,6 +86,31 @@ def train_command(repeat, small, folder, device, out, as_json, debug):
     from pipeline.console import Talk
 
     result = bench_train(repeat=repeat, small=small, folder=folder, device=device, say=Talk().say)
+    finish(result, out, as_json)
+
+
+@bench.command(
+    "heads",
+    short_help="The recommended head beside scikit-learn and every method.",
+    cls=Command,
+    example="pipeline bench heads --stores a.zarr b.zarr --out heads.json",
+)
+@option("--stores", type=STORE, multiple=True, metavar="STORE…", help="Feature stores with validation and test images.")
+@click.argument("more", nargs=-1, metavar="", type=STORE, shell_complete=complete_stores)
+@folder
+@device
+@out_json
+@shared
+def heads_command(stores, more, folder, device, out, as_json, debug):
+    """Measure the head that `pipeline rebalance STORE` recommends, on the test images of each store.
+
+    Beside it stand scikit-learn's balanced logistic regression (C chosen on validation) and every method's row, with paired
+    intervals; the regret is what the best row on test has more.
+    """
+    from pipeline.bench.heads import bench_heads
+    from pipeline.console import Talk
+
+    result = bench_heads([*stores, *more], folder=folder, device=device, say=Talk().say)
     finish(result, out, as_json)
 
 
