@@ -10,6 +10,12 @@ CAVEAT = (
 )
 
 
+REFITTED = (
+    "chosen over folds of the training features: every head, the linear probe included, was fitted without the samples it is "
+    "scored on"
+)
+
+
 def stratified_folds(labels: np.ndarray, *, folds: int = 5) -> np.ndarray:
     """Return the fold (N,) of each sample, a function of the labels alone; −1 for the only sample of a class.
 

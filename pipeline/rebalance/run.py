@@ -19,7 +19,7 @@ from pipeline.paths import recorded_document, recorded_path
 from pipeline.provenance import provenance
 from pipeline.rebalance.candidates import REFERENCES, candidates, is_trained, parse_lam, references, resolved
 from pipeline.rebalance.compare import Comparison, compare
-from pipeline.rebalance.folds import CAVEAT
+from pipeline.rebalance.folds import CAVEAT, REFITTED
 from pipeline.rebalance.load import Loaded, load
 from pipeline.rebalance.overwrite_check import replacement_note
 from pipeline.rebalance.prepare import FitPlan, PreparedRebalance, network_of, prepare_rebalance
@@ -151,7 +151,7 @@ class Fitted:
 
     def fit_notes(self, rows: int) -> list[str]:
         """Return notes on how the heads were fitted on so many training rows."""
-        caveat = [CAVEAT] if self.plan.chosen_on == "kfold" else []
+        caveat = [REFITTED if self.sweep.probe else CAVEAT] if self.plan.chosen_on == "kfold" else []
         return caveat + ([] if self.comparison else short_training_notes(self.plan.config, self.candidates, rows))
 
     @property

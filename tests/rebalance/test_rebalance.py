@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 
 import cache
+from cache import open_cache
+from pipeline import store_from_arrays
 from pipeline.config import RebalanceConfig
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.metrics import scores
@@ -20,7 +22,7 @@ from pipeline.rebalance import RebalanceResult, rebalance, run, sweep
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.objective import penalty
-from pipeline.rebalance.folds import CAVEAT
+from pipeline.rebalance.folds import CAVEAT, REFITTED
 from pipeline.rebalance.load import load
 from pipeline.rebalance.prepare import prepare_rebalance
 from pipeline.report.study import read_heads
@@ -329,6 +331,23 @@ def test_folds_choose_where_there_is_no_validation_split(tmp_path):
     assert held_out == [120, 60, 8]
     best = max((0.1, 0.9), key=lambda v: np.mean([r.all for r in result.results if (r.lam, r.split) == (v, "kfold")]))
     assert result.selected["lam"] == best
+
+
+def test_folds_of_a_probe_are_scored_by_heads_that_have_not_seen_them(tmp_path):
+    """Features without a signal: a probe of 120 samples in 200 dimensions is right on all of them, and knows nothing."""
+    random, labels = np.random.default_rng(0), np.repeat(np.arange(4), 30)
+    arrays = {"train_features": random.normal(size=(120, 200)), "train_labels": labels}
+    arrays |= {"test_features": random.normal(size=(120, 200)), "test_labels": labels}
+    store_from_arrays(tmp_path / "s.zarr", **arrays)
+    config = RebalanceConfig(method=("recommended",), select_on="kfold", seeds=(0,), trials=3, epochs=5, batch_size=16)
+    result = rebalance(tmp_path / "s.zarr", config, out=tmp_path / "out")
+    scores = {row.method: row.all for row in result.results if row.split == "kfold"}
+    assert set(scores) >= {"baseline", "cb", "iwb", "logistic", "ensemble"}
+    assert all(5 < score < 45 for score in scores.values()), scores
+    assert REFITTED in result.notes
+    head = open_cache(tmp_path / "s.zarr").classifier
+    seen = (arrays["train_features"] @ head[0].T + head[1]).argmax(1) == labels
+    assert seen.mean() > 0.95
 
 
 def test_no_fold_is_fitted_on_what_it_is_scored_on(store, tmp_path, monkeypatch):
