@@ -151,8 +151,8 @@ class Sweep:
             features, samples = self.features, Blocks(self.features, others, self.ranks.device)
             if self.probe:
                 blocks = partial(single_precision, samples)
-                weight, bias = fit_probe(blocks, classes=classes, width=features.weight.shape[1])
-                features = replace(features, weight=weight, bias=bias)
+                probe = fit_probe(blocks, classes=classes, width=features.weight.shape[1])
+                features = replace(features, weight=probe.weight, bias=probe.bias)
             parts.append((rows, TrainingSet(features, others, samples)))
         return parts
 

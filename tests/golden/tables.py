@@ -37,7 +37,7 @@ RIVALS = (  # at settings near those that validation chose on these features, fe
     HeadId("lws", lr=0.1),
     HeadId("balanced-softmax", lr=0.05, values=(("tau", 1.0),)),
     HeadId("ldam-drw", lr=1.0, values=(("margin", 0.5), ("defer", 0.8))),
-    HeadId("maxnorm", lr=0.002, values=(("weight_decay", 0.1),)),
+    HeadId("maxnorm", lr=0.05, values=(("form", "bce"), ("weight_decay", 0.1))),
     HeadId("marc", lr=0.05, values=(("rho", 1.2),)),
     HeadId("disalign", lr=0.1, values=(("rho", 1.2),)),
     HeadId("iif-trained", lr=0.001, values=(("variant", "smooth"),)),

@@ -75,6 +75,11 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, epsilon: Tensor) -> T
     return -(1 - e) * true - e / max(logits.shape[-1] - 1, 1) * (log_p.sum(-1) - true)
 
 
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over classes of the binary cross-entropy of logits (…, B, C) against the true class, (…, B)."""
+    return (F.softplus(logits).sum(-1) - at(logits, labels)) / logits.shape[-1]
+
+
 def inverse_image_frequency(stage1: Stage1, variant: str) -> Tensor:
     """Return factors (C,) of the logits: smooth ln((N+1)/(N_c+1)) + 1, raw ln(N/N_c), relative ln((N−N_c)/N_c). [Alexandridis
     et al., IEEE TIP 2023]

@@ -6,11 +6,13 @@ from torch import Tensor
 
 from pipeline.longtail import class_balanced_weights, inverse_prior_weights, ldam_margins
 from pipeline.rebalance.methods import losses
-from pipeline.rebalance.methods.api import HeadTensors, Params, Stage1, Trained, Values, from_stage_1
+from pipeline.rebalance.methods.api import HeadTensors, Params, Stage1, Trained, Values
 from pipeline.rebalance.methods.training_free import VARIANTS
 
 SCALE = 30.0  # of the cosine heads
 BETA = 0.9999  # of the class-balanced weights
+GATE = 0.1  # standard deviation of the gate's start in DisAlign's public code
+SLOWER = 0.2**0.5  # las trains a layer / SLOWER, which gives the layer 0.2 times the learning rate of the scale
 RHO = tuple({"rho": rho} for rho in (1.2, 0.8, 1.6, 2.0))
 
 
@@ -68,16 +70,17 @@ def scaled_head(params: Params, stage1: Stage1, values: Values) -> HeadTensors:
 
 
 def scaled_layer(stage1: Stage1, random: np.random.Generator) -> Params:
-    return from_stage_1(stage1, random) | ones(stage1, random)
+    return {"weight": stage1.weight / SLOWER, "bias": stage1.bias / SLOWER} | ones(stage1, random)
 
 
 def las_loss(params: Params, x: Tensor, y: Tensor, stage1: Stage1, values: Values) -> Tensor:
     epsilon = losses.smoothing(stage1, values["head"], values["tail"])
-    return losses.smoothed_cross_entropy(params["scale"][..., None, :] * logits_of(params, x), y, epsilon)
+    return losses.smoothed_cross_entropy(SLOWER * params["scale"][..., None, :] * logits_of(params, x), y, epsilon)
 
 
 def las_head(params: Params, stage1: Stage1, values: Values) -> HeadTensors:
-    return params["scale"][..., None] * params["weight"], params["scale"] * params["bias"]
+    scale = SLOWER * params["scale"]
+    return scale[..., None] * params["weight"], scale * params["bias"]
 
 
 # cosine heads: s·cos(W_c, x) is decided alike by a linear layer of unit class vectors
@@ -108,6 +111,12 @@ def ala_loss(params: Params, x: Tensor, y: Tensor, stage1: Stage1, values: Value
 
 
 # maxnorm
+
+
+def maxnorm_loss(params: Params, x: Tensor, y: Tensor, stage1: Stage1, values: Values) -> Tensor:
+    """Return cross-entropy, or as the authors' code has it, binary cross-entropy averaged over the classes."""
+    z = logits_of(params, x)
+    return losses.cross_entropy(z, y) if values["form"] == "softmax" else losses.binary_cross_entropy(z, y)
 
 
 @torch.no_grad()
@@ -145,7 +154,7 @@ def alignment(stage1: Stage1, random: np.random.Generator) -> Params:
     return {
         "s": like.new_ones(classes),
         "b": like.new_zeros(classes),
-        "v": like.new_zeros(width),
+        "v": torch.as_tensor(random.normal(0, GATE, width), dtype=like.dtype, device=like.device),
         "e": like.new_zeros(1),
     }
 
@@ -199,17 +208,17 @@ TRAINED = (
     ),
     Trained(
         "maxnorm",
-        ce_loss,
+        maxnorm_loss,
         class_weight=cb_weight,
         project=hold_norms,
-        grid=tuple({"weight_decay": wd} for wd in (0.1, 0.01, 0.001)),
+        grid=tuple({"form": form, "weight_decay": wd} for form in ("bce", "softmax") for wd in (0.1, 0.01, 0.001)),
         lr=0.01,
         batch=64,
     ),
     Trained("marc", marc_loss, margins, marc_head, rho_weight, grid=RHO, lr=0.05),
     Trained("disalign", disalign_loss, alignment, disalign_head, rho_weight, grid=RHO, lr=0.1),
     Trained("iif-trained", iif_loss, head=iif_head, prior_in_loss=True, grid=VARIANTS),
-    Trained("ala", ala_loss, class_vectors, cosine_head, lr=0.1),
+    Trained("ala", ala_loss, class_vectors, cosine_head, lr=0.005),  # of the paper 0.1, twenty times what is best here
     Trained(
         "las",
         las_loss,
