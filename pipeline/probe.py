@@ -12,6 +12,7 @@ from pipeline.linear.logistic import logistic_regression
 L2 = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 UNCHOSEN = 3e-3  # L2 where there is nothing to choose it on
 FOLDS = 3
+TOLERANCE = 1e-6  # largest entry of the gradient: equal up to rounding whatever the blocks
 RARER = 20.0  # nats by which a class without samples lies below the rarest of the others
 SETTINGS = (
     "multinomial logistic regression on the clean, standardised training features, L2 chosen among "
@@ -56,6 +57,7 @@ def fit_probe(
     classes: int,
     width: int,
     validation: Blocks | None = None,
+    l2: float | None = None,
     resident: bool = True,
     stop: Callable[[], object] = lambda: None,
 ) -> Probe:
@@ -67,6 +69,7 @@ def fit_probe(
 
     Arguments:
         blocks, validation: yield all rows at each call, as (features (n, D) float32, labels (n,)) on the device that computes.
+        l2: the penalty, which then is not chosen.
         resident: hold the standardised training features in memory; False reads the blocks for every evaluation.
         stop: is called before every evaluation and may raise.
     """
@@ -74,7 +77,10 @@ def fit_probe(
     def fits(kept: Blocks, l2s: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         return _fits(kept, l2s, classes=classes, width=width, resident=resident, stop=stop)
 
-    scores, chosen_on, heads = Scores(classes), "folds", None
+    scores, chosen_on, heads = ProbeScores(classes), "folds", None
+    if l2 is not None:
+        weight, bias = fits(blocks, (l2,))
+        return _probe(weight[0], bias[0], l2, "nothing", {})
     if validation is not None:
         chosen_on, heads = "validation", fits(blocks, L2)
         for features, labels in validation():
@@ -93,7 +99,7 @@ def fit_probe(
     return _probe(weight, bias, L2[best], chosen_on, scores.accuracies())
 
 
-class Scores:
+class ProbeScores:
     """Hits and losses of the heads of all L2, by class."""
 
     def __init__(self, classes: int):
@@ -147,7 +153,15 @@ def _fits(
         return tensor
 
     heads = logistic_regression(
-        samples, counts[present], width, rhos=(0.0,), l2s=l2s, prior=False, resident=resident, reduce=checked
+        samples,
+        counts[present],
+        width,
+        rhos=(0.0,),
+        l2s=l2s,
+        prior=False,
+        resident=resident,
+        reduce=checked,
+        tolerance=TOLERANCE,
     )
     weight = heads.weight[0].mean(1, keepdim=True).repeat(1, classes, 1)
     bias = heads.bias[0].amin(1, keepdim=True).repeat(1, classes) - RARER

@@ -10,6 +10,7 @@ from pipeline.cli.job import processes
 from pipeline.cli.options import (
     EXECUTION,
     PATH,
+    STORE,
     Command,
     dry_run,
     number,
@@ -36,6 +37,12 @@ from pipeline.method_names import METHODS
     metavar="CONFIG",
     shell_complete=configs,
     help="Configuration whose rebalance settings replace the store's.",
+)
+@option(
+    "--also",
+    type=STORE,
+    multiple=True,
+    help="Store of another encoder's features of the same images, put beside STORE's, each feature standardised.",
 )
 @setting_option("rebalance.lam", metavar="LAM")
 @setting_option("rebalance.method", metavar="NAME|FILE.py", shell_complete=methods)
@@ -71,7 +78,7 @@ from pipeline.method_names import METHODS
 @processes
 @settings
 @shared
-def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json, debug, **options):
+def rebalance_command(store, config, also, out, dry_run, nproc, device, sets, as_json, debug, **options):
     """Fit the classifier on the cached features: class-balanced loss + KL(weight norms ‖ target P), many λ in one pass.
 
     STORE is a feature store, a run's folder, or the name of a configuration whose run has one. An option that is not typed
@@ -85,6 +92,8 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
         options["seeds"] = list(whole_numbers("--seeds", options["seeds"]) or ())
     options["method"] = list(options["method"]) or None
     talk, path, tree = store_and_tree(store, config, sets=sets)
+    if also:
+        path = _concatenated(talk, path, also)
     from pipeline.config import apply_setting, find_config, make_rebalance_config
     from pipeline.paths import results_folder
 
@@ -128,6 +137,19 @@ def rebalance_command(store, config, out, dry_run, nproc, device, sets, as_json,
                 [f"{page} shows the results before these and says so now; draw it again: pipeline report {page.parent}"]
             )
     show(result, as_json)
+
+
+def _concatenated(talk, path, also):
+    """Return the store of several stores' features side by side, made unless it is there; each is named as STORE is."""
+    from pipeline.concatenate import concatenate_stores, concatenated_folder
+    from pipeline.hosts import in_worker
+
+    stores = [path, *(store_and_tree(str(store), None, settings_from_store=False)[1] for store in also)]
+    out = concatenated_folder(stores) / "features.zarr"
+    if not in_worker():  # the process that starts the workers has made it
+        concatenate_stores(stores, out)
+        talk.say(f"features side by side: {out}")
+    return out
 
 
 @click.command(

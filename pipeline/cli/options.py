@@ -177,6 +177,13 @@ def with_encoder(sets: Sequence[str], name: str | None, checkpoint: Path | None)
     return (*sets, *views, f"backbone.encoder={name}")
 
 
+def encoder_names(text: str | None) -> tuple[str | None, ...]:
+    """Return the encoders that --encoder names, several with commas between them; (None,) without the option."""
+    if text is None or "," not in text or Path(text).exists():
+        return (text,)
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 def count(name: str, text: str, *, default: int | None = None, group: str = COMMON) -> Decorator:
     """Return a decorator that adds an option for a whole number of 1 or more."""
     return option(

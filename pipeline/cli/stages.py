@@ -1,5 +1,8 @@
 """Commands from images to features: run, train-backbone, dump-features."""
 
+import re
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +17,7 @@ from pipeline.cli.options import (
     Command,
     dry_run,
     encoder,
+    encoder_names,
     key_map,
     last_value,
     option,
@@ -26,6 +30,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.paths import backbones_of, take_config
 from pipeline.errors import ConfigError, DataError
+from pipeline.text import Shown
 
 on_error = setting_option("dump.on_error", group=EXECUTION)
 
@@ -77,7 +82,12 @@ def run_command(
     CONFIG is a file, the name of a shipped configuration, or a folder of images, for which settings are chosen as `pipeline
     init` does (default: ./pipeline.yaml, else digits-lt).
     """
-    sets = with_encoder(sets, encoder, checkpoint)
+    if len(names := encoder_names(encoder)) > 1:
+        raise ConfigError(
+            f"--encoder {encoder}: a run is of one encoder; `pipeline dump-features … --encoder {encoder}` makes a store for "
+            "each, then `pipeline rebalance STORE --also STORE` puts them side by side"
+        )
+    sets = with_encoder(sets, names[0], checkpoint)
     talk, experiment = take_config(config, (*sets, *_dump_sets(on_error=on_error)))
     if checkpoint is None and not experiment.backbone.frozen and (key_map or probe):
         raise ConfigError(
@@ -228,7 +238,54 @@ def dump_command(
     The images are those that the checkpoint was trained with, unless both CONFIG and --checkpoint are given. With a
     checkpoint of another program the images are CONFIG's, and a copy of it is written to backbone/last.pt beside the store.
     """
+    arguments = {"config": config, "checkpoint": checkpoint, "key_map": key_map, "probe": probe, "overwrite": overwrite}
+    arguments |= {"dry_run": dry_run, "nproc": nproc, "device": device, "sets": sets}
     extra = _dump_sets(views=views, dtype=dtype, on_error=on_error)
+    names = encoder_names(encoder)
+    if len(names) == 1:
+        result = _dump(encoder=names[0], out=out, extra=extra, **arguments)
+        if result is not None:
+            show(result, as_json)
+        return
+    results = []
+    for name in names:
+        result = _dump(encoder=name, out=partial(_encoder_store, name=name, folder=out), extra=extra, **arguments)
+        if result is None:  # the processes that were started have made all stores
+            return
+        results.append(result)
+    show(SeveralDumps(results), as_json)
+
+
+class SeveralDumps(Shown):
+    """The stores of several encoders, or what their dumps would do."""
+
+    def __init__(self, results: list[Any]):
+        self.results = results
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"encoders": [result.to_dict() for result in self.results]}
+
+    def __str__(self) -> str:
+        lines = [str(result) for result in self.results]
+        stores = [str(result.store) for result in self.results if hasattr(result, "store")]
+        if stores:
+            lines.append("side by side: pipeline rebalance " + " --also ".join(stores))
+        return "\n".join(lines)
+
+
+def _encoder_store(run: Path, *, name: str | None, folder: Path | str | None) -> Path | str:
+    """Return the store of one of several encoders: in a folder of its own below `folder`, by default the run's."""
+    place, below = re.sub(r"[^A-Za-z0-9._-]+", "-", name or "").strip("-."), folder or run
+    return f"{below}/{place}/features.zarr" if isinstance(below, str) else below / place / "features.zarr"
+
+
+def _dump(*, config, encoder, checkpoint, key_map, probe, out, extra, overwrite, dry_run, nproc, device, sets):
+    """Return the result of one dump, the description of what it would do, or None where other processes have done it.
+
+    Arguments:
+        out: the store, None for that of the run, or a function of the run's folder.
+        extra: texts after --set for the dump alone.
+    """
     sets = with_encoder(sets, encoder, checkpoint)
     talk, experiment = take_config(config, sets, announce=config is not None or checkpoint is None)
     frozen = checkpoint is None and experiment.backbone.frozen
@@ -250,7 +307,7 @@ def dump_command(
         "config": experiment if config or frozen else None,
         "own_images": checkpoint is None and not frozen,
         "settings": (*sets, *extra),
-        "out": out,
+        "out": out(experiment.run_dir) if callable(out) else out,
         "model": last_value(sets, "backbone.model"),
         "key_map": key_map,
         "probe": probe,
@@ -261,17 +318,16 @@ def dump_command(
     if dry_run:
         from pipeline.dump_prepare import prepare_dump
 
-        show(prepare_dump(path, world=process_count(nproc, device), **made_from).description, as_json)
-        return
+        return prepare_dump(path, world=process_count(nproc, device), **made_from).description
     if relaunched(nproc):
-        return
+        return None
     from pipeline.console import describe_dataset
     from pipeline.dump import dump_features
 
     with talk.progress("dumping") as bar:
         result = dump_features(path, report=bar.move, **made_from)
     talk.say(describe_dataset(result.dataset))
-    show(result, as_json)
+    return result
 
 
 def _dump_sets(**options: Any) -> list[str]:

@@ -145,14 +145,14 @@ class Sweep:
     def held_out(self) -> list[tuple[np.ndarray, TrainingSet]]:
         """The samples (M,) of each fold, and the training set of all others."""
         labels, classes = self.features.labels, len(self.features.counts)
-        fold, parts = stratified_folds(labels), []
+        fold, parts, l2 = stratified_folds(labels), [], None  # the first fold's L2 serves all
         for rows in [np.flatnonzero(fold == f) for f in np.unique(fold[fold >= 0])]:
             others = np.setdiff1d(np.arange(len(labels)), rows)
             features, samples = self.features, Blocks(self.features, others, self.ranks.device)
             if self.probe:
                 blocks = partial(single_precision, samples)
-                probe = fit_probe(blocks, classes=classes, width=features.weight.shape[1])
-                features = replace(features, weight=probe.weight, bias=probe.bias)
+                probe = fit_probe(blocks, classes=classes, width=features.weight.shape[1], l2=l2)
+                l2, features = probe.l2, replace(features, weight=probe.weight, bias=probe.bias)
             parts.append((rows, TrainingSet(features, others, samples)))
         return parts
 
