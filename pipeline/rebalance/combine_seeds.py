@@ -127,8 +127,8 @@ def tuned_settings(backbones: Sequence[Sequence[Mapping[str, Any]]]) -> list[dic
         values = [({} if row["lam"] is None else {"λ": row["lam"]}) | row["parameters"] for row in rows]
         texts = {
             name: column[0] if len(set(column)) == 1 else " | ".join(map(str, column))
-            for name in values[0]
-            if (column := [point[name] for point in values])
+            for name in dict.fromkeys(name for point in values for name in point)
+            if (column := [point.get(name, "default") for point in values])
         }
         one_lam = len({row["lam"] for row in rows}) == 1
         facts = {"lam": first["lam"] if one_lam else None, "score": mean_std(c["score"] for c in rows).mean}

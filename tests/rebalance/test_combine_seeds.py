@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.rebalance.combine_seeds import combine
+from pipeline.rebalance.combine_seeds import combine, tuned_settings
 from pipeline.results.differences import Hits
 
 
@@ -30,6 +30,15 @@ def document(val, test, *, store="a"):
         "results": rows,
         "timing": timing,
     }
+
+
+def test_backbones_may_tune_different_hyperparameters():
+    facts = {"method": "cb", "loss": "cb", "lam": None, "border": [], "trials": 11}
+    first = facts | {"score": 40.0, "parameters": {"lr": 0.1, "views": "clean"}}
+    second = facts | {"score": 42.0, "parameters": {"lr": 0.1, "weight_decay": 0.03}}
+    (joint,) = tuned_settings([[first], [second]])
+    assert joint["parameters"] == {"lr": 0.1, "views": "clean | default", "weight_decay": "default | 0.03"}
+    assert joint["score"] == 41.0
 
 
 def test_one_lambda_is_chosen_on_the_mean_validation_over_backbones():
