@@ -24,13 +24,17 @@ def group_means(class_accuracy: np.ndarray, counts: np.ndarray) -> dict[str, flo
 
 
 def scarce(labels: np.ndarray, counts: np.ndarray, *, below: int = 30) -> list[str]:
-    """Return remarks on groups with fewer than `below` test samples of these labels (N,)."""
+    """Return remarks on groups with fewer than `below` test samples of these labels (N,), and on classes with one."""
     samples = np.bincount(labels, minlength=len(counts))
     remarks = []
     for group, mask in class_groups(counts).items():
         if 0 < samples[mask].sum() < below:
             rests = f"{group} rests on {samples[mask].sum()} test image(s) of {(samples[mask] > 0).sum()} class(es)"
             remarks.append(f"{rests}: its differences and their intervals mean little")
+    if single := int((samples == 1).sum()):
+        remarks.append(
+            f"{single} class(es) have a single test image: how much other images of them would change is not in the intervals"
+        )
     return remarks
 
 

@@ -74,6 +74,18 @@ def test_classes_drawn_together_are_drawn_as_if_apart():
     assert found["many"] is found["medium"] is None
 
 
+@pytest.mark.parametrize("images", [2, 3, 10])
+def test_intervals_cover_the_truth_with_few_images_a_class(images):
+    """50 classes; the first head is right with probability 0.6, the second with 0.5, each on its own: the truth is 10 points."""
+    random, labels = np.random.default_rng(images), np.repeat(np.arange(50), images)
+    covered = []
+    for _ in range(400):
+        first, second = (random.random(len(labels)) < p for p in (0.6, 0.5))
+        column = paired_difference(first * 1.0, second * 1.0, labels, np.full(50, 10))["all"]
+        covered.append(column["low"] <= 10 <= column["high"])
+    assert 0.91 <= np.mean(covered) <= 0.98  # 0.95, with a standard error of 0.011
+
+
 def test_equal_rows_differ_by_nothing_and_classes_without_samples_are_left_out():
     labels, first, _ = made()
     assert paired_difference(first, first, labels, COUNTS)["all"] == {"difference": 0, "low": 0, "high": 0}
