@@ -133,7 +133,7 @@ def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str]
         rows=tuple(rows),
         heads=tuple(heads),
         timing=timing(started, load_seconds, loaded, [f.sweep for f in fits], sum(len(scored) for scored in tested)),
-        notes=tuple(dict.fromkeys([*prepared.notes, *notes, *untested_notes(split.labels, loaded)])),
+        notes=tuple(dict.fromkeys([*prepared.notes, *loaded.notes, *notes, *untested_notes(split.labels, loaded)])),
         out=str(out),
     )
     if ranks.first:

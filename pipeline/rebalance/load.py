@@ -12,6 +12,8 @@ from pipeline.errors import DataError
 from pipeline.rebalance.engine.features import Features, FeatureSplit, check_finite, check_head_and_labels
 from pipeline.rebalance.engine.streamed import StreamedViews
 
+CHECKED_ROWS = 4096  # a feature that varies among them need not be looked at further
+
 
 class StoredViews:
     """The training views (N, D) of a store, each read and checked for NaN when it is first asked for.
@@ -51,12 +53,14 @@ class Loaded:
 
     Arguments:
         val: the validation split, None where the store has none.
+        notes: on features that carry nothing.
     """
 
     store: Cache
     features: Features
     views: StoredViews | StreamedViews
     val: FeatureSplit | None
+    notes: tuple[str, ...] = ()
 
     def test(self) -> FeatureSplit:
         return read_split(self.store, "test")
@@ -95,7 +99,27 @@ def load(store: Cache | Path | str, *, augmented: bool, memory_bytes: int | None
     fits = view_bytes(store) <= memory
     views = (StoredViews if fits else StreamedViews)(store, number, memory_bytes=memory)
     features = Features(views, _labels(store, "train"), _counts(store), *store.classifier)
-    return Loaded(store, features, views, read_split(store, "val") if has_validation(store) else None)
+    notes = constant_notes(views[0], str(store.path)) if fits else ()
+    return Loaded(store, features, views, read_split(store, "val") if has_validation(store) else None, notes)
+
+
+def constant_notes(features: np.ndarray, name: str) -> tuple[str, ...]:
+    """Return a note where many of the features (N, D) are the same number for every sample.
+
+    Raises: DataError: all of them are.
+    """
+    constant = (features[:CHECKED_ROWS] == features[0]).all(0)
+    if constant.any():
+        constant[constant] = (features[:, constant] == features[0, constant]).all(0)
+    number, width = int(constant.sum()), features.shape[1]
+    if number == width and len(features) > 1:
+        raise DataError(
+            f"{name}: all {len(features):,} training samples have the same features, so that no classifier can tell them apart; "
+            "look at the images and at the encoder, then dump again: pipeline dump-features … --overwrite"
+        )
+    if number > width / 2:
+        return (f"{number:,} of {width:,} features are the same number for every training image and carry nothing",)
+    return ()
 
 
 def has_validation(store: Cache) -> bool:

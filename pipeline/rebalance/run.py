@@ -115,6 +115,7 @@ def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str]
         timing=timing(started, load_seconds, loaded, [sweep], sweep.fitted),
         notes=(
             *prepared.notes,
+            *loaded.notes,
             *fitted.fit_notes(len(loaded.features.labels)),
             *fitted.choice_notes,
             *scarce(test.labels, loaded.features.counts),

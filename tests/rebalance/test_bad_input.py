@@ -11,7 +11,10 @@ import yaml
 
 import cache
 from cache.store import write_chunk
+from pipeline import store_from_arrays
 from pipeline.cli import invoke
+from pipeline.config import RebalanceConfig
+from pipeline.rebalance import rebalance
 from tests.conftest import digits_tree
 from tests.small_run import COUNTS, made_store
 
@@ -224,3 +227,29 @@ def store_with(path, *, labels, counts):
         fingerprint={"dataset": "d"},
         provenance={},
     )
+
+
+def constant_store(path, constant):
+    """A store of eight features, of which so many are 1 for every sample."""
+    random, arrays = np.random.default_rng(0), {}
+    for split, numbers in {"train": (60, 20, 8, 4), "val": (9,) * 4, "test": (9,) * 4}.items():
+        labels = np.repeat(np.arange(4), numbers)
+        features = random.normal(size=(len(labels), 8)) + labels[:, None]
+        features[:, :constant] = 1
+        arrays |= {f"{split}_features": features, f"{split}_labels": labels}
+    store_from_arrays(path, **arrays)
+    return path
+
+
+def test_features_that_are_all_equal_are_named_as_such(tmp_path, capsys):
+    code, message = refused(capsys, [constant_store(tmp_path / "s.zarr", 8), "--out", tmp_path / "out"])
+    assert code == 3
+    assert "all 92 training samples have the same features" in message
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_features_that_carry_nothing_are_noted(tmp_path):
+    result = rebalance(constant_store(tmp_path / "s.zarr", 5), RebalanceConfig(method=("cb",)), out=tmp_path / "out")
+    assert "5 of 8 features are the same number for every training image and carry nothing" in result.notes
+    few = rebalance(constant_store(tmp_path / "t.zarr", 4), RebalanceConfig(method=("cb",)), out=tmp_path / "out-4")
+    assert not any("carry nothing" in note for note in few.notes)
