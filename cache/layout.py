@@ -68,7 +68,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """One zarr array: its shape, the shape of its chunks, and what its numbers are (a key of STORED)."""
+    """One zarr array of a store.
+
+    Arguments:
+        shape, chunk: of the array and of its chunks.
+        dtype: a key of STORED.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -96,10 +101,14 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Everything about a store's files that follows from a few numbers.
+    """The shapes of all arrays of a store.
 
-    splits: (name, views, rows) in the order in which they are written; width: D; classes: C; dtype of the features;
-    rows_per_chunk: upper limit R, as `chunk_rows` gives it.
+    Arguments:
+        splits: (name, views, rows) in the order in which they are written.
+        width: D.
+        classes: C.
+        dtype: of the features.
+        rows_per_chunk: upper limit R, as `chunk_rows` returns it.
     """
 
     splits: tuple[tuple[str, int, int], ...]

@@ -22,7 +22,13 @@ _SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int64":
 
 @dataclass(frozen=True)
 class Exported:
-    """Plain files of a store: their folder and names, and the store they are of."""
+    """The plain files of a store.
+
+    Arguments:
+        out: folder of the files.
+        bytes: of all files.
+        store, digest: of the store that they were made from.
+    """
 
     out: Path
     files: tuple[str, ...]

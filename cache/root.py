@@ -18,11 +18,13 @@ FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
 
 @dataclass(frozen=True)
 class Root:
-    """The root attributes, all but three known when the store is made; these are complete exactly when it is sealed.
+    """The root attributes of a store; manifest, metadata and skipped are complete exactly when it is sealed.
 
-    manifest: array name → chunk key → crc32c of the chunk; metadata: name of a group or array → crc32c of its zarr.json;
-    skipped: split → rows without features, by which the fingerprint of a sealed store says what it does not cover;
-    tag: the version of the object it was read from or written to, None in a folder.
+    Arguments:
+        manifest: array name → chunk key → crc32c of the chunk.
+        metadata: name of a group or array → crc32c of its zarr.json.
+        skipped: split → rows without features, which the fingerprint does not cover.
+        tag: version of the object that it was read from or written to; None in a folder.
     """
 
     layout: Layout

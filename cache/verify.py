@@ -23,9 +23,13 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One file that is not what the store says it is.
+    """One file that differs from what the store recorded.
 
-    array: such as "train/features"; chunk: its key, or "zarr.json"; rows: in words; fault: what is wrong with it.
+    Arguments:
+        array: such as "train/features".
+        chunk: its key, or "zarr.json".
+        rows: the rows that it holds, in words.
+        fault: the difference, in words.
     """
 
     array: str

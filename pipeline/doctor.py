@@ -45,10 +45,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis(Shown):
-    """The result of `doctor`; ok where every check passed. Sizes in GiB, warnings for a person.
+    """The result of `doctor`.
 
-    kernel: instruction sets of the C kernel of stage 2 on CPUs, the one that is used first, empty without it; extras: name
-    of each optional extra → what is missing of it.
+    Arguments:
+        ok: every check passed.
+        why: the reason for the device and the precision.
+        kernel: instruction sets of the C kernel of stage 2, the one used first in front; empty without a kernel.
+        extras: optional extra → packages that are missing of it.
+        memory_free_gib, shared_memory_free_gib: None where the system does not say.
+        disk_free_gib: of `folder`.
+        warnings: sentences for a person.
     """
 
     ok: bool

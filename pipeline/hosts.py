@@ -19,10 +19,15 @@ SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 @dataclass(frozen=True)
 class Job:
-    """nproc workers on each of nodes = (fewest, most) hosts that meet at endpoint = (host, port).
+    """The workers of a job and where its hosts meet.
 
-    name: what keeps two jobs that meet there apart; restarts: of all workers after one is lost; conf: torch's rendezvous
-    settings, seconds mostly.
+    Arguments:
+        nproc: workers on each host.
+        nodes: (fewest, most) hosts.
+        endpoint: (host, port) where they meet; None for a single host.
+        name: distinguishes jobs that meet at the same endpoint.
+        restarts: of all workers after one is lost.
+        conf: torch's rendezvous settings, mostly in seconds.
     """
 
     nproc: int = 1

@@ -32,7 +32,13 @@ GIVEN_HEAD = "weight and bias of the arrays"
 
 @dataclass(frozen=True)
 class ImportResult(Shown):
-    """A sealed store of imported features. samples: split → N; head: what stage 2 starts from."""
+    """A sealed store of imported features.
+
+    Arguments:
+        samples: split → N.
+        views: of each training sample.
+        head: name of the head that stage 2 starts from.
+    """
 
     store: Path | str
     digest: str

@@ -65,7 +65,14 @@ def sampling_error(class_accuracy: np.ndarray, total: np.ndarray) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One classifier on one split. correct and total (C,) count samples by true class; ece in %; hit (M,) by sample."""
+    """One classifier on one split.
+
+    Arguments:
+        correct, total: (C,) samples by true class.
+        counts: (C,) training samples, which decide the groups.
+        ece: expected calibration error in %.
+        hit: (M,) whether each sample is classified correctly.
+    """
 
     correct: np.ndarray
     total: np.ndarray

@@ -64,11 +64,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One finished epoch; loss and train_accuracy over its augmented batches, accuracies in %, balanced over classes.
+    """One finished epoch; accuracies are means over classes, in %.
 
-    images_per_s, seconds: of the steps that this process did, validation and saving excepted. left_out: training images,
-    as often as drawn, that could not be read. val_standard_error: of val_accuracy, from the validation images being few.
-    time: when the epoch ended, in seconds since 1970.
+    Arguments:
+        loss, train_accuracy: over the augmented batches of the epoch.
+        images_per_s, seconds: of the steps that this process did, without validation and saving.
+        left_out: training images, as often as drawn, that could not be read.
+        val_standard_error: of val_accuracy, from the number of validation images.
+        time: of its end, in seconds since 1970.
     """
 
     epoch: int
@@ -93,7 +96,15 @@ class Epoch:
 
 @dataclass(frozen=True)
 class TrainResult(Shown):
-    """A finished stage 1."""
+    """A finished stage 1.
+
+    Arguments:
+        checkpoint: last.pt.
+        trained_epochs: of `epochs` in all, those that this call trained.
+        last: the line of metrics.jsonl of the last epoch.
+        best_val_accuracy: mean over classes, in %; None without a validation split.
+        seconds: of this call.
+    """
 
     checkpoint: Path
     epochs: int

@@ -56,7 +56,15 @@ def epoch_batches(
     parts: int,
     group: int,
 ) -> list[TrainingBatch]:
-    """Return the global batches of an epoch, one a step, with the share of a rank in each."""
+    """Return the global batches of an epoch, one a step, with the share of a rank in each.
+
+    Arguments:
+        labels: (N,) of the training images.
+        seed, epoch: give the order, the same on every rank.
+        sampler: instance, class-balanced or square-root.
+        parts: in which a rank computes its share of a batch.
+        group: images of a batch that are mixed among themselves; no part divides one.
+    """
     order = epoch_order(labels, seed=seed, epoch=epoch, sampler=sampler)
     batches, draws = (np.array_split(array, steps) for array in (order, nth_draw(order)))
     return [

@@ -52,7 +52,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Benchmark(Shown):
-    """All measures of one run of `pipeline bench`, with machine and settings."""
+    """All measures of one run of `pipeline bench`.
+
+    Arguments:
+        machine: processor, cores, load and versions.
+        seconds: of the whole run.
+    """
 
     name: str
     machine: dict[str, Any]

@@ -30,7 +30,14 @@ class Stored(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Samples of one split: labels (n,) int64, ids (n,) int64, and either images (n, H, W, 3) uint8 or stored ones."""
+    """Samples of one split; their images are in memory or stored in files.
+
+    Arguments:
+        labels: (n,) int64.
+        ids: (n,) int64, numbers of the samples in the source.
+        images: (n, H, W, 3) uint8, None where they are stored.
+        stored: the files, None where images are in memory.
+    """
 
     labels: np.ndarray
     ids: np.ndarray
@@ -139,7 +146,13 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False)
 class DataSource:
-    """Splits as found: `train` is the pool that a subset and missing splits are drawn from."""
+    """The splits that a source has.
+
+    Arguments:
+        train: the pool from which a subset and missing splits are drawn.
+        val, test: None where the source has no such split.
+        notes: sentences for a person.
+    """
 
     class_names: tuple[str, ...]
     train: Split

@@ -36,10 +36,16 @@ UNUSED = {"policy": "none", "rand_n": 2, "rand_m": 9, "cutout": 0}
 
 @dataclass(frozen=True)
 class Transform:
-    """height, width of the input; mean, std per channel in 0…1; which augmentation; how files are resized.
+    """The way from an image to the input of a network.
 
-    augment moves and mirrors, then policy (none, autoaugment-cifar10, autoaugment-imagenet, or randaugment with rand_n
-    operations of strength rand_m) changes, then a square of cutout pixels is taken away.
+    In training, `augment` moves and mirrors, then `policy` changes colours and shapes, then Cutout removes a square.
+
+    Arguments:
+        size: (height, width) of the input.
+        mean, std: of each channel, in 0…1.
+        crop_pct, interpolation: of files in evaluation, as timm defines them.
+        rand_n, rand_m: number and strength of the operations of policy randaugment.
+        cutout: side of the square in pixels, 0 for none.
     """
 
     size: tuple[Side, Side]

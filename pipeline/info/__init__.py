@@ -24,7 +24,12 @@ REPORT = "report.html"  # is put into any folder that is reported on
 
 @dataclass(frozen=True)
 class Verified(Shown):
-    """A store of which every byte was read and found right; skipped: split → ids of samples without features."""
+    """A store of which every byte was read and found right.
+
+    Arguments:
+        chunks: of features, in all splits and views.
+        skipped: split → ids of samples without features.
+    """
 
     store: Path | str
     digest: str

@@ -21,9 +21,15 @@ TARGET: Row = {"color": ORANGE, "linestyle": (0, (4, 1.5, 1, 1.5, 1, 1.5))}
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """One figure with its file name, heading, what it shows in a sentence, and its numbers.
+    """One figure of a report.
 
-    chart: the same numbers as a plotly figure (`pipeline.report.chart`), which the page shows where there is JavaScript.
+    Arguments:
+        name: of its files.
+        title: the heading on the page.
+        caption: sentences on what it shows.
+        figure: matplotlib's, written as PNG.
+        table: the numbers behind it, written as CSV.
+        chart: the same as a plotly figure (`pipeline.report.chart`), shown where there is JavaScript.
     """
 
     name: str

@@ -28,7 +28,14 @@ Section = tuple[str, str]  # heading and HTML
 
 @dataclass(frozen=True)
 class Report(Shown):
-    """A written report: the page, its figures, and the table on top of it."""
+    """A written report.
+
+    Arguments:
+        path: of the page.
+        figures: PNG files beside it.
+        rows: the main table, accuracies and ECE in %.
+        repeated: the repetitions that ± is over, in words.
+    """
 
     path: Path
     figures: tuple[Path, ...]

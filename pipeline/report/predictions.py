@@ -12,7 +12,12 @@ from pipeline.results.heads import predict_array
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """One head on the test samples that have features: labels, predicted classes and their probabilities, each (M,)."""
+    """The predictions of one head on the M test samples that have features.
+
+    Arguments:
+        labels, predicted: (M,) class numbers.
+        confidence: (M,) probability of the predicted class, in 0…1.
+    """
 
     backbone: str
     labels: np.ndarray

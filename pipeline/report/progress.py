@@ -38,9 +38,14 @@ STYLES = [(BLACK, "s"), (BLUE, "o"), (RED, "^"), (GREEN, "D"), (ORANGE, "v")]
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """One training: epochs (E,), counts (C,), accuracy (E, C) in % and gradient norm (E, C), nan where unknown.
+    """One training, diagnosed at E epochs; NaN where nothing was measured.
 
-    weakened: how major features were weakened in it, empty where they were not.
+    Arguments:
+        epochs: (E,).
+        counts: (C,) training images.
+        accuracy: (E, C) in %.
+        gradient: (E, C) norm of the gradient.
+        weakened: the weakening of features in words, empty without.
     """
 
     name: str

@@ -66,7 +66,14 @@ def _column(point: float, resampled: np.ndarray, classes: float) -> Column:
 
 @dataclass(frozen=True, eq=False)
 class Hits:
-    """Which test samples each head got right: heads say what each is (with its seed), hit (H, M), labels (M,)."""
+    """The test samples that each head classifies correctly.
+
+    Arguments:
+        heads: H entries with method, loss, lam, … and seed.
+        hit: (H, M) bool.
+        labels: (M,) true classes.
+        counts: (C,) training samples.
+    """
 
     heads: Sequence[Mapping[str, Any]]
     hit: np.ndarray

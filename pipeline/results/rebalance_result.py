@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One head on one split; accuracies and ECE in %, None for an empty group."""
+    """One head on one split; accuracies and ECE in %, None for an empty group.
+
+    Arguments:
+        loss, lam: None where the method has none.
+        seed: of the batch order; None for a head without one.
+        split: val, kfold or test.
+    """
 
     method: str
     loss: str | None

@@ -88,7 +88,12 @@ def class_weights(counts: Tensor, loss: str, beta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD with momentum; the learning rate falls on a cosine to 0, one value an epoch."""
+    """SGD with momentum; the learning rate falls on a cosine to 0, one value per epoch.
+
+    Arguments:
+        batch_size: features per step.
+        augmented: fit on the augmented views in turn; else on the clean view.
+    """
 
     epochs: int = 10
     lr: float = 0.005
