@@ -38,6 +38,11 @@ class Objects:
         self.url = url.rstrip("/")
         scheme, _, rest = self.url.partition("://")
         bucket, _, self._prefix = rest.partition("/")
+        if "@" in bucket:
+            kind = f"{scheme}://…@{bucket.rpartition('@')[2]}/{self._prefix}"
+            raise CacheError(
+                f"{kind}: a URL with a password ends up in records and logs; set AWS_ACCESS_KEY_ID and the like"
+            )
         if not bucket or "//" in rest or {".", ".."} & set(rest.split("/")):
             raise CacheError(f"{url}: expected a URL such as {scheme}://bucket/path")
         self.bucket = bucket
@@ -195,7 +200,7 @@ def _explained(message: str, bucket: str) -> str:
     code = code_match.group(1) if code_match else ""
     status = re.search(r"status code: (\d{3}[\w ]*)", message)
     address = re.search(r"https?://[^/\s\"]+", message)
-    host = address.group(0) if address else _endpoint() or "the object store"
+    host = re.sub("//[^/@]*@", "//", address.group(0) if address else _endpoint() or "the object store")
     keys = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
     if code == "NoSuchBucket":
         return f"there is no bucket {bucket} at {host}; make it, or check the URL and AWS_ENDPOINT_URL"
@@ -215,4 +220,4 @@ def _explained(message: str, bucket: str) -> str:
         return "plain http is off; set AWS_ALLOW_HTTP=true if you mean it"
     if any(words in message for words in ("error sending request", "HTTP error", "timed out", "retries")):
         return f"no answer from {host}; check AWS_ENDPOINT_URL and the network, then run the same command again"
-    return " ".join(message.split("\n")[0].split())[:300]
+    return re.sub(r"://[^/@\s]+@", "://", " ".join(message.split("\n")[0].split()))[:300]

@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import INTERRUPTED, TERMINATED, ConfigError, Elsewhere, Lost, PipelineError
+from pipeline.errors import INTERRUPTED, TERMINATED, ConfigError, Elsewhere, Lost, PipelineError, Terminated
 from pipeline.resources import usable_cores
 
 GO_ON, SAVE, STOP = 0, 1, 2
 WAIT = datetime.timedelta(days=1)  # ranks wait for the slowest one; torchrun ends those whose fellow died
+JOIN = datetime.timedelta(minutes=10)  # in which processes that torchrun has not started must have come together
 CROWD = 4  # processes a core: slow, but some try on a laptop what is to run on a cluster
 AGAIN_AFTER = 2.0  # seconds; torchrun, `timeout` and Ctrl-C in a terminal all send the same signal twice
 
@@ -151,7 +152,7 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
         torch.cuda.set_device(selected)
     backend = "cpu:gloo,cuda:nccl" if selected.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=WAIT)
+        dist.init_process_group(backend, timeout=WAIT, **_meeting_point(world))
         yield Ranks(dist.get_rank(), world, selected)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -163,6 +164,24 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meeting_point(world: int) -> dict[str, Any]:
+    """Return the arguments by which processes that torchrun has not started meet; PipelineError after JOIN."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return {}
+    host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    try:
+        store = dist.TCPStore(host, port, world, rank == 0, timeout=JOIN)
+    except (dist.DistError, RuntimeError, OSError) as error:
+        taken = "another program has this port" if "EADDRINUSE" in str(error) or "in use" in str(error) else ""
+        reason = taken or f"not all of {world} processes came within {JOIN}"
+        raise PipelineError(
+            f"MASTER_ADDR {host}, MASTER_PORT {port}: {reason}; start the others, take another port, or forget the job: "
+            "unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
+        ) from error
+    store.set_timeout(WAIT)
+    return {"store": store, "rank": rank, "world_size": world}
 
 
 class Obeyed(Exception):
@@ -188,6 +207,10 @@ class Signals:
             return  # a rank that has lost another says so before it heeds the signal with which torchrun then ends it
         for s, handler in self._before.items():
             signal.signal(s, handler)
+        if error is None and self.received:  # after the last point where it was looked for: it is not forgotten
+            stop = Terminated("stopped; what is finished is kept and the same command goes on")
+            stop.exit_code = self.exit_code
+            raise stop
 
     @contextmanager
     def obeyed(self) -> Iterator[None]:

@@ -48,12 +48,13 @@ def wrapped(name: str, text: str, width: int, *, indent: int) -> list[str]:
 
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # the user and password of a URL
 MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
 
 
 def printable(text: str) -> str:
-    """Return a text whose control characters, and bytes that are no UTF-8, are written out, so that no terminal obeys them."""
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    """Return a text with control characters and bytes that are no UTF-8 written out, and without the passwords of URLs."""
+    return PASSWORD.sub("…", UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text))
 
 
 def markdown(text: str) -> str:

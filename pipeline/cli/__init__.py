@@ -90,5 +90,20 @@ def invoke(arguments: list[str] | None = None) -> int:
 
 
 def main() -> None:
-    """Run the command line and exit; the entry point of the console script."""
-    sys.exit(invoke())
+    """Run the command line and exit; the entry point of the console script.
+
+    A stream that is closed takes nothing, one of few letters gets question marks for the others, and one that is full is a
+    failure of its own: what the command wrote is there.
+    """
+    import os
+
+    sys.stdout, sys.stderr = (open(os.devnull, "w") if s is None else s for s in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    code = invoke()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code if isinstance(error, BrokenPipeError) else code or 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try, and complain, once more
+    sys.exit(code)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import click
 
 from pipeline.cli.job import job_of, without_job
-from pipeline.errors import DATA, FAILED, INTERRUPTED, TERMINATED, USAGE, Elsewhere, Lost, PipelineError
+from pipeline.errors import DATA, FAILED, INTERRUPTED, TERMINATED, USAGE, ConfigError, Elsewhere, Lost, PipelineError
 from pipeline.hosts import TOLD, in_worker
+from pipeline.text import printable
 
+DISTRIBUTED = {"run", "train-backbone", "dump-features", "rebalance"}  # commands that several processes may share
+JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what whoever starts processes tells each of them
 RESUMING = {"run", "train-backbone", "dump-features", "reproduce"}  # the same command continues them
 
 
@@ -25,8 +29,6 @@ def show(result: Any, as_json: bool) -> None:
         click.echo(json.dumps(result.to_dict(), indent=1, allow_nan=False))
         return
     from rich.console import Console
-
-    from pipeline.text import printable
 
     width = None if sys.stdout.isatty() else 120
     Console(highlight=False, width=width).print(
@@ -66,6 +68,7 @@ def process_count(nproc: int, device: str) -> int:
 def exit_code(command: click.Command, words: list[str]) -> int:
     """Run a command on words, which are its context's `obj`, and return its exit code; only --debug shows tracebacks."""
     try:
+        _take_part(words)
         code = command.main(words, prog_name="pipeline", standalone_mode=False, obj=words)
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as stop:
@@ -84,6 +87,8 @@ def exit_code(command: click.Command, words: list[str]) -> int:
         return (
             error.exit_code if TOLD in os.environ or not _first_here() else _failed(words, str(error), error.exit_code)
         )
+    except BrokenPipeError:
+        return 0  # who reads the output has enough of it; what was to be written is written
     except Exception as error:
         if "--debug" in words:
             import traceback
@@ -92,12 +97,42 @@ def exit_code(command: click.Command, words: list[str]) -> int:
         return _failed(words, *_explained(error))
 
 
+def _take_part(words: list[str]) -> None:
+    """Forget what is left in the environment of a job of several processes, or raise ConfigError where it is half there."""
+    present = [name for name in JOB if name in os.environ]
+    if not present or in_worker():
+        return
+    alone = not DISTRIBUTED & set(words[:1]) or "--dry-run" in words or {"--help", "-h"} & set(words)
+    if alone or os.environ.get("WORLD_SIZE") == "1":
+        for name in (*JOB, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        return
+    numbers = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK")}
+    numbers["LOCAL_RANK"] = numbers["LOCAL_RANK"] or "0"
+    missing = [name for name in JOB if name not in present]
+    wrong = [name for name, text in numbers.items() if name not in missing and not re.fullmatch("[0-9]{1,9}", text)]
+    if missing or wrong or int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        problem = f"{', '.join(missing)} missing" if missing else f"{', '.join(wrong) or 'RANK'} of no use"
+        del os.environ["RANK" if "RANK" in os.environ else present[0]]  # so that the error is printed
+        raise ConfigError(
+            f"{', '.join(present)} in the environment say that this is one of several processes, but {problem}; start them "
+            f"with torchrun or --nproc, or forget the job: unset {' '.join(present)}"
+        )
+    place = f"{os.environ['MASTER_ADDR']}:{numbers['MASTER_PORT']}"
+    click.echo(f"process {numbers['RANK']} of {numbers['WORLD_SIZE']}: waiting for the others at {place}", err=True)
+
+
 def _explained(error: Exception) -> tuple[str, int]:
     """Return the message and the exit code of an exception."""
     if isinstance(error, PipelineError):
         return str(error), error.exit_code
     if type(error).__module__.partition(".")[0] == "cache":
         return str(error), getattr(error, "exit_code", DATA)
+    if isinstance(error, MemoryError):
+        return (
+            f"not enough memory{f' ({error})' if str(error) else ''}; free some, or raise the limit (ulimit -v)",
+            FAILED,
+        )
     if isinstance(error, OSError) and error.errno is not None:
         advice = {
             errno.ENOSPC: "free some space, then the same command goes on where it stopped",
@@ -125,7 +160,8 @@ def _failed(words: list[str], message: str, code: int, *, printed: bool = False)
         else:
             Talk().error(message)
     if "--json" in words and not int(os.environ.get("RANK", 0)):
-        click.echo(json.dumps({"error": message, "exit_code": code}))
+        with contextlib.suppress(OSError):
+            click.echo(json.dumps({"error": printable(message), "exit_code": code}))
     return _recorded(code)
 
 

@@ -1,5 +1,6 @@
 """Options of the command line: those made from the settings, those that commands share, and how their texts are read."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -21,7 +22,18 @@ class LocalPath(click.Path):
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if "://" in str(value):
             self.fail(f"{value}: expected a path on this machine; only feature stores may be URLs", param, ctx)
+        if param is not None and param.name == "out":
+            refuse_inside_store(value, lambda text: self.fail(text, param, ctx))
         return super().convert(value, param, ctx)
+
+
+def refuse_inside_store(value: Any, fail: Callable[[str], Any]) -> None:
+    """Call `fail` with the reason where nothing may be written to a path: it is empty, or in a feature store."""
+    if not str(value).strip():
+        fail("an empty path; name a folder, or leave the option out")
+    place = Path(os.path.abspath(value)).parent
+    if store := next((folder for folder in (place, *place.parents) if (folder / "zarr.json").is_file()), None):
+        fail(f"{value}: lies in the feature store {store}, which holds nothing else; name a folder outside")
 
 
 class StorePath(click.ParamType):
@@ -31,6 +43,8 @@ class StorePath(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path | str:
         if "://" not in str(value):
+            if param is not None and param.name == "out":
+                refuse_inside_store(value, lambda text: self.fail(text, param, ctx))
             return Path(value)
         from cache import CacheError, locate
 

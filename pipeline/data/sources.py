@@ -106,7 +106,7 @@ def npz(config: DataConfig) -> DataSource:
 def read_npz(path: Path, only: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz, or those with the given names; DataError where it holds anything but plain arrays."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files if only is None or name in only}
     except Exception as error:  # zipfile, zlib and numpy raise a dozen types for damaged bytes
         raise DataError(

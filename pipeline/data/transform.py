@@ -226,7 +226,8 @@ class Loader:
 def from_workers(files: "DataLoader[Any]", advice: str = WITHOUT_WORKERS) -> Iterator[tuple[Tensor, list[str | None]]]:
     """Yield the result of `collate` for each batch; raise PipelineError with advice where a reading process is gone."""
     try:
-        yield from files
+        for images, reasons in files:
+            yield torch.from_numpy(images) if isinstance(images, np.ndarray) else images, reasons
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -317,6 +318,16 @@ class ImageFiles(torch.utils.data.Dataset):
         return cut_out(pixels[None], self.transform, ids=np.array([ident]), key=key)[0], None
 
 
-def collate(samples: list[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:
-    """(images (B, 3, H, W) uint8, why each could not be read, None where it could)."""
-    return torch.stack([image for image, _ in samples]), [reason for _, reason in samples]
+def collate(samples: list[tuple[Tensor, str | None]]) -> tuple[Tensor | np.ndarray, list[str | None]]:
+    """(images (B, 3, H, W) uint8, why each could not be read, None where it could).
+
+    In a worker the images are put into shared memory here, where an error reaches the reader; where that is too small, as
+    /dev/shm of a container is, they are an array, which goes through a pipe.
+    """
+    images, reasons = torch.stack([image for image, _ in samples]), [reason for _, reason in samples]
+    if torch.utils.data.get_worker_info() is None:
+        return images, reasons
+    try:
+        return images.share_memory_(), reasons
+    except (RuntimeError, OSError):
+        return images.numpy(), reasons

@@ -1,5 +1,6 @@
 """Stage 2 from a store to a table: fit, validate, choose, write the choice, and only then look at the test split."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -296,8 +297,10 @@ def _write(
     """Write every file of the result; results.json last, so that it never stands beside files that are missing."""
     out, names, config = prepared.out, prepared.store.class_names, prepared.plans[0].config
     heads = [(h.to_dict() | {"seed": seed, "selected": h == selected}, head) for (h, seed), head in sweep.heads.items()]
-    facts = {"class_names": list(names), "network": result.network, "store_digest": result.digest}
-    write_durably(out / "heads.safetensors", heads_file(heads, facts))
+    facts: dict[str, Any] = {"class_names": list(names), "network": result.network, "store_digest": result.digest}
+    facts["encoder"] = result.fingerprint.get("checkpoint")
+    content = heads_file(heads, facts)
+    write_durably(out / "heads.safetensors", content)
     rows = [head.to_dict() for head in (*references(config), selected)]
     lines = [
         (*key, split, scores)
@@ -312,4 +315,5 @@ def _write(
     else:
         (out / "trials.csv").unlink(missing_ok=True)  # of results that were here before
     write_run(out, config, result)
-    write_artefact(out / "results.json", "results", recorded_document(result.to_dict(), out))
+    document = recorded_document(result.to_dict(), out) | {"heads_digest": hashlib.sha256(content).hexdigest()}
+    write_artefact(out / "results.json", "results", document)

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from pipeline.cli import invoke
 from pipeline.errors import DATA, OK
 from pipeline.report.outdated import MARK
+from tests.small_run import made_run, made_store
 
 KEPT = Path(__file__).parents[1] / "golden" / "format-0.1"
 HEADS = "rebalance/heads.safetensors"
@@ -140,3 +141,21 @@ def test_a_page_says_on_top_that_results_are_newer_and_export_says_so_too(tmp_pa
     assert f"pipeline report {run}" in said
     assert invoke(["report", str(run)]) == OK
     assert MARK not in (run / "report.html").read_text()
+
+
+def test_heads_are_evaluated_on_new_features_of_the_same_encoder_only(tmp_path, capfd):
+    run, new = made_run(tmp_path / "run"), made_store(tmp_path / "new.zarr", seed=0, counts=(150, 60, 30, 12, 6))
+    heads = ["--heads", str(run / HEADS)]
+    assert invoke(["evaluate", str(new), *heads]) == OK
+    changed_heads(run, lambda tensors: None, encoder="another")
+    assert invoke(["evaluate", str(new), *heads]) == DATA
+    assert "features were made anew since" in capfd.readouterr().err
+
+
+def test_heads_of_another_fit_on_the_same_features_are_refused(tmp_path, capfd):
+    run = made_run(tmp_path / "run", lam="0.1", seeds=(0,), epochs=1)
+    kept = shutil.copy(run / HEADS, tmp_path)
+    assert invoke(["rebalance", str(run / "features.zarr"), "--lam", "0.1", "--seeds", "1", "--epochs", "1"]) == OK
+    shutil.copy(kept, run / HEADS)
+    assert invoke(["report", str(run)]) == DATA
+    assert "not the heads that" in capfd.readouterr().err

@@ -1,0 +1,108 @@
+"""Class D: what the environment leaves behind changes no result, and nothing is lost or printed that should not be."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache import CacheError, locate
+from pipeline import distributed
+from pipeline.cli import invoke
+from pipeline.distributed import Signals
+from pipeline.errors import OK, USAGE, PipelineError, Terminated
+from pipeline.text import printable
+
+KEPT = Path(__file__).parents[1] / "golden" / "format-0.1"
+JOB = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+
+
+def pipeline(*words: str, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | options.pop("env", {})
+    return subprocess.run([sys.executable, "-m", "pipeline", *words], env=environment, timeout=120, **options)
+
+
+@pytest.mark.parametrize("left", [JOB, {"RANK": "3"}, {"WORLD_SIZE": "x"}, {"MASTER_ADDR": "host"}, {"RANK": ""}])
+@pytest.mark.parametrize("words", [["info", str(KEPT / "one")], ["config", "digits-lt"]])
+def test_commands_of_one_process_ignore_what_a_job_left(left, words, monkeypatch, capfd):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert invoke(words) == OK
+    assert capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "left",
+    [{"RANK": "1"}, {"WORLD_SIZE": "2"}, JOB | {"RANK": "2"}, JOB | {"MASTER_PORT": "http"}, JOB | {"WORLD_SIZE": "²"}],
+)
+def test_commands_of_several_processes_need_the_whole_set(left, monkeypatch, capfd, tmp_path):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert invoke(["train-backbone", "digits-lt", "--out", str(tmp_path / "out")]) == USAGE
+    assert "unset " in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_whose_others_never_come_ends_with_a_message(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setattr(distributed, "JOIN", distributed.datetime.timedelta(seconds=2))
+        for name, value in (JOB | {"MASTER_PORT": str(other.getsockname()[1]), "RANK": "0"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(PipelineError, match="another program has this port"):
+            distributed._meeting_point(2)
+    with pytest.raises(PipelineError, match="not all of 2 processes came within 0:00:02"):
+        distributed._meeting_point(2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_after_the_last_look_is_not_forgotten(number, code):
+    before = signal.getsignal(number)
+    with pytest.raises(Terminated) as caught, Signals():
+        os.kill(os.getpid(), number)
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_of_few_letters_gets_question_marks(encoding):
+    done = pipeline("info", str(KEPT / "one"), env={"PYTHONIOENCODING": encoding}, capture_output=True)
+    assert (done.returncode, b"Traceback" in done.stderr) == (OK, False)
+    assert b"? = 0.02" in done.stdout
+
+
+def test_an_output_that_is_closed_or_full_ends_without_a_traceback():
+    words = [sys.executable, "-m", "pipeline", "config", "digits-lt"]
+    for target, code in (("&-", OK), ("/dev/full", 1)):
+        script = f'"$@" >{target}'
+        done = subprocess.run(["sh", "-c", script, "sh", *words], stderr=subprocess.PIPE, timeout=120)
+        assert (done.returncode, b"Traceback" in done.stderr, b"Exception ignored" in done.stderr) == (
+            code,
+            False,
+            False,
+        )
+
+
+def test_keys_and_passwords_of_urls_are_never_printed(capfd, tmp_path):
+    with pytest.raises(CacheError, match=r"s3://…@bucket/x: a URL with a password") as caught:
+        locate("s3://AKIA:hunter2@bucket/x")
+    assert "hunter2" not in str(caught.value)
+    assert invoke(["info", "s3://AKIA:hunter2@bucket/x"]) != OK
+    assert invoke(["report", "s3://AKIA:hunter2@bucket/x"]) != OK
+    said = capfd.readouterr()
+    assert "hunter2" not in said.out + said.err
+    assert printable("no answer from http://me:hunter2@host:9000/b") == "no answer from http://…@host:9000/b"
+
+
+@pytest.mark.parametrize("out", ["", " ", "features.zarr/out", "features.zarr/val/out"])
+@pytest.mark.parametrize("command", ["export", "train-backbone", "dump-features", "run"])
+def test_nothing_is_written_to_an_empty_path_or_into_a_store(command, out, capfd):
+    out = str(KEPT / "one" / out) if out.strip() else out
+    before = sorted(KEPT.rglob("*"))
+    words = {"export": [str(KEPT / "one")]}.get(command, ["digits-lt"])
+    assert invoke([command, *words, "--out", out, "--dry-run"]) == USAGE
+    assert sorted(KEPT.rglob("*")) == before
