@@ -7,11 +7,14 @@ import torch
 from cache import StoreSplit, create_store, open_cache
 from pipeline.config import RebalanceConfig, parse_bytes
 from pipeline.errors import DataError
+from pipeline.linear import logistic
 from pipeline.rebalance.engine.c_backend import instruction_sets
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.objective import penalty
 from pipeline.rebalance.engine.streamed import StreamedViews
 from pipeline.rebalance.load import StoredViews, load
+from pipeline.rebalance.methods import fit, linear_families
+from tests.small_run import made_store
 
 ROWS, WIDTH, VIEWS, ABSENT = 200, 16, 3, 37
 VIEW = ROWS * WIDTH * 2
@@ -181,3 +184,24 @@ def test_heads_from_a_stream_are_those_from_memory_in_the_same_order(whole, monk
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     assert not np.allclose(found[0][0][0], found[0][0][1], rtol=1e-6)
+
+
+def test_convex_and_closed_form_heads_of_a_streamed_view_are_those_of_one_in_memory(tmp_path, monkeypatch):
+    """Blocks are read again for every pass, and none is kept."""
+    path = made_store(tmp_path / "f.zarr")
+    streamed, in_memory = (load(path, augmented=False, memory_bytes=bytes_).features for bytes_ in (4000, None))
+    assert [type(features.views) for features in (streamed, in_memory)] == [StreamedViews, StoredViews]
+    monkeypatch.setattr(fit, "BLOCK", 64)
+    monkeypatch.setattr(linear_families, "TOLERANCE", 1e-6)
+    standardised, kept = logistic.Standardised, []
+    monkeypatch.setattr(
+        logistic, "Standardised", lambda *a, resident: kept.append(resident) or standardised(*a, resident=resident)
+    )
+    for rule in linear_families.LINEAR_FAMILIES:
+        grid = [point for point in rule.grid if point.get("l2", 0.05) == 0.05][:4]
+        heads = [fit.solve(rule, grid, features) for features in (streamed, in_memory)]
+        for first, second in zip(*heads, strict=True):
+            for a, b in zip(first.arrays, second.arrays, strict=True):
+                assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b), rule.name
+    assert kept == [False, True] * (len(kept) // 2)
+    assert kept

@@ -15,7 +15,7 @@ from pipeline.longtail import class_balanced_weights
 from pipeline.rebalance.engine.batches import batch_order
 from pipeline.rebalance.engine.features import Features
 from pipeline.rebalance.engine.fit import Schedule
-from pipeline.rebalance.engine.streamed import StreamedView
+from pipeline.rebalance.engine.streamed import StreamedView, StreamedViews
 from pipeline.rebalance.engine.tensor_backend import SHARED_PRODUCT
 from pipeline.rebalance.methods.api import Free, Params, Sampling, Stage1, Trained, unweighted
 from pipeline.resources import free_memory
@@ -138,6 +138,11 @@ class Blocks:
     def labels(self) -> Tensor:
         """Return the labels (M,) of all rows."""
         return torch.as_tensor(self.features.labels[self.rows], dtype=torch.int64, device=self.device)
+
+    @property
+    def streamed(self) -> bool:
+        """Return true where memory does not hold the features, so that no method may keep them all."""
+        return isinstance(self.features.views, StreamedViews)
 
     def __call__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for block in np.split(self.rows, range(BLOCK, len(self.rows), BLOCK)):

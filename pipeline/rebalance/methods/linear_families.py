@@ -39,7 +39,7 @@ def regressions(stage1: Stage1, samples: Samples, settings: Sequence[tuple[float
     solved: dict[tuple[float, float], tuple[Tensor, Tensor]] = shared(samples, "logistic regressions", dict)
     if new := [setting for setting in settings if setting not in solved]:
         rhos, l2s = sorted({rho for rho, _ in new}), sorted({l2 for _, l2 in new}, reverse=True)
-        width = stage1.weight.shape[1]
+        rows, width = float(stage1.counts.sum()), stage1.weight.shape[1]
         heads = logistic_regression(
             samples,
             stage1.counts,
@@ -48,7 +48,7 @@ def regressions(stage1: Stage1, samples: Samples, settings: Sequence[tuple[float
             l2s=l2s,
             tolerance=TOLERANCE,
             product_dtype=torch.bfloat16 if computes_bfloat16(stage1.counts.device) else torch.float32,
-            resident=float(stage1.counts.sum()) * width * 4 <= RESIDENT_BYTES,
+            resident=not getattr(samples, "streamed", False) and rows * width * 4 <= RESIDENT_BYTES,
             moments=_moments(stage1, samples),
         )
         for (i, rho), (j, l2) in product(enumerate(rhos), enumerate(l2s)):
