@@ -152,8 +152,10 @@ def choice(study: Study) -> str:
 
 def methods(study: Study) -> str:
     """Return the table of tuned methods: trials, chosen parameters, accuracy on validation and test."""
-    present = [c for c in DIFFERENCES if study.spread(BASELINE, "test", c)]
-    columns = [Column("Method"), Column("Trials"), Column("Chosen")]
+    present = [
+        c for c in ("all", "many", "medium", "few") if study.spread(BASELINE, "test", c)
+    ]  # the widest may be cut off
+    columns = [Column("Method"), Column("Trials"), Column("Chosen", left=True)]
     columns += [Column("All", f"on {SPLITS[study.choosing_split]}"), *(Column(TITLES[c], "on test") for c in present)]
     lines = []
     for row in study.document["chosen"]:

@@ -72,10 +72,12 @@ class Table(Shown):
 
     def html(self, classes: str = "main", *, scroll: str = "scroll") -> str:
         """Return the table of a page; title and caption are the page's business."""
+        texts = ["", *(" class=text" if c.left else "" for c in self.columns[1:])]
         heads = (
-            f"<th>{escape(c.title)}{f'<small>{escape(c.below)}</small>' if c.below else ''}</th>" for c in self.columns
+            f"<th{text}>{escape(c.title)}{f'<small>{escape(c.below)}</small>' if c.below else ''}</th>"
+            for c, text in zip(self.columns, texts, strict=True)
         )
-        body = "".join(_html_line(line) for line in self.lines)
+        body = "".join(_html_line(line, texts) for line in self.lines)
         attribute = f" class={classes}" if classes else ""
         table = f"<table{attribute}><thead><tr>{''.join(heads)}</tr></thead><tbody>{body}</tbody></table>"
         return f"<div class='{scroll}'>{table}</div>"
@@ -104,9 +106,9 @@ def _texts(line: Line) -> list[str]:
     return [cell_text(cell) for cell in line.cells]
 
 
-def _html_line(line: Line) -> str:
+def _html_line(line: Line, texts: Sequence[str]) -> str:
     first, *rest = line.cells
-    cells = "".join(f"<td>{_html(cell)}</td>" for cell in rest)
+    cells = "".join(f"<td{text}>{_html(cell)}</td>" for cell, text in zip(rest, texts[1:], strict=True))
     return f"<tr{' class=chosen' if line.strong else ''}><th>{_html(first)}</th>{cells}</tr>"
 
 
