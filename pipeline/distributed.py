@@ -2,8 +2,10 @@
 
 import datetime
 import os
+import re
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import INTERRUPTED, TERMINATED, ConfigError, Elsewhere, Lost, PipelineError, Terminated
-from pipeline.resources import usable_cores
+from pipeline.resources import ROOT, usable_cores
 
 GO_ON, SAVE, STOP = 0, 1, 2
 WAIT = datetime.timedelta(days=1)  # ranks wait for the slowest one; torchrun ends those whose fellow died
@@ -94,6 +96,8 @@ class Ranks:
 
 def choose_device(name: str = "auto") -> torch.device:
     """cuda where there is one, else cpu; under torchrun each local rank takes its own GPU. ConfigError if it is not there."""
+    if name == "auto" and (reason := unusable_gpu()):
+        raise ConfigError(f"{reason}; or go on without it: --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -112,6 +116,33 @@ def choose_device(name: str = "auto") -> torch.device:
     elif device.type != "cpu":
         raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     return device
+
+
+def unusable_gpu() -> str:
+    """Return the reason why a GPU of this host cannot be used, mostly a driver older than torch's CUDA; empty where none is."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    nodes = sorted(ROOT.glob("dev/nvidia[0-9]*"))
+    if hidden or not nodes or torch.version.cuda is None:
+        return ""
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return ""
+    cause = f" ({' '.join(str(remarks[-1].message).split())[:200]})" if remarks else ""
+    return (
+        f"/{nodes[0].relative_to(ROOT)} is there, but torch {torch.__version__}, made for CUDA {torch.version.cuda}, cannot use "
+        f"it with driver {driver_version() or 'unknown'}{cause}; update the driver, or install a torch for an older CUDA"
+    )
+
+
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, such as 535.104.05; None where there is none."""
+    try:
+        text = (ROOT / "proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    match = re.search(r"\b\d{3,}\.\d+(?:\.\d+)*\b", text)
+    return match and match[0]
 
 
 def planned_ranks(device: str, world: int) -> Ranks:

@@ -117,6 +117,7 @@ def doctor(folder: Path | None = None) -> Diagnosis:
     checks = [_check("libraries", _import_libraries)]
     devices, device, precision, why, threads = ["cpu"], "cpu", "float32", "the libraries could not be loaded", 0
     if checks[0].ok:
+        checks += filter(None, [_unusable_gpu()])
         devices, device, precision, why, threads = _devices()
         checks.append(_check("network", lambda: _run_network(device)))
         checks.append(_check("store", _run_store))
@@ -170,19 +171,29 @@ def _import_libraries() -> str:
     return "torch, torchvision and timm load and fit together"
 
 
+def _unusable_gpu() -> Check | None:
+    """The failed check of a GPU that is there and cannot be used."""
+    from pipeline.distributed import unusable_gpu
+
+    reason = unusable_gpu()
+    return Check("gpu", False, 0.0, reason) if reason else None
+
+
 def _devices() -> tuple[list[str], str, str, str, int]:
     """(every device, the one `auto` takes, precision, why that precision, threads)."""
     import torch
 
     from pipeline.backbone.arithmetic import SMALL_NETWORK, choose_precision
-    from pipeline.distributed import choose_device
+    from pipeline.distributed import choose_device, driver_version, unusable_gpu
 
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         size = facts.total_memory / 2**30
-        devices.append(f"cuda:{index} {facts.name}, {size:.0f} GiB, compute capability {facts.major}.{facts.minor}")
-    device = choose_device("auto")
+        capability = f"compute capability {facts.major}.{facts.minor}"
+        driver = f"CUDA {torch.version.cuda}, driver {driver_version() or 'unknown'}"
+        devices.append(f"cuda:{index} {facts.name}, {size:.0f} GiB, {capability}, {driver}")
+    device = choose_device("cpu" if unusable_gpu() else "auto")
     precision = choose_precision("auto", device, operations=SMALL_NETWORK)
     why = {
         torch.float32: "this CPU has no bfloat16 units, so half precision would be far slower",

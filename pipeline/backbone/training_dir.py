@@ -17,6 +17,7 @@ from pipeline.backbone.arithmetic import recorded_precision
 from pipeline.backbone.events import Epoch
 from pipeline.backbone.tensorboard import EventFiles
 from pipeline.config import BackboneConfig, DataConfig
+from pipeline.data.sources import split_folders
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.killpoint import KillPoint
@@ -39,13 +40,14 @@ SavedState = tuple[dict[str, Any], str]  # a checkpoint's state, and the digest 
 
 
 def refuse_among_images(path: Path, data: DataConfig) -> None:
-    """Raise ConfigError where a folder lies among the class folders of the images, where it would be read as a class."""
+    """Raise ConfigError where a folder lies among the class folders of the images, where what it holds would be read as such."""
     if data.source != "folder" or data.path is None:
         return
     root = data.path.expanduser().resolve()
-    classes = root / "train" if (root / "train").is_dir() else root
-    if path.resolve().is_relative_to(classes):
-        raise ConfigError(f"{path}: lies among the class folders of {classes}; take another --out")
+    places = split_folders(root) if root.is_dir() else {}
+    for classes in places.values() if "train" in places else [root]:
+        if path.resolve().is_relative_to(classes):
+            raise ConfigError(f"{path}: lies among the class folders of {classes}; take another --out")
 
 
 @contextmanager

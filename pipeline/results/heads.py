@@ -210,7 +210,8 @@ def read_heads_file(path: Path) -> HeadsFile:
                 for entry, w, b, gate in zip(gated, *map(file.get_tensor, names), strict=True):
                     scorers.append((entry, Gated(Linear(w[0], b[0]), Linear(w[1], b[1]), gate)))
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; {again}") from error
+        problem = "cannot be read: no permission" if path.exists() else "no such file"  # safetensors calls both missing
+        raise DataError(f"{path}: {problem}; {again}") from error
     except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not the heads of `pipeline rebalance` ({error}); give its heads.safetensors, or run it again"

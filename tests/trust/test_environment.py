@@ -11,9 +11,11 @@ import pytest
 
 from cache import CacheError, locate
 from pipeline import distributed
+from pipeline.backbone.training_dir import refuse_among_images
 from pipeline.cli import invoke
+from pipeline.config import DataConfig
 from pipeline.distributed import Signals
-from pipeline.errors import OK, USAGE, PipelineError, Terminated
+from pipeline.errors import OK, USAGE, ConfigError, PipelineError, Terminated
 from pipeline.text import printable
 
 KEPT = Path(__file__).parents[1] / "golden" / "format-0.1"
@@ -106,3 +108,30 @@ def test_nothing_is_written_to_an_empty_path_or_into_a_store(command, out, capfd
     words = {"export": [str(KEPT / "one")]}.get(command, ["digits-lt"])
     assert invoke([command, *words, "--out", out, "--dry-run"]) == USAGE
     assert sorted(KEPT.rglob("*")) == before
+
+
+def test_a_gpu_whose_driver_is_too_old_ends_work_and_is_named(monkeypatch, tmp_path):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue"
+    )
+    monkeypatch.setattr(distributed, "ROOT", tmp_path)
+    monkeypatch.setattr(distributed.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"made for CUDA 13\.0, cannot use it with driver 470\.57\.02.*--device cpu"):
+        distributed.choose_device("auto")
+    assert distributed.choose_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.choose_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize("inside", ["Train/cat/run", "Val/run", "Test"])
+def test_no_run_is_written_among_the_images_of_any_split(inside, tmp_path):
+    for split in ("Train", "Val", "Test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+    data = DataConfig(source="folder", path=tmp_path)
+    with pytest.raises(ConfigError, match="lies among the class folders"):
+        refuse_among_images(tmp_path / inside, data)
+    refuse_among_images(tmp_path / "run", data)
