@@ -12,6 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.longtail import GROUPS
 from pipeline.method_names import MEMBERS
 from pipeline.rebalance.candidates import method_names, parse_lam
+from pipeline.rebalance.estimate import estimate_text
 from pipeline.rebalance.methods import RIVALS, Free
 from pipeline.rebalance.methods.ensemble import balanced_nll, fold, stacking_shares, temperature
 from pipeline.rebalance.methods.iwb_la import TRIALS
@@ -49,10 +50,12 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
     everything else; iwb at λ = 0 takes the other settings of iwb, where that is asked for, else of cb.
 
     Arguments:
-        report: called with a line on each method.
+        report: called with a line on what will be fitted and how long it takes, and one on each method.
     """
     asked = method_names(config.method)
     methods = tuned_methods(config)
+    rows, (classes, width) = len(sweep.features.labels), sweep.features.weight.shape
+    report(estimate_text(config, rows=rows, width=width, classes=classes, device=sweep.ranks.device))
     best_of: dict[str, HeadId] = {}
     tuned, all_trials = [], []
     for number, method in enumerate(methods, 1):

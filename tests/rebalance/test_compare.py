@@ -61,7 +61,7 @@ def test_every_method_has_its_row_once_for_each_seed(run):
     assert set(chosen) == set(METHODS) - {"baseline"}
     shown = {r["lam"] for r in of(rows, method="iwb")}
     assert shown == {0, *LAMS, chosen["iwb"]["lam"]}  # the curve of λ at the best of all other settings
-    assert len(lines) == len(chosen)
+    assert len(lines) == len(chosen) + 1  # and the estimate
 
 
 def test_trials_are_as_many_for_all_and_never_of_the_test_split(run):
