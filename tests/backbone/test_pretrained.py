@@ -13,11 +13,12 @@ import torch
 
 from cache import open_cache
 from pipeline.backbone import pretrained
+from pipeline.backbone.aliases import ALIASES, installed_aliases
 from pipeline.backbone.arithmetic import Arithmetic
 from pipeline.backbone.build import build_model, encode, input_transform
 from pipeline.backbone.checkpoint import load_checkpoint
 from pipeline.backbone.encoder import encode_in_parts
-from pipeline.backbone.pretrained import ALIASES, installed_aliases, load_encoder, tensors_by_order
+from pipeline.backbone.pretrained import load_encoder, tensors_by_order
 from pipeline.cli import invoke
 from pipeline.config import BackboneConfig, DataConfig, find_config, load_config, make_config
 from pipeline.data import load_dataset

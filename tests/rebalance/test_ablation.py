@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -283,3 +285,14 @@ def test_what_the_variants_say_themselves_cannot_be_said_for_all(option, store, 
     value = {"--method": "iwb", "--loss": "ce", "--formulation": "code"}[option]
     assert invoke(["rebalance", str(store), "--config", "ablations/table3", option, value]) == 2
     assert f"{option}: the variants of --config ablations/table3 set this themselves" in capsys.readouterr().err
+
+
+def test_a_dry_run_imports_no_networks(store, tmp_path):
+    """timm and torchvision would more than double its time; stage 2 needs neither."""
+    words = ["rebalance", str(store), "--lam", "0.1", "--seeds", "0", "--out", str(tmp_path / "out"), "--dry-run"]
+    code = (
+        "import sys; from pipeline.cli import invoke; assert invoke(sys.argv[1:]) == 0; "
+        "print([m for m in ('timm', 'torchvision') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
