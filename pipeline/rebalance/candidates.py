@@ -151,8 +151,8 @@ def head_of(head: HeadId, config: RebalanceConfig) -> Head:
         return iwb_la_head(head.lam or 0.0)
     form = "ce" if head.loss in ("ce", "la") else f"cb-{cb_form(config)}"
     rule, tau = penalty_of(config) if head.method == "iwb" else NO_PENALTY, float(head.loss == "la")
-    if (kl_weight := dict(head.values).get("kl_weight")) is not None:
-        rule = replace(rule, kl_weight=kl_weight)
+    if "kl_weight" in dict(head.values):
+        rule = replace(rule, kl_weight=float(dict(head.values)["kl_weight"]))
     return Head(form, head.lam or 0.0, rule, config.beta, tau)  # type: ignore[arg-type]
 
 

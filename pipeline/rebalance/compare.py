@@ -54,10 +54,11 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
     """
     asked = method_names(config.method)
     methods = tuned_methods(config)
-    rows, (classes, width) = len(sweep.features.labels), sweep.features.weight.shape
-    report(estimate_text(config, rows=rows, width=width, classes=classes, device=sweep.ranks.device))
+    samples, (classes, width) = len(sweep.features.labels), sweep.features.weight.shape
+    report(estimate_text(config, rows=samples, width=width, classes=classes, device=sweep.ranks.device))
     best_of: dict[str, HeadId] = {}
-    tuned, all_trials = [], []
+    tuned: list[dict[str, Any]] = []
+    all_trials: list[dict[str, Any]] = []
     for number, method in enumerate(methods, 1):
         trials, best = _tune(sweep, method, config, split)
         best_of[method] = best

@@ -99,7 +99,7 @@ def load(store: Cache | Path | str, *, augmented: bool, memory_bytes: int | None
     fits = view_bytes(store) <= memory
     views = (StoredViews if fits else StreamedViews)(store, number, memory_bytes=memory)
     features = Features(views, _labels(store, "train"), _counts(store), *store.classifier)
-    notes = constant_notes(views[0], str(store.path)) if fits else ()
+    notes = constant_notes(np.asarray(views[0]), str(store.path)) if fits else ()
     return Loaded(store, features, views, read_split(store, "val") if has_validation(store) else None, notes)
 
 

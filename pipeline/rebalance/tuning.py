@@ -179,7 +179,8 @@ def edges(head: HeadId, trials: Sequence[HeadId]) -> list[str]:
     texts = []
     for name, value in numbers(head).items():
         comparable = [numbers(t) for t in trials if t.loss == head.loss and _kind(t) == _kind(head)]
-        values = sorted({t.get(name, UNTUNED.get(name)) for t in comparable} - {None})
+        named = [t.get(name, UNTUNED.get(name)) for t in comparable]
+        values = sorted({number for number in named if number is not None})
         if len(values) > 2 and value in (values[0], values[-1]):
             texts.append(f"{name} {value:g} ({values[0]:g} … {values[-1]:g})")
     return texts
