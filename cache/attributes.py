@@ -11,6 +11,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # of a split: a folder in the 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 MOST_ROWS, MOST_VIEWS, MOST_CHUNKS = 2**40, 10_000, 2**24
 CLASSIFIER = "classifier"
+STATES = ("open", "sealed", "removing")
 
 
 class Wrong(ValueError):
@@ -57,8 +58,8 @@ def check_attributes(attributes: dict[str, Any], layout: Layout) -> None:
     for field in ("fingerprint", "provenance"):
         _dictionary(attributes.get(field), field)
     sealed = attributes.get("state") == "sealed"
-    if not sealed and attributes.get("state") != "open":
-        raise Wrong("state", f"{attributes.get('state')!r} is neither open nor sealed")
+    if attributes.get("state") not in STATES:
+        raise Wrong("state", f"{attributes.get('state')!r} is none of {', '.join(STATES)}")
     arrays = {array.name: array for array in layout.arrays}
     manifest = _dictionary(attributes.get("manifest"), "manifest")
     _known(manifest, arrays, "manifest")

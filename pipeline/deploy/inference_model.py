@@ -119,8 +119,10 @@ def _exported(path: Path, device: str) -> InferenceModel:
             if problem := head_problem(linear, classes=len(names), width=config["num_features"]):
                 raise DataError(f"{path / name}: its classifier {problem}; export the run again")
         return InferenceModel(run, start, transform, names, counts)
-    except PipelineError:
-        raise
+    except PipelineError as error:
+        if str(error).endswith(("export it again", "export the run again")):
+            raise
+        raise type(error)(f"{error}; export it again") from error
     except Exception as error:  # torch and onnxruntime raise a dozen types for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: not a readable model of `pipeline export` ({reason}); export it again") from error

@@ -15,13 +15,14 @@ from PIL import Image
 from pipeline import distributed
 from pipeline.backbone import checkpoint
 from pipeline.distributed import Obeyed, Signals
+from pipeline.errors import Terminated
 from tests import ranks
 from tests.conftest import digits_tree
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_signal_is_noted_and_obeyed_only_where_that_is_asked():
+def _noted():
     with Signals() as signals:
         with signals.obeyed():
             assert not signals.received
@@ -30,8 +31,18 @@ def test_a_signal_is_noted_and_obeyed_only_where_that_is_asked():
         assert (signals.received, signals.exit_code) == (signal.SIGTERM, 143)
         with pytest.raises(Obeyed), signals.obeyed():
             raise AssertionError("the signal was there before")
+
+
+def _interrupted():
     with Signals() as signals, pytest.raises(Obeyed), signals.obeyed():
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("work", "exit_code"), [(_noted, 143), (_interrupted, 130)])
+def test_a_signal_is_noted_obeyed_where_that_is_asked_and_not_forgotten_at_the_end(work, exit_code):
+    with pytest.raises(Terminated) as ended:
+        work()
+    assert ended.value.exit_code == exit_code
 
 
 def _signalled_twice():

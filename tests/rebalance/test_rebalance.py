@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,7 @@ def test_the_document_has_the_promised_shape(swept, store):
     document = json.loads((Path(swept.out) / "results.json").read_text())
     header = document.pop("header")
     assert (header["kind"], header["format"]) == ("results", 2)
+    assert document.pop("heads_digest") == sha256((Path(swept.out) / "heads.safetensors").read_bytes()).hexdigest()
     assert document == json.loads(json.dumps(swept.to_dict()))
     assert document["store"] == str(store)
     assert document["digest"] == cache.open_cache(store).digest
