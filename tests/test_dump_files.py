@@ -39,7 +39,7 @@ def test_ctrl_c_at_a_terminal_keeps_the_finished_chunks(checkpoint, tmp_path):  
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 130, said
-    assert said.splitlines()[-1] == f"stopped; the finished chunks are in {store}: the same command goes on"
+    assert said.splitlines()[-1] == f"stopped; the finished images are in {store}: the same command goes on"
     assert "Traceback" not in said
     there = len(list(store.glob("train/features/c/*/0/0")))
     assert 5 <= there < 400

@@ -65,7 +65,7 @@ def test_sigterm_finishes_the_chunk_that_is_being_written(words, checkpoint, who
     assert "Traceback" not in said
     if not words:
         assert document == {
-            "error": f"stopped; the finished chunks are in {store}: the same command goes on",
+            "error": f"stopped; the finished images are in {store}: the same command goes on",
             "exit_code": 143,
         }
     there = chunks_there(store)

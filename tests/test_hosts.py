@@ -52,7 +52,9 @@ def content(where) -> dict[str, bytes]:
 
 def there(where) -> set[str]:
     """The chunks of features that are there, whole."""
-    return {name for name in locate(where).names() if "/features/c/" in name and not name.endswith(".partial")}
+    return {
+        name for name in locate(where).names() if "/features/c/" in name and not name.endswith((".partial", ".part"))
+    }
 
 
 def test_two_hosts_write_what_one_writes(checkpoint, whole, tmp_path):

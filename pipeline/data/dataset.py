@@ -137,7 +137,7 @@ class Dataset:
             "classes": len(self.class_names),
             **{name: len(split) for name, split in self.splits.items()},
             "counts": self.counts.tolist(),
-            "imbalance_factor": round(float(self.counts.max() / self.counts.min()), 2),
+            "imbalance_factor": round(float(self.counts.max() / self.counts[self.counts > 0].min()), 2),
             "fingerprint": self.fingerprint,
             "fingerprint_covers": self.fingerprint_covers,
             "notes": list(self.notes),
