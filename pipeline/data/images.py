@@ -48,7 +48,7 @@ def read_image(path: Path | str) -> Image.Image:
 
 
 def decode_image(content: Path | str | BinaryIO, name: str) -> Image.Image:
-    """The same from an open file as well; errors and decoders' warnings call the image by its name."""
+    """Return the image of a path or an open file; errors and decoders' warnings name the image."""
     try:
         with warnings.catch_warnings(record=True) as remarks, Image.open(content) as image:
             warnings.simplefilter("always")

@@ -71,9 +71,7 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
             tuned.append(_winner(best, sweep, split, len(trials), edges(best, trials)))
             report(f"{number} of {len(methods)}: {_line(tuned[-1], rows)}")
     start = best_of.get("iwb", best_of["cb"])
-    equal_norms = HeadId("iwb", config.loss, 0.0, start.lr, tuple(v for v in start.values if v[0] != "kl_weight"))
-    if best_of.get("iwb") is None or best_of["iwb"].lam != 0:
-        sweep.add([equal_norms])
+    sweep.add([HeadId("iwb", config.loss, 0.0, start.lr, start.values)])
     ensemble = None
     if "ensemble" in asked:
         ensemble = add_ensemble(sweep, [best_of[method] for method in MEMBERS], split)

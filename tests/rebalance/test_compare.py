@@ -249,3 +249,20 @@ def test_backbones_that_tune_differently_still_have_one_row_a_method(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Every method, tuned alike" in page
     assert "<tr class=chosen><th>iwb</th><td>4</td>" in page
+
+
+def test_equal_norms_have_the_other_settings_of_iwb_and_one_row(tmp_path, monkeypatch):
+    """The weight of the norm term counts at λ = 0 too, and λ = 0 may be among those asked for."""
+
+    def tune(sweep, method, config, split):
+        best = {"cb": HeadId("cb", "cb", lr=0.02), "iwb": HeadId("iwb", "cb", 0.5, 0.02, (("kl_weight", 16.0),))}[
+            method
+        ]
+        sweep.add([best])
+        return [best], best
+
+    monkeypatch.setattr("pipeline.rebalance.compare._tune", tune)
+    store = made_store(tmp_path / "features.zarr")
+    rebalance(store, RebalanceConfig(method=("iwb",), tune=True, lam="0,0.5", **QUICK), out=tmp_path / "out")
+    heads = [HeadId.from_dict(facts) for facts, _ in read_scorers(tmp_path / "out/heads.safetensors")]
+    assert sorted((h.lam, h.seed) for h in heads if h.method == "iwb") == [(0.0, 0), (0.0, 1), (0.5, 0), (0.5, 1)]
