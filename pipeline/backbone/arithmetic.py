@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.distributed import Ranks
 from pipeline.errors import ConfigError
@@ -158,6 +157,8 @@ def choose_precision(
 @torch.no_grad()
 def forward_operations(model: nn.Module, size: tuple[int, int], device: torch.device) -> int:
     """Return the floating-point operations of the forward pass of one image (3, *size) through the model."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton, a third of a second
+
     was_training = model.training
     try:
         with FlopCounterMode(display=False) as counter:

@@ -534,6 +534,6 @@ assert "torch" not in sys.modules
 from pipeline.config import RebalanceConfig
 from pipeline.rebalance.prepare import prepare_rebalance
 print(prepare_rebalance({str(store)!r}, RebalanceConfig(lam="0.1,0.2")).description.numbers["heads"])
-print([m for m in ("timm", "torchvision", "matplotlib") if m in sys.modules])"""
+print([m for m in ("timm", "torchvision", "matplotlib", "triton") if m in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
