@@ -74,7 +74,7 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
     sweep.add([HeadId("iwb", config.loss, 0.0, start.lr, start.values)])
     ensemble = None
     if "ensemble" in asked:
-        ensemble = add_ensemble(sweep, [best_of[method] for method in MEMBERS], split)
+        ensemble = add_ensemble(sweep, [best_of[method] for method in MEMBERS])
         best_of["ensemble"] = ensemble
         tuned.append(_winner(ensemble, sweep, split, 1, []))
         report(f"ensemble: {chosen_text(tuned[-1])}")
@@ -82,14 +82,14 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
     return Comparison(winners, tuned, all_trials, _notes(sweep, config, winners, tuned, split), ensemble)
 
 
-def add_ensemble(sweep: Sweep, members: Sequence[HeadId], split: str) -> HeadId:
+def add_ensemble(sweep: Sweep, members: Sequence[HeadId]) -> HeadId:
     """Add the weighted mean of linear heads to a sweep and return what it is; the values of its setting are the weights.
 
     The logits of each member are divided by its temperature; the weights have the highest class-balanced likelihood on the
     samples that are chosen on, held towards equal ones. A member that is fitted in several batch orders is their mean.
     """
-    labels = torch.as_tensor(sweep.labels_of(split))
-    logits = [sweep.logits(member, split) for member in members]
+    labels = torch.as_tensor(sweep.labels_of_logits())
+    logits = [sweep.logits(member) for member in members]
     temperatures = [temperature(z, labels) for z in logits]
     scaled = torch.stack([z / t for z, t in zip(logits, temperatures, strict=True)])
     shares = stacking_shares(scaled, labels)
@@ -97,7 +97,7 @@ def add_ensemble(sweep: Sweep, members: Sequence[HeadId], split: str) -> HeadId:
     weight, bias = fold(layers, temperatures, shares.tolist())
     names = [member.method for member in members]
     ensemble = HeadId("ensemble", values=tuple((n, round(s, 3)) for n, s in zip(names, shares.tolist(), strict=True)))
-    mixed = torch.einsum("k,kmc->mc", shares.to(scaled), scaled).numpy() if split == "kfold" else None
+    mixed = torch.einsum("k,kmc->mc", shares.to(scaled), scaled).numpy()
     sweep.add_head(ensemble, Linear(weight.float().numpy(), bias.float().numpy()), mixed)
     return ensemble
 
@@ -112,11 +112,11 @@ def _tune(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> tup
     best: HeadId | None = None
     first = config.seeds[:1]
     likelihood: dict[HeadId, float] = {}
-    labels = torch.as_tensor(sweep.labels_of(split))
+    labels = torch.as_tensor(sweep.labels_of_logits())
 
     def loss(setting: HeadId) -> float:
         if setting not in likelihood:
-            logits = sweep.logits(setting, split)
+            logits = sweep.logits(setting)
             likelihood[setting] = balanced_nll(logits, labels, 1 / temperature(logits, labels))
         return likelihood[setting]
 

@@ -168,12 +168,15 @@ class Fitted:
         """Return on what the choice was made and how far it can be trusted; empty where nothing was chosen."""
         if self.plan.chosen_on is None:
             return {}
-        samples = np.bincount(self.sweep.labels_chosen_on(self.plan.chosen_on), minlength=len(class_names))
+        samples = np.bincount(self.sweep.labels_chosen_on(), minlength=len(class_names))
+        on_folds = np.unique(self.sweep.features.labels[self.sweep.held_out_rows])
         return {
             "split": self.plan.chosen_on,
             "samples": int(samples.sum()),
             "median_per_class": float(np.median(samples[samples > 0])),
             "classes_without": [name for name, n in zip(class_names, samples, strict=True) if not n],
+            "classes_on_folds": [class_names[c] for c in on_folds] if self.plan.chosen_on == "val" else [],
+            "encoder_saw_folds": not self.sweep.probe,
             "standard_error": self.choice.standard_error,
             "settings_tried": len(self.comparison.trials) if self.comparison else len(self.candidates),
         }
@@ -191,7 +194,7 @@ def fit(plan: FitPlan, loaded: Loaded, ranks: Ranks, report: Callable[[str], obj
     """Fit and score the heads of a plan and choose one; `auto` refines its grid, methods that compete are tuned."""
     config, chosen_on, heads = plan.config, plan.chosen_on, plan.candidates
     probe = start_name(loaded.store.fingerprint) == PROBE
-    sweep = Sweep(loaded.features, loaded.val, config, ranks, folds=chosen_on == "kfold", probe=probe)
+    sweep = Sweep(loaded.features, loaded.val, config, ranks, chosen_on, probe=probe)
     comparison = compare(sweep, config, chosen_on, report) if chosen_on and is_comparison(config) else None
     if comparison:
         heads = tuple(comparison.winners)

@@ -1,7 +1,7 @@
 """All heads of one run: fitted together and scored on what selects among them, which the test split is not."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -11,7 +11,8 @@ import torch
 from pipeline.config import RebalanceConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import PipelineError
-from pipeline.metrics import Scores, scores, scores_of
+from pipeline.longtail import class_groups
+from pipeline.metrics import Scores, scores_of
 from pipeline.probe import fit_probe
 from pipeline.rebalance.candidates import ENGINE, head_of, is_trained, schedule_of
 from pipeline.rebalance.engine.features import Features, FeatureSplit
@@ -26,10 +27,12 @@ from pipeline.results.heads import Linear, Scorer, is_finite, predict
 from pipeline.results.selection import Choice, select
 
 NEAREST_MEAN = Free("ncm", nearest_mean)
+MISSING = 0.1  # largest share of a group's classes that the choice may be blind to
 LOGITS_KEPT = 1 << 22  # most logits of one head by which it is compared and mixed with others
 Key = tuple[HeadId, int | None]  # what is not trained has no seed
 Fitted = dict[Key, Scorer]
 Scored = dict[Key, Scores]
+Answers = tuple[np.ndarray, np.ndarray]  # classes (M,) and their probabilities (M,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +56,10 @@ class Sweep:
 
     Arguments:
         ranks: processes that share the work; each has the same sweep and gets the same heads.
-        folds: score out-of-fold training samples too.
+        chosen_on: `val` or `kfold`; None where nothing is chosen. On `val`, classes that are `missing` there are scored on
+            their training samples, out of fold, so that the choice does not forget them; on `kfold` all classes are.
         probe: the heads start from a linear probe, which is fitted anew without the samples of a fold.
-        scored: scores by split: `val` where there is one, `kfold` with folds.
+        scored: scores by split: `val` where there is one, `kfold` where that is chosen on.
         fold_logits: out-of-fold logits (M, C) in float16 of the samples `fold_rows`.
         diverged: trials at whose learning rate fitting diverged; they have no heads and no scores.
     """
@@ -64,7 +68,7 @@ class Sweep:
     val: FeatureSplit | None
     config: RebalanceConfig
     ranks: Ranks
-    folds: bool
+    chosen_on: str | None
     probe: bool = False
     heads: Fitted = field(default_factory=dict)
     scored: dict[str, Scored] = field(default_factory=dict)
@@ -99,17 +103,18 @@ class Sweep:
             self.fitted += len(fitted)
             self._score(fitted)
 
-    def add_head(self, setting: HeadId, head: Scorer, out_of_fold: np.ndarray | None) -> None:
+    def add_head(self, setting: HeadId, head: Scorer, logits: np.ndarray) -> None:
         """Add a head that was made of others, and score it.
 
         Arguments:
-            out_of_fold: its logits (M, C) of the samples `fold_rows`; None without folds.
+            logits: (M, C), as `logits` returns them.
         """
-        self.heads[setting, None] = head
-        if out_of_fold is not None:
-            labels = self.features.labels[self.fold_rows]
-            self.scored["kfold"][setting, None] = scores(out_of_fold, labels, self.features.counts)
-        self._score({(setting, None): head}, folds=False)
+        key: Key = (setting, None)
+        self.heads[key] = head
+        out_of_fold = logits[len(logits) - len(self.fold_rows) :]
+        exponent = out_of_fold - out_of_fold.max(1, keepdims=True)
+        answers = out_of_fold.argmax(1), 1 / np.exp(exponent).sum(1)
+        self._add_scores({key: head}, {key: answers}, self.fold_rows)
 
     def keep_only(self, settings: Collection[HeadId], *, trials: Sequence[HeadId]) -> None:
         """Drop the heads and scores of all trials that are not among the settings."""
@@ -143,9 +148,11 @@ class Sweep:
 
     @cached_property
     def held_out(self) -> list[tuple[np.ndarray, TrainingSet]]:
-        """The samples (M,) of each fold, and the training set of all others."""
+        """The samples (M,) of each fold, and the training set of all others; empty where nothing is scored out of fold."""
         labels, classes = self.features.labels, len(self.features.counts)
         fold, parts, l2 = stratified_folds(labels), [], None  # the first fold's L2 serves all
+        if self.chosen_on != "kfold":
+            fold[~self.missing[labels]] = -1
         for rows in [np.flatnonzero(fold == f) for f in np.unique(fold[fold >= 0])]:
             others = np.setdiff1d(np.arange(len(labels)), rows)
             features, samples = self.features, Blocks(self.features, others, self.ranks.device)
@@ -156,10 +163,29 @@ class Sweep:
             parts.append((rows, TrainingSet(features, others, samples)))
         return parts
 
+    @property
+    def missing(self) -> np.ndarray:
+        """Return which classes (C,) are scored out of fold for want of a validation sample.
+
+        None are as long as every group has a sample for nine tenths of its classes: so few hardly move the mean over classes,
+        and folds take six times as long.
+        """
+        counts = self.features.counts
+        if self.chosen_on != "val" or self.val is None:
+            return np.zeros(len(counts), bool)
+        without = np.bincount(self.val.labels, minlength=len(counts)) == 0
+        shares = [without[group].mean() for group in class_groups(counts).values() if group.any()]
+        return without & (max(shares) > MISSING)
+
+    @cached_property
+    def held_out_rows(self) -> np.ndarray:
+        """Training samples (M,) that are scored out of fold, in the order in which folds are held out."""
+        return np.concatenate([np.zeros(0, np.int64), *(rows for rows, _ in self.held_out)])
+
     @cached_property
     def fold_rows(self) -> np.ndarray:
-        """Training samples (M,) that have out-of-fold logits, in the order in which folds are held out."""
-        rows = np.concatenate([rows for rows, _ in self.held_out])
+        """Those of `held_out_rows` that have out-of-fold logits, in the same order."""
+        rows = self.held_out_rows
         return rows[evenly(self.features.labels[rows], LOGITS_KEPT // len(self.features.counts))]
 
     @cached_property
@@ -181,23 +207,29 @@ class Sweep:
         weight, bias = (np.mean([layer[i] for layer in layers], axis=0) for i in range(2))
         return torch.from_numpy(weight), torch.from_numpy(bias)
 
-    def labels_chosen_on(self, split: str) -> np.ndarray:
-        """Return the labels (M,) of all samples that scores on a split are made from."""
-        if split == "val" and self.val is not None:
-            return self.val.labels
-        return self.features.labels[np.concatenate([rows for rows, _ in self.held_out])]
+    def labels_chosen_on(self) -> np.ndarray:
+        """Return the labels (M,) of all samples that are chosen on."""
+        return self._joined(self.val and self.val.labels, self.features.labels[self.held_out_rows])
 
-    def labels_of(self, split: str) -> np.ndarray:
+    def labels_of_logits(self) -> np.ndarray:
         """Return the labels (M,) of the samples of `logits`."""
-        return self.val_rows.labels if split == "val" else self.features.labels[self.fold_rows]
+        return self._joined(self.val and self.val_rows.labels, self.features.labels[self.fold_rows])
 
-    def logits(self, setting: HeadId, split: str) -> torch.Tensor:
-        """Return logits (M, C) of a setting on the samples it is chosen on, the mean over the batch orders that are fitted."""
+    def logits(self, setting: HeadId) -> torch.Tensor:
+        """Return logits (M, C) of a setting on samples it is chosen on, the mean over the batch orders that are fitted."""
         keys = [key for key in self.heads if key[0] == setting]
-        if split == "kfold":
-            return torch.from_numpy(np.mean([self.fold_logits[key].astype(np.float32) for key in keys], axis=0))
-        inputs = _inputs(self.val_rows.features, torch.device("cpu"))
-        return torch.stack([self.heads[key].logits(inputs) for key in keys]).mean(0)
+        parts = []
+        if self.chosen_on == "val":
+            inputs = _inputs(self.val_rows.features, torch.device("cpu"))
+            parts.append(torch.stack([self.heads[key].logits(inputs) for key in keys]).mean(0))
+        if self.held_out:
+            out_of_fold = np.mean([self.fold_logits[key].astype(np.float32) for key in keys], axis=0)
+            parts.append(torch.from_numpy(out_of_fold))
+        return torch.cat(parts)
+
+    def _joined(self, of_val: np.ndarray | None, out_of_fold: np.ndarray) -> np.ndarray:
+        """Return what belongs to the samples that are chosen on: to those of validation first, then to those of folds."""
+        return out_of_fold if self.chosen_on == "kfold" or of_val is None else np.concatenate([of_val, out_of_fold])
 
     def _fit(self, settings: Sequence[HeadId], training_set: TrainingSet, seeds: Sequence[int | None]) -> Fitted:
         """Return the heads of the settings in these batch orders."""
@@ -286,19 +318,36 @@ class Sweep:
             for seed, head in zip(seeds, of_seeds, strict=True)
         }
 
-    def _score(self, fitted: Fitted, *, folds: bool = True) -> None:
-        counts = self.features.counts
-        if self.val is not None:
-            self.scored.setdefault("val", {}).update(score(fitted, self.val, counts, self.ranks.device))
-        if self.folds and folds:
-            self.scored.setdefault("kfold", {}).update(self._out_of_fold(list(fitted)))
+    def _score(self, fitted: Fitted) -> None:
+        """Score heads on the samples that are chosen on, and on validation where there is one."""
+        self._add_scores(fitted, self._out_of_fold(list(fitted)), self.held_out_rows)
 
-    def _out_of_fold(self, keys: Sequence[Key]) -> Scored:
-        """Return scores on every training sample by heads that were fitted without it."""
-        features, labels = self.features.views[0], self.features.labels
+    def _add_scores(self, fitted: Fitted, out_of_fold: Mapping[Key, Answers], rows: np.ndarray) -> None:
+        """Add the scores of heads, from their answers on validation and those out of fold.
+
+        Arguments:
+            out_of_fold: answers on the training samples `rows` (M,) by heads that were fitted without them.
+        """
+        counts, labels = self.features.counts, self.features.labels[rows]
+        if self.chosen_on == "kfold":
+            scored = {key: scores_of(*answers, labels, counts) for key, answers in out_of_fold.items()}
+            self.scored.setdefault("kfold", {}).update(scored)
+        if self.val is None:
+            return
+        inputs, with_folds = _inputs(self.val.features, self.ranks.device), self.chosen_on == "val"
+        for key in out_of_fold:
+            answers, samples = predict(fitted[key], inputs), self.val.labels
+            if with_folds:
+                answers = join(answers, out_of_fold[key])
+                samples = np.concatenate([samples, labels])
+            self.scored.setdefault("val", {})[key] = scores_of(*answers, samples, counts)
+
+    def _out_of_fold(self, keys: Sequence[Key]) -> dict[Key, Answers]:
+        """Return the answers on the samples `held_out_rows` by heads that were fitted without them."""
+        features = self.features.views[0]
         settings = [s for s in dict.fromkeys(setting for setting, _ in keys) if s != BASELINE]
         seeds = tuple(dict.fromkeys(seed for _, seed in keys if seed is not None))
-        answers: dict[Key, list[tuple[np.ndarray, np.ndarray]]] = {key: [] for key in keys}
+        answers: dict[Key, Answers] = {key: (np.zeros(0, np.int64), np.zeros(0, np.float32)) for key in keys}
         kept: dict[Key, list[np.ndarray]] = {key: [] for key in keys}
         for rows, others in self.held_out:
             fitted: Fitted = {(BASELINE, None): Linear(others.features.weight, others.features.bias)}
@@ -308,20 +357,17 @@ class Sweep:
             mixed = _inputs(features[self.fold_rows[np.isin(self.fold_rows, rows)]], self.ranks.device)
             for key in keys:
                 if key[0] not in self.diverged:
-                    answers[key].append(predict(fitted[key], inputs))
+                    answers[key] = join(answers[key], predict(fitted[key], inputs))
                     kept[key].append(fitted[key].logits(mixed).cpu().numpy().astype(np.float16))
-        held_out_labels = labels[np.concatenate([rows for rows, _ in self.held_out])]
         alive = [key for key in keys if key[0] not in self.diverged]
-        self.fold_logits |= {key: np.concatenate(kept[key]) for key in alive}
-        return {
-            key: scores_of(
-                np.concatenate([p for p, _ in answers[key]]),
-                np.concatenate([c for _, c in answers[key]]),
-                held_out_labels,
-                self.features.counts,
-            )
-            for key in alive
-        }
+        if self.held_out:
+            self.fold_logits |= {key: np.concatenate(kept[key]) for key in alive}
+        return {key: answers[key] for key in alive}
+
+
+def join(first: Answers, second: Answers) -> Answers:
+    """Return the classes and probabilities of two sets of samples, one after the other."""
+    return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
 
 
 def single_precision(samples: Blocks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

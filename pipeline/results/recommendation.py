@@ -1,7 +1,7 @@
 """The recommendation of stage 2 in whole sentences, each a pure function of the numbers in the results document."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.method_names import start_name
@@ -119,13 +119,24 @@ def validation_sentences(document: Document) -> list[str]:
             f"Validation has {per_class:g} images a class (median): scores have a standard error of {error:.1f} points, and "
             f"smaller differences cannot be seen; {2 * per_class:g} images a class would be better."
         )
-    if without := facts["classes_without"]:
-        names = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+    if on_folds := facts.get("classes_on_folds"):
+        optimistic = (
+            ", which is optimistic, since the encoder has seen these images" if facts["encoder_saw_folds"] else ""
+        )
         sentences.append(
-            f"{len(without)} class(es) have no image to choose on ({names}): the choice knows nothing of them. --select-on kfold "
-            "chooses on the training images of all classes."
+            f"{len(on_folds)} class(es) have no validation image ({listed(on_folds)}): they are scored on their training "
+            f"images, by heads that are fitted without these{optimistic}."
+        )
+    if without := facts["classes_without"]:
+        sentences.append(
+            f"{len(without)} class(es) have no image to choose on ({listed(without)}): the choice knows nothing of them."
         )
     return sentences
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def signed(column: Mapping[str, float]) -> str:

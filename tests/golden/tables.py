@@ -92,7 +92,7 @@ def rival_table(store: Path) -> dict[str, Any]:
     loaded = load(store, augmented=False)
     config = RebalanceConfig.model_validate(STAGE_2 | {"epochs": 3, "batch_size": 512, "formulation": "paper"})
     with ranks("cpu") as alone:
-        sweep = Sweep(loaded.features, loaded.val, config, alone, folds=False)
+        sweep = Sweep(loaded.features, loaded.val, config, alone, chosen_on=None)
         sweep.add(RIVALS)
         found = score(sweep.heads, loaded.test(), loaded.features.counts, alone.device)
     keys = ("all", "many", "medium", "few", "ece")

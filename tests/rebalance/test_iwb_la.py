@@ -33,7 +33,7 @@ def test_class_means_are_added_at_a_share_of_the_mean_norm():
 
 def test_its_head_is_the_engines_on_the_clean_view_plus_the_class_means():
     known = features(1)
-    sweep = Sweep(known, None, RebalanceConfig(seeds=(3,)), Ranks(0, 1, choose_device("cpu")), folds=False)
+    sweep = Sweep(known, None, RebalanceConfig(seeds=(3,)), Ranks(0, 1, choose_device("cpu")), chosen_on=None)
     setting = HeadId("iwb-la", "la", 0.6, 0.01, (("means", 0.25),))
     sweep.add([setting])
     schedule = Schedule(lr=0.01, augmented=False)
@@ -54,7 +54,11 @@ def test_it_is_tuned_with_as_many_trials_as_others_and_finds_the_small_classes()
     assert is_comparison(config)
     other = features(2)
     sweep = Sweep(
-        features(1), FeatureSplit(other.views[0], other.labels), config, Ranks(0, 1, choose_device("cpu")), folds=False
+        features(1),
+        FeatureSplit(other.views[0], other.labels),
+        config,
+        Ranks(0, 1, choose_device("cpu")),
+        chosen_on=None,
     )
     tried, best = [], None
     while new := next_trials("iwb-la", config, tried, best):

@@ -17,10 +17,11 @@ import cache
 from cache import open_cache
 from pipeline import store_from_arrays
 from pipeline.config import RebalanceConfig
+from pipeline.distributed import Ranks, choose_device
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.metrics import scores
 from pipeline.rebalance import RebalanceResult, rebalance, run, sweep
-from pipeline.rebalance.engine.features import Features
+from pipeline.rebalance.engine.features import Features, FeatureSplit
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.engine.objective import penalty
 from pipeline.rebalance.folds import CAVEAT, REFITTED
@@ -28,6 +29,7 @@ from pipeline.rebalance.load import load
 from pipeline.rebalance.prepare import prepare_rebalance
 from pipeline.report.study import read_heads
 from pipeline.results.differences import paired_difference
+from pipeline.results.recommendation import recommendation
 from pipeline.results.tables import results_table
 from tests.small_run import made_store
 
@@ -350,6 +352,47 @@ def test_folds_of_a_probe_are_scored_by_heads_that_have_not_seen_them(tmp_path):
     head = open_cache(tmp_path / "s.zarr").classifier
     seen = (arrays["train_features"] @ head[0].T + head[1]).argmax(1) == labels
     assert seen.mean() > 0.95
+
+
+def test_classes_without_a_validation_image_are_scored_by_heads_that_have_not_seen_their_training_images(tmp_path):
+    """Features without a signal: heads are right on all that they were fitted on, and at chance on anything else."""
+    random, labels = np.random.default_rng(0), np.repeat(np.arange(4), 30)
+    arrays = {f"{split}_features": random.normal(size=(120, 200)) for split in ("train", "test")}
+    arrays |= {"train_labels": labels, "test_labels": labels}
+    arrays |= {"val_features": random.normal(size=(60, 200)), "val_labels": labels[:60]}
+    store_from_arrays(tmp_path / "s.zarr", **arrays)
+    settings = {"seeds": (0,), "trials": 3, "epochs": 5, "batch_size": 16}
+    result = rebalance(tmp_path / "s.zarr", RebalanceConfig(method=("recommended",), **settings), out=tmp_path / "out")
+    assert result.selection["classes_on_folds"] == ["2", "3"]
+    assert not result.selection["encoder_saw_folds"]
+    assert result.selection["samples"] == 120
+    assert {row.split for row in result.results} == {"val", "test"}
+    lines = [line for line in read_csv(tmp_path / "out/per_class.csv") if line["split"] == "val"]
+    assert {line["method"] for line in lines} >= {"baseline", "cb", "ensemble"}
+    assert {line["total"] for line in lines} == {"30"}
+    correct = [int(line["correct"]) for line in lines if line["class"] in "23" and line["method"] != "baseline"]
+    assert max(correct) < 25
+    assert any(
+        "2 class(es) have no validation image (2, 3)" in sentence for sentence in recommendation(result.to_dict())
+    )
+
+    one = rebalance(tmp_path / "s.zarr", RebalanceConfig(lam="0.1", **settings), out=tmp_path / "one")
+    assert one.selection == {}
+    totals = {line["total"] for line in read_csv(tmp_path / "one/per_class.csv") if line["split"] == "val"}
+    assert totals == {"0", "30"}
+
+
+@pytest.mark.parametrize(
+    ("without", "on_folds"), [([], False), ([0], False), ([0, 12], False), ([0, 1], True), ([23], True)]
+)
+def test_the_choice_may_be_blind_to_a_tenth_of_a_group(without, on_folds):
+    labels = np.repeat(np.arange(24), [150] * 11 + [30] * 11 + [5] * 2)
+    x = np.zeros((len(labels), 2), np.float32)
+    known = Features((x,), labels, np.bincount(labels), np.zeros((24, 2), np.float32), np.zeros(24, np.float32))
+    rest = np.setdiff1d(np.arange(24), without)
+    val, one = FeatureSplit(np.zeros((len(rest), 2), np.float32), rest), Ranks(0, 1, choose_device("cpu"))
+    swept = sweep.Sweep(known, val, RebalanceConfig(), one, chosen_on="val")
+    assert set(labels[swept.held_out_rows]) == (set(without) if on_folds else set())
 
 
 def test_no_fold_is_fitted_on_what_it_is_scored_on(store, tmp_path, monkeypatch):

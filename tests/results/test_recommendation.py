@@ -73,7 +73,18 @@ def test_few_validation_images_and_classes_without_one_are_told():
     )
     assert (
         "7 class(es) have no image to choose on (class 0, class 1, class 2, class 3, class 4 and 2 more): the choice knows "
-        "nothing of them. --select-on kfold chooses on the training images of all classes." in sentences
+        "nothing of them." in sentences
+    )
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_classes_that_are_chosen_on_by_their_training_images_are_named(seen):
+    facts = {"median_per_class": 40.0, "classes_without": [], "classes_on_folds": ["a", "b"], "encoder_saw_folds": seen}
+    selection = {"split": "val", "standard_error": 1.0} | facts
+    optimistic = ", which is optimistic, since the encoder has seen these images" if seen else ""
+    assert (
+        "2 class(es) have no validation image (a, b): they are scored on their training images, by heads that are fitted "
+        f"without these{optimistic}." in recommendation(document(selection=selection))
     )
 
 
