@@ -209,11 +209,11 @@ class Sweep:
 
     def labels_chosen_on(self) -> np.ndarray:
         """Return the labels (M,) of all samples that are chosen on."""
-        return self._joined(self.val and self.val.labels, self.features.labels[self.held_out_rows])
+        return self._joined(self.val, self.held_out_rows)
 
     def labels_of_logits(self) -> np.ndarray:
         """Return the labels (M,) of the samples of `logits`."""
-        return self._joined(self.val and self.val_rows.labels, self.features.labels[self.fold_rows])
+        return self._joined(self.val and self.val_rows, self.fold_rows)
 
     def logits(self, setting: HeadId) -> torch.Tensor:
         """Return logits (M, C) of a setting on samples it is chosen on, the mean over the batch orders that are fitted."""
@@ -227,9 +227,10 @@ class Sweep:
             parts.append(torch.from_numpy(out_of_fold))
         return torch.cat(parts)
 
-    def _joined(self, of_val: np.ndarray | None, out_of_fold: np.ndarray) -> np.ndarray:
-        """Return what belongs to the samples that are chosen on: to those of validation first, then to those of folds."""
-        return out_of_fold if self.chosen_on == "kfold" or of_val is None else np.concatenate([of_val, out_of_fold])
+    def _joined(self, val: FeatureSplit | None, rows: np.ndarray) -> np.ndarray:
+        """Return the labels of validation samples, where they are chosen on, and of training samples `rows` after them."""
+        out_of_fold = self.features.labels[rows]
+        return out_of_fold if self.chosen_on == "kfold" or val is None else np.concatenate([val.labels, out_of_fold])
 
     def _fit(self, settings: Sequence[HeadId], training_set: TrainingSet, seeds: Sequence[int | None]) -> Fitted:
         """Return the heads of the settings in these batch orders."""
