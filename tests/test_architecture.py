@@ -41,14 +41,13 @@ def squares(config):
     return DataSource(("a", "b", "c"), Split(labels=labels, ids=np.arange(90), images=images))
 '''
 FIGURE = """
-from pipeline.report import axes as look
+from pipeline.report.chart import BLUE, bars, chart
 from pipeline.report.drawing import Drawing
 
 def class_sizes(study):
-    figure = look.figure_of(4, 3)
-    figure.subplots().bar(range(len(study.counts)), study.counts)
     rows = [{"class": c, "images": int(n)} for c, n in enumerate(study.counts)]
-    return Drawing("class-sizes", "Class sizes", "Training images of each class.", figure, rows)
+    drawn = chart([bars("images", study.first.store.class_names, study.counts, color=BLUE)], x="class", y="images")
+    return Drawing("class-sizes", "Class sizes", "Training images of each class.", rows, drawn)
 """
 # a switch of the norm term: its setting, its definition, its gradient by tensor operations and in C
 SWITCH_FILES = {

@@ -5,10 +5,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cache import write_durably
-from pipeline.report.axes import png
+from pipeline.report.chart import rounded
 from pipeline.report.curves import accuracy_curves
-from pipeline.report.drawing import Drawing, rounded
+from pipeline.report.drawing import Drawing
 from pipeline.report.study import SPLITS
 from pipeline.results.documents import read_ablation
 from pipeline.results.head_id import HeadId
@@ -22,8 +21,7 @@ def write_accuracy_figure(document: Mapping[str, Any], out: Path) -> None:
     """Write accuracy-lambda.png and the numbers of it as .csv where a variant has several λ; otherwise nothing."""
     drawing = accuracy_figure(document)
     if drawing:
-        write_durably(out / "accuracy-lambda.png", png(drawing.figure))
-        write_durably(out / "accuracy-lambda.csv", drawing.csv)
+        drawing.write(out)
 
 
 def accuracy_figure(document: Mapping[str, Any]) -> Drawing | None:

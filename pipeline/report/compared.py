@@ -1,19 +1,16 @@
 """Several runs side by side: what each is and reached, accuracy against λ, class by class, and their training."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from pipeline.report import axes as look
-from pipeline.report.axes import BLACK
-from pipeline.report.chart import chart, class_axis, plain, trace
+from pipeline.report.chart import chart, class_axis, panel, plain, rounded, trace
 from pipeline.report.curves import accuracy_curves, style_of
-from pipeline.report.drawing import Drawing, rounded
+from pipeline.report.drawing import Drawing
 from pipeline.report.geometry import feature_geometry
 from pipeline.report.study import COLUMNS, SPLITS, Row, Study
 from pipeline.results.head_id import BASELINE
-from pipeline.results.mean_std import MeanStd, mean_std
+from pipeline.results.mean_std import MeanStd, mean_std, minus
 from pipeline.results.table import Cell, Column, Line, Table
 from pipeline.results.tables import TITLES
 
@@ -125,26 +122,16 @@ def _class_difference(studies: Studies) -> Drawing | None:
         for i, c in enumerate(order)
     ]
     traces = []
-    with look.style():
-        figure = look.figure_of(11.5, 4.6)
-        axes = figure.subplots()
-        axes.axhline(0, color=BLACK, linewidth=1)
-        for number, (name, _) in enumerate(rest, 1):
-            less = ordered_accuracy[name] - ordered_accuracy[first]
-            label, style = f"{name} less {first}", style_of(number)
-            x, y = look.thinned(less)
-            axes.plot(x, y, label=f"{label}: mean {np.nanmean(less):+.1f}".replace("-", "−"), markersize=4, **style)
-            texts = [f"{row['name']}: {MeanStd(row[name])} less {MeanStd(row[first])} %" for row in table]
-            hover: Row = {"text": plain(texts), "hovertemplate": "%{text} = %{y:.1f}<extra></extra>"}
-            traces.append(trace(label, np.arange(1, len(order) + 1), less, style, **hover))
-        ordered = [names[c] for c in order]
-        look.class_axis(axes, ordered, base.counts)
-        axes.set_ylabel("difference of test accuracy\n[percentage points]")
-        look.legend(figure, np.array([axes]))
+    for number, (name, _) in enumerate(rest, 1):
+        less = ordered_accuracy[name] - ordered_accuracy[first]
+        texts = [f"{row['name']}: {MeanStd(row[name])} less {MeanStd(row[first])} %" for row in table]
+        hover: Row = {"text": plain(texts), "hovertemplate": "%{text} = %{y:.1f}<extra></extra>"}
+        label = f"{name} less {first}: mean {minus(f'{np.nanmean(less):+.1f}')}"
+        traces.append(trace(label, np.arange(1, len(order) + 1), less, style_of(number), **hover))
     caption = f"Test accuracy of the selected heads, each run less {first}; classes by their size in {first}."
-    points: Row = {"title": "difference [points]", "zerolinewidth": 2}
-    figure_chart = chart(traces, x=class_axis(ordered, base.counts), y=points, showlegend=True)
-    return Drawing("class-difference", "Class by class, run by run", caption, figure, table, figure_chart)
+    points: Row = {"title": "difference of test accuracy [points]", "zerolinewidth": 2}
+    drawn = chart(traces, x=class_axis([names[c] for c in order], base.counts), y=points, showlegend=True)
+    return Drawing("class-difference", "Class by class, run by run", caption, table, drawn)
 
 
 def _selected_accuracy(study: Study) -> np.ndarray | None:
@@ -167,33 +154,22 @@ def _training(studies: Studies) -> Drawing | None:
     if not table:
         return None
     traces = []
-    panels = (("loss", "training loss"), ("val_accuracy", "validation accuracy [%]"))
-    with look.style():
-        figure = look.figure_of(11.5, 4.3)
-        grid: Any = figure.subplots(1, 2)
-        for axes, (key, title) in zip(grid, panels, strict=True):
-            for number, name in enumerate(studies):
-                x, y = _points(table, name, key)
-                style = style_of(number)
-                every = max(1, len(x) // 8)
-                axes.plot(x, y, label=name, markersize=5, markerfacecolor="white", markevery=every, **style)
-                panel: Row = {} if key == "loss" else {"xaxis": "x2", "yaxis": "y2", "showlegend": False}
-                marked = style | {"marker": style["marker"] if len(x) <= 12 else None, "linewidth": 2}
-                traces.append(trace(name, x, y, marked, legendgroup=name, **panel))
-            axes.set(xlabel="epoch", ylabel=title, ylim=(0, None))
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        look.legend(figure, grid)
-    axes_of: Row = {key: {"title": title, "rangemode": "tozero"} for key, (_, title) in zip("12", panels, strict=True)}
-    figure_chart = chart(
+    for place, key in enumerate(("loss", "val_accuracy"), 1):
+        for number, name in enumerate(studies):
+            x, y = _points(table, name, key)
+            style = style_of(number) | ({"width": 2} if len(x) <= 12 else {"width": 2, "symbol": None})
+            traces.append(trace(name, x, y, style, legendgroup=name, showlegend=place == 1, **panel(place)))
+    drawn = chart(
         traces,
         x="epoch",
-        y=axes_of["1"],
+        y={"title": "training loss", "rangemode": "tozero"},
         xaxis2={"title": "epoch"},
-        yaxis2=axes_of["2"],
-        grid={"rows": 1, "columns": 2, "pattern": "independent"},
+        yaxis2={"title": "validation accuracy [%]", "rangemode": "tozero"},
+        columns=2,
+        showlegend=True,
     )
     caption = "Stage 1, mean over the backbones of each run; losses of different kinds do not compare."
-    return Drawing("training", "Stage 1, run by run", caption, figure, table, figure_chart)
+    return Drawing("training", "Stage 1, run by run", caption, table, drawn)
 
 
 def _points(table: Sequence[Row], name: str, key: str) -> tuple[list[int], list[float]]:

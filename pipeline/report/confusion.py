@@ -1,20 +1,14 @@
 """Which group the test samples of each group are taken for, before and after: where a head sends its mistakes."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.longtail import BOUNDS, GROUPS, group_index
-from pipeline.report import axes as look
-from pipeline.report.axes import BLACK, BLUE, GREY, ORANGE
-from pipeline.report.chart import bars, chart, plain, trace
-from pipeline.report.drawing import Drawing, rounded
+from pipeline.report.chart import BLACK, BLUE, ORANGE, bars, chart, panel, panel_titles, plain, rounded, trace
+from pipeline.report.drawing import Drawing
 from pipeline.report.predictions import Answers, ComparedAnswers
 from pipeline.report.study import Row, Study
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 SCALE = [[0, "#f7fbff"], [0.5, "#6baed6"], [1, "#08306b"]]
 WORST = 3  # confusions of each class that the CSV lists
@@ -71,17 +65,7 @@ def confusion_between_groups(study: Study, compared: ComparedAnswers | None) -> 
     due = 100 * np.bincount(group_index(counts)[tested], minlength=len(GROUPS)) / len(tested)
     shares = {name: np.nansum(due[:, None] * matrix / 100, axis=0) for name, matrix in matrices.items()}
 
-    figure = look.figure_of(11.5, 3.9)
-    panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    for axes, (name, matrix) in zip(panels, matrices.items(), strict=False):
-        _matrix(axes, matrix[np.ix_(present, present)], [GROUPS[g] for g in present], name)
-    panels[0].set_ylabel("true group")
-    _shares(
-        panels[2], {name: share[present] for name, share in shares.items()}, due[present], [GROUPS[g] for g in present]
-    )
     title = _title(matrices, present, names)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
-    look.legend(figure, panels)
     sizes = ", ".join(f"{GROUPS[g]} {BOUNDS[GROUPS[g]]} images ({study.classes_of(GROUPS[g])})" for g in present)
     caption = (
         f"{title}. Test split, {len(compared.start[0].labels):,} samples, clean view; % of the samples of a true group "
@@ -92,36 +76,7 @@ def confusion_between_groups(study: Study, compared: ComparedAnswers | None) -> 
     )
     table = _table(study, heads, matrices, shares, due, present)
     interactive = _chart(matrices, shares, due, present, table)
-    return Drawing("confusion", "Confusion between groups", caption, figure, table, interactive)
-
-
-def _matrix(axes: "Axes", matrix: np.ndarray, groups: Sequence[str], name: str) -> None:
-    """Shaded cells with their numbers; dark ones have white letters."""
-    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for (row, column), value in np.ndenumerate(matrix):
-        text = "–" if np.isnan(value) else f"{value:.1f}"
-        axes.text(column, row, text, ha="center", va="center", color="white" if value > 55 else BLACK, fontsize=13)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_yticks(range(len(groups)), groups)
-    axes.grid(visible=False)
-    axes.set(title=name, xlabel="predicted group")
-
-
-def _shares(axes: "Axes", shares: dict[str, np.ndarray], due: np.ndarray, groups: Sequence[str]) -> None:
-    """Bars of what each group gets, before and after, and a mark at what is due to it."""
-    place, width = np.arange(len(groups)), 0.38
-    room = 0.02 * max(due.max(), *(share.max() for share in shares.values()))
-    looks: list[Row] = [{"color": "white", "edgecolor": BLACK, "hatch": "////"}, {"color": BLUE, "edgecolor": BLUE}]
-    for offset, (name, share), bar in zip((-width / 2, width / 2), shares.items(), looks, strict=True):
-        axes.bar(place + offset, share, width, label=name, linewidth=0.8, **bar)
-        for x, height, mark in zip(place + offset, share, due, strict=True):
-            above = max(height, mark) if -room < mark - height < 5 * room else height  # the mark would cross the number
-            axes.text(x, above + room, f"{height:.0f}", ha="center", va="bottom", fontsize=10, color=GREY)
-    axes.hlines(due, place - width - 0.06, place + width + 0.06, color=ORANGE, linewidth=3.5, label="due to the group")
-    axes.set_xticks(place, groups)
-    axes.margins(y=0.12)
-    axes.grid(visible=False, axis="x")
-    axes.set(title="Share of all predictions", ylabel="%", xlabel="predicted group")
+    return Drawing("confusion", "Confusion between groups", caption, table, interactive, title, 3.9)
 
 
 def _chart(
@@ -133,10 +88,9 @@ def _chart(
 ) -> Row:
     """Both matrices and the shares; hovering over a cell tells the classes that are mistaken most often."""
     groups, traces = [GROUPS[g] for g in present], []
-    for panel, (name, matrix) in enumerate(matrices.items(), 1):
+    for number, (name, matrix) in enumerate(matrices.items(), 1):
         cells = matrix[np.ix_(present, present)]
         hover_texts = [[_pairs_of(table, name, true, predicted) for predicted in groups] for true in groups]
-        on: Row = {"xaxis": f"x{panel}", "yaxis": f"y{panel}"} if panel > 1 else {}
         heat: Row = {
             "z": [plain(line) for line in cells],
             "x": groups,
@@ -146,22 +100,25 @@ def _chart(
         }
         heat |= {"zmin": 0, "zmax": 100, "colorscale": SCALE, "texttemplate": "%{z:.1f}"}
         hover = "%{z:.1f} % of %{y} taken for %{x}%{text}<extra>" + plain([name])[0] + "</extra>"
-        traces.append({"type": "heatmap", "name": plain([name])[0], "hovertemplate": hover, **heat, **on})
-    third: Row = {"xaxis": "x3", "yaxis": "y3", "hovertemplate": "%{y:.1f} % of all predictions"}
+        traces.append({"type": "heatmap", "name": plain([name])[0], "hovertemplate": hover, **heat, **panel(number)})
+    third: Row = panel(3) | {"hovertemplate": "%{y:.1f} % of all predictions"}
     for (name, share), (color, pattern) in zip(shares.items(), ((BLACK, "/"), (BLUE, "")), strict=True):
-        traces.append(bars(name, groups, share[present], color=color, pattern=pattern, **third))
-    mark: Row = {"color": ORANGE, "linestyle": "none", "marker": "D", "markersize": 9}
+        texts: Row = {"text": [f"{value:.0f}" for value in share[present]], "textposition": "outside"}
+        traces.append(bars(name, groups, share[present], color=color, pattern=pattern, **texts, **third))
+    mark: Row = {"color": ORANGE, "dash": "none", "symbol": "diamond", "size": 9}
     traces.append(trace("due to the group", groups, due[present], mark, **third))
     upside_down: Row = {"autorange": "reversed", "showgrid": False}
+    predicted_group: Row = {"title": "predicted group", "showgrid": False}
     return chart(
         traces,
-        x=f"predicted group: {next(iter(matrices))}",
+        x=predicted_group,
         y=upside_down | {"title": {"text": "true group", "standoff": 10}},
-        xaxis2={"title": f"predicted group: {list(matrices)[1]}"},
-        yaxis2=upside_down | {"showticklabels": False},
-        xaxis3={"title": "predicted group"},
+        xaxis2=predicted_group,
+        yaxis2=upside_down,
+        xaxis3=predicted_group,
         yaxis3={"title": "share of all predictions [%]", "rangemode": "tozero"},
-        grid={"rows": 1, "columns": 3, "pattern": "independent"},
+        columns=3,
+        annotations=panel_titles([*matrices, "Share of all predictions"]),
     )
 
 

@@ -5,21 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.report import assets
-from pipeline.report.axes import BLACK, BLUE, GREEN, ORANGE, RED
-from pipeline.report.chart import bars, chart, kept_apart, plain, trace
+from pipeline.report.chart import BLACK, BLUE, ORANGE, RED, bars, chart, errors, kept_apart, plain, trace
+from pipeline.report.drawing import BY_GROUP
 from pipeline.report.study import COLUMNS, SPLITS, Row, Study
 from pipeline.results.mean_std import MeanStd
 from pipeline.results.tables import TITLES
 
-GROUP_STYLES: dict[str, Row] = {
-    "all": {"color": BLACK, "linestyle": "-", "marker": "o"},
-    "many": {"color": ORANGE, "linestyle": "--", "marker": "s"},
-    "medium": {"color": GREEN, "linestyle": "-.", "marker": "D"},
-    "few": {"color": RED, "linestyle": ":", "marker": "v"},
-}
 BARS = [(BLACK, "."), (RED, "/"), (BLUE, ""), (ORANGE, "x")]  # before, the loss alone, chosen, at the slider
 TICKS = 0.06  # of the axis of λ: labels closer than this run into each other
-STAR: Row = {"color": ORANGE, "marker": "*", "markersize": 11, "markeredgecolor": BLACK, "linestyle": "none"}
+STAR: Row = {"color": ORANGE, "symbol": "star", "size": 11, "edge": BLACK, "dash": "none"}
 
 
 def places(lams: Sequence[float], references: int) -> tuple[list[float], list[float]]:
@@ -53,14 +47,13 @@ def lambda_chart(study: Study, table: Sequence[Row]) -> Row:
             )
             rows = [row for name in references for row in (by_line.get(name), None)] + [by_lam.get(lam) for lam in lams]
             texts = [_told(row, column) if row else None for row in rows]
-            error = {"type": "data", "array": plain([row and row["std"] for row in rows]), "thickness": 1, "width": 3}
             traces.append(
                 trace(
                     column,
                     [*(x for place in aside for x in (place, None)), *positions],
                     [row and row["mean"] for row in rows],
-                    GROUP_STYLES[column],
-                    error_y=error | {"color": GROUP_STYLES[column]["color"]},
+                    BY_GROUP[column],
+                    **errors([row["std"] if row else None for row in rows], BY_GROUP[column]["color"]),
                     text=plain(texts),
                     hovertemplate="%{text}<extra></extra>",
                     connectgaps=False,

@@ -1,45 +1,38 @@
 """The figures of a report. Each function returns a figure, its caption and the table it shows; none touches a file."""
 
 import textwrap
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.longtail import BOUNDS, GROUPS, class_groups
-from pipeline.report import axes as look
-from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
-from pipeline.report.chart import bars, chart, class_axis, trace
+from pipeline.report.chart import BLACK, BLUE, GREY, RED, bars, chart, class_axis, note, panel, rounded, trace
 from pipeline.report.confusion import confusion_between_groups
-from pipeline.report.drawing import AFTER, ALONE, BEFORE, ZERO, Drawing, class_table, rounded
+from pipeline.report.curves import accuracy_panels, present_columns
+from pipeline.report.drawing import AFTER, BY_GROUP, Drawing, class_table
 from pipeline.report.explorer import lambda_chart
 from pipeline.report.geometry import feature_geometry
 from pipeline.report.norms import norm_against_size, weight_norms
 from pipeline.report.predictions import read_compared
 from pipeline.report.reliability import reliability_diagram
 from pipeline.report.study import COLUMNS, SPLITS, Row, Study, signed
-from pipeline.results.head_id import BASELINE
-from pipeline.results.mean_std import MeanStd
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pipeline.results.head_id import BASELINE, HeadId
 
 NARROW = 0.18  # share of the classes below which a group has no room for its full label
 
 
 def draw_all(study: Study) -> list[Drawing]:
     """Every figure there is data for, in the order of the page."""
-    with look.style():
-        compared = read_compared(study)
-        drawings = [
-            accuracy_against_lambda(study),
-            weight_norms(study),
-            norm_against_size(study),
-            class_change(study),
-            confusion_between_groups(study, compared),
-            reliability_diagram(study, compared),
-            feature_geometry([study]),
-            training_curves(study),
-        ]
+    compared = read_compared(study)
+    drawings = [
+        accuracy_against_lambda(study),
+        weight_norms(study),
+        norm_against_size(study),
+        class_change(study),
+        confusion_between_groups(study, compared),
+        reliability_diagram(study, compared),
+        feature_geometry([study]),
+        training_curves(study),
+    ]
     return [d for d in drawings if d is not None]
 
 
@@ -47,64 +40,54 @@ def accuracy_against_lambda(study: Study) -> Drawing | None:
     """Accuracy of every group against λ: validation, which chose, above test, which did not; None without any λ."""
     if not study.lams:
         return None
-    splits = [s for s in (study.choosing_split, "test") if study.has_split(s)]
-    columns = [c for c in COLUMNS if any(r.get(c) is not None for r in study.first.rows)]
-    figure = look.figure_of(2 + 3 * len(columns), 1.2 + 2.9 * len(splits))
-    grid: Any = figure.subplots(len(splits), len(columns), sharex=True, sharey="col", squeeze=False)
-    table: list[Row] = []
-    for split, line in zip(splits, grid, strict=True):
-        for column, axes in zip(columns, line, strict=True):
-            table += _lambda_panel(axes, study, split, column)
-            look.lambda_axis(axes, study.lams)
-        line[0].set_ylabel(f"{SPLITS[split]}{' (not selected on)' if split == 'test' else ''}\naccuracy [%]")
-    for column, top, bottom in zip(columns, grid[0], grid[-1], strict=True):
-        top.set_title(_columns_title(column, study))
-        bottom.set_xlabel("λ, scale of the target norms")
-    look.legend(figure, grid)
-    figure.suptitle(_gain(study), x=0.01, ha="left", fontsize=13)
-    kind = study.at(0.0)
+    start, kind = study.start.removeprefix("the "), study.at(0.0)
+    lines = {head.name(start): [head] for head in (BASELINE, study.first.loss_only)}
+    lines |= {kind.without_lam.name(): [study.at(lam) for lam in study.lams], kind.name(): [kind]}
+    splits = {s: SPLITS[s] for s in (study.choosing_split, "test") if study.has_split(s)}
+    curves = {s: {line: _points(study, s, heads) for line, heads in lines.items()} for s in splits}
+    columns = present_columns([point for lines in curves.values() for points in lines.values() for point in points])
+    table = [
+        {"split": split, "classes": column, "line": line, "lam": head.lam, "mean": point[column]}
+        | {"std": point[f"{column}_std"], "n": point["n"]}
+        for split in splits
+        for column in columns
+        for line, heads in lines.items()
+        for head, point in zip(heads, curves[split][line], strict=True)
+        if point[column] is not None
+    ]
+    rows = {f"{words}{' (not selected on)' if s == 'test' else ''}\n": curves[s] for s, words in splits.items()}
+    titles = {column: _columns_title(column, study) for column in columns}
+    still = accuracy_panels(rows, titles, across=len(columns), star=f"chosen on {SPLITS[study.choosing_split]}")
     basis = f"The star marks the λ chosen on {SPLITS[study.choosing_split]} alone"
     zero = sum(k.lam == 0 for k in study.selected)
     if not study.chosen_on:
         basis = "One λ was given, so nothing was chosen"
     elif zero:
         by = f" by {zero} of {len(study.backbones)} backbones" if len(study.backbones) > 1 else ""
-        basis += f"; λ = 0, the dash-dotted line, was chosen{by}"
+        basis += f"; λ = 0, the line of equal norms, was chosen{by}"
     caption = (
         f"{kind.without_lam.name()}; mean ± one standard deviation over {study.repeated}. {basis}; "
         "test was evaluated afterwards and selected nothing."
     )
-    return Drawing("accuracy-lambda", "Accuracy against λ", caption, figure, table, lambda_chart(study, table))
+    moving, height = lambda_chart(study, table), 1.2 + 2.9 * len(splits)
+    return Drawing("accuracy-lambda", "Accuracy against λ", caption, table, moving, _gain(study), height, still)
 
 
-def _lambda_panel(axes: "Axes", study: Study, split: str, column: str) -> list[Row]:
-    """Draws one group on one split; the numbers drawn."""
-    table = []
-    start = study.start.removeprefix("the ")
-    references = ((BASELINE, BEFORE), (study.first.loss_only, ALONE), (study.at(0.0), ZERO))
-    for label, kind, style in [(head.name(start), head, style) for head, style in references]:
-        value = study.spread(kind, split, column)
-        if value is not None and value.mean is not None:
-            axes.axhline(value.mean, label=label, linewidth=1.6, **style)
-            table.append(_numbers(split, column, label, kind.lam, value))
-    spreads = {lam: s for lam in study.lams if (s := study.spread(study.at(lam), split, column)) and s.mean is not None}
-    if not spreads:
-        axes.text(0.5, 0.5, "no sample", transform=axes.transAxes, ha="center", color=GREY)
-        return table
-    x, y = np.array(list(spreads)), np.array([s.mean for s in spreads.values()], dtype=float)
-    error = np.array([s.std or 0.0 for s in spreads.values()])
-    name = study.at(0.0).without_lam.name()
-    if len(x) > 1:
-        axes.fill_between(x, y - error, y + error, color=SKY, alpha=0.35, linewidth=0)
-        axes.plot(x, y, label=name, linewidth=2, markersize=5, **AFTER)
-    else:
-        axes.errorbar(x, y, error if error.any() else None, label=name, markersize=7, capsize=4, **AFTER)
-    if study.chosen_on:
-        for lam in sorted({k.lam for k in study.selected if k.lam in spreads}):
-            star: Row = {"markersize": 17, "markeredgecolor": BLACK, "color": ORANGE, "zorder": 5, "linestyle": "none"}
-            label = f"chosen on {SPLITS[study.choosing_split]}"
-            axes.plot([lam], [y[list(spreads).index(lam)]], marker="*", label=label, **star)
-    return table + [_numbers(split, column, name, lam, s) for lam, s in spreads.items()]
+def _points(study: Study, split: str, heads: list[HeadId]) -> list[Row]:
+    """Return the accuracies of each head by group; a single one is a level line, which has no λ of its own."""
+    selected = {head.lam for head in study.selected} if study.chosen_on else set()
+    points = []
+    for head in heads:
+        cells = {column: study.spread(head, split, column) for column in COLUMNS}
+        point: Row = {"lam": head.lam or None, "chosen": bool(head.lam) and head.lam in selected}
+        point["n"] = max((cell.n for cell in cells.values() if cell), default=0)
+        for column, cell in cells.items():
+            point |= {
+                column: rounded(cell.mean) if cell else None,
+                f"{column}_std": rounded(cell.std) if cell else None,
+            }
+        points.append(point)
+    return points
 
 
 def class_change(study: Study) -> Drawing | None:
@@ -120,66 +103,46 @@ def class_change(study: Study) -> Drawing | None:
         row |= {study.start.removeprefix("the "): rounded(a), "selected": rounded(b), "change": rounded(b - a)}
     order = study.by_size
     change = (last - first)[order]
-    figure = look.figure_of(11.5, 4.6)
-    axes = figure.subplots()
-    x, y = look.thinned(change)
-    width = 0.85 * (x[1] - x[0] if len(x) > 1 else 1)
-    up = np.nan_to_num(y) >= 0
-    worse: Row = {
-        "color": "white",
-        "edgecolor": RED,
-        "hatch": "////",
-        "linewidth": 0.8,
-        "label": f"worse than {study.start}",
-    }
-    axes.bar(x[up], y[up], width, color=BLUE, label=f"better than {study.start}")
-    axes.bar(x[~up], y[~up], width, **worse)
-    axes.axhline(0, color=BLACK, linewidth=1)
-    _mark_groups(axes, study.counts[order], change)
     names = [study.first.store.class_names[c] for c in order]
-    look.class_axis(axes, names, study.counts)
-    axes.set_ylabel("change of test accuracy\n[percentage points]")
     gain, loss, measured = int((change > 0).sum()), int((change < 0).sum()), int(np.isfinite(change).sum())
     mean = signed(float(np.nanmean(change)))
-    axes.set_title(f"{gain} classes gain, {loss} lose, {measured - gain - loss} stay; mean {mean} points", pad=40)
-    look.legend(figure, np.array([axes]))
+    headline = f"{gain} classes gain, {loss} lose, {measured - gain - loss} stay; mean {mean} points"
     name = str(study.first.selected) if len(study.backbones) == 1 else "The selected head of each backbone"
     caption = f"{name} less {study.start}, test split, classes from largest to smallest; mean over {study.repeated}."
     rank, better = np.arange(1, len(change) + 1), np.nan_to_num(change) >= 0
-    figure_chart = chart(
+    up, down = np.where(better, change, np.nan), np.where(better, np.nan, change)
+    borders, labels = _groups(study.counts[order], change)
+    drawn = chart(
         [
-            bars(f"better than {study.start}", rank, np.where(better, change, np.nan), color=BLUE, of_classes=True),
-            bars(
-                f"worse than {study.start}",
-                rank,
-                np.where(better, np.nan, change),
-                color=RED,
-                pattern="/",
-                of_classes=True,
-            ),
+            bars(f"better than {study.start}", rank, up, color=BLUE, of_classes=True),
+            bars(f"worse than {study.start}", rank, down, color=RED, pattern="/", of_classes=True),
         ],
         x=class_axis(names, study.counts),
-        y="change of test accuracy [points]",
+        y={"title": "change of test accuracy [points]", "zerolinewidth": 1},
         barmode="overlay",
+        shapes=borders,
+        annotations=labels,
     )
-    return Drawing("class-change", "What changes for each class", caption, figure, table, figure_chart)
+    return Drawing("class-change", "What changes for each class", caption, table, drawn, headline, 5.0)
 
 
-def _mark_groups(axes: "Axes", counts: np.ndarray, change: np.ndarray) -> None:
-    """Borders between many, medium and few, and the mean change of each; counts and change largest class first."""
-    start = 0
+def _groups(counts: np.ndarray, change: np.ndarray) -> tuple[list[Row], list[Row]]:
+    """Return borders between many, medium and few, and the mean change of each; counts and change largest class first."""
+    start, borders, labels = 0, list[Row](), list[Row]()
     for group, inside in class_groups(counts).items():
         size, measured = int(inside.sum()), change[inside & np.isfinite(change)]
         if not size:
             continue
         if start:
-            axes.axvline(start + 0.5, color=GREY, linewidth=1, linestyle="--")
-        wide = size >= NARROW * len(counts)
-        text = f"{group} ({BOUNDS[group]} images)\nmean " if wide else f"{group}\n"
+            line = {"color": GREY, "dash": "dash", "width": 1}
+            place = {"x0": start + 0.5, "x1": start + 0.5, "xref": "x", "y0": 0, "y1": 1, "yref": "y domain"}
+            borders.append({"type": "line", "line": line, **place})
+        text = f"{group} ({BOUNDS[group]} images)\nmean " if size >= NARROW * len(counts) else f"{group}\n"
         text += signed(measured.mean()) if len(measured) else "–"
-        place: Row = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "color": GREY}
-        axes.text(start + 0.5 + size / 2, 1.015, text, fontsize=10.5, **place)
+        label = note(text, start + 0.5 + size / 2, 1.01, anchor="bottom")
+        labels.append(label | {"yref": "y domain"})
         start += size
+    return borders, labels
 
 
 def training_curves(study: Study) -> Drawing | None:
@@ -187,60 +150,41 @@ def training_curves(study: Study) -> Drawing | None:
     backbones = [b for b in study.backbones if b.metrics]
     if not backbones:
         return None
-    figure = look.figure_of(11.5, 4.3)
-    left, right = figure.subplots(1, 2)
-    traces: list[Row] = []
-    styles = [(ORANGE, "--", "s"), (GREEN, "-.", "D"), (RED, ":", "v")]
     lines: list[tuple[str, str, Row]] = [
-        ("train_accuracy", "training images (augmented)", {"color": BLACK, "linestyle": "-"}),
-        ("val_accuracy", "validation, all", AFTER | {"linewidth": 2.2}),
+        ("train_accuracy", "training images (augmented)", {"color": BLACK}),
+        ("val_accuracy", "validation, all", AFTER | {"width": 2.2}),
+        *((f"val_{group}", f"validation, {group}", {"width": 1.7} | BY_GROUP[group]) for group in GROUPS),
     ]
-    for group, (color, line, marker) in zip(GROUPS, styles, strict=True):
-        lines.append((f"val_{group}", f"validation, {group}", {"color": color, "linestyle": line, "marker": marker}))
-    for number, backbone in enumerate(backbones):
-        named = {"alpha": 1.0 if number == 0 else 0.45}
-        epochs, losses = zip(*((m["epoch"], m["loss"]) for m in backbone.metrics), strict=True)
-        left.plot(epochs, losses, color=BLACK, linewidth=2, marker="o" if len(epochs) == 1 else None, **named)
-        marked: Row = {"color": BLACK, "marker": "o" if len(epochs) == 1 else None}
-        traces.append(trace("training loss", epochs, losses, marked, **_part_of(number, "loss", **named)))
-        for key, label, style in lines:
+    traces = []
+    for number, backbone in enumerate(backbones):  # one entry in the legend for all backbones, the later ones paler
+        keys: Row = {"opacity": 1.0 if number == 0 else 0.45}
+        for place, key, label, style in (
+            (1, "loss", "training loss", {"color": BLACK, "symbol": "circle"}),
+            *((2, *line) for line in lines),
+        ):
             points = [(m["epoch"], m[key]) for m in backbone.metrics if m.get(key) is not None]
             if points:
-                every = {"markevery": max(1, len(points) // 8), "label": label if number == 0 else None}
-                line_style = {"linewidth": 1.7, "markersize": 5, "markerfacecolor": "white", **style, **every, **named}
                 x, y = zip(*points, strict=True)
-                right.plot(x, y, **line_style)
-                plain_style = {"linewidth": 1.7, **style, "marker": style.get("marker") if len(x) < 12 else None}
-                second: Row = {"xaxis": "x2", "yaxis": "y2", "text": [backbone.name] * len(x)}
-                traces.append(trace(label, x, y, plain_style, **second, **_part_of(number, label, **named)))
+                marked = style if len(x) < (2 if key == "loss" else 12) else style | {"symbol": None}
+                keys |= {"legendgroup": label, "showlegend": number == 0, "text": [backbone.name] * len(x)}
+                traces.append(trace(label, x, y, marked, **keys, **panel(place)))
     last = backbones[0].metrics[-1]
     val = next((m["val_accuracy"] for m in reversed(backbones[0].metrics) if m.get("val_accuracy") is not None), None)
-    left.set(title=f"Training loss: {last['loss']:.2f} at the end", ylabel="loss that is minimised")
-    left.set_ylim(bottom=0)
     ends = f"training {last['train_accuracy']:.0f} %" + (f", validation {val:.0f} %" if val is not None else "")
-    right.set(title=f"Accuracy at the end: {ends}", ylabel="accuracy [%]", ylim=(0, 102))
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    look.legend(figure, np.array([right]))
     caption = "Accuracies are means over classes, of training images as they were augmented in that epoch." + (
         f" One line for each of {len(backbones)} backbones." if len(backbones) > 1 else ""
     )
     table = [{"backbone": b.name, **line} for b in backbones for line in b.metrics]
-    figure_chart = chart(
+    drawn = chart(
         traces,
         x="epoch",
         y={"title": "loss that is minimised", "rangemode": "tozero"},
         xaxis2={"title": "epoch"},
         yaxis2={"title": "accuracy [%]", "range": [0, 102]},
-        grid={"rows": 1, "columns": 2, "pattern": "independent"},
+        columns=2,
     )
-    return Drawing("training", "Stage 1, epoch by epoch", caption, figure, table, figure_chart)
-
-
-def _part_of(number: int, group: str, *, alpha: float) -> Row:
-    """Keys of a trace of the number-th backbone: one entry in the legend for all backbones, the later ones paler."""
-    return {"opacity": alpha, "legendgroup": group, "showlegend": number == 0}
+    headline = f"At the end: training loss {last['loss']:.2f}; accuracy on {ends}"
+    return Drawing("training", "Stage 1, epoch by epoch", caption, table, drawn, headline)
 
 
 def _columns_title(column: str, study: Study) -> str:
@@ -258,8 +202,3 @@ def _gain(study: Study) -> str:
     lams = sorted({k.lam for k in study.selected if k.lam is not None})
     at = f"λ = {', '.join(f'{lam:g}' for lam in lams)}" if lams else study.first.selected.method
     return f"{study.start[0].upper()}{study.start[1:]} → rebalanced ({at}), test: {', '.join(parts)}"
-
-
-def _numbers(split: str, column: str, line: str, lam: float | None, value: MeanStd) -> Row:
-    numbers = {"mean": rounded(value.mean), "std": rounded(value.std), "n": value.n}
-    return {"split": split, "classes": column, "line": line, "lam": lam, **numbers}

@@ -3,22 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cache import Cache
 from pipeline.longtail import BOUNDS, GROUPS, class_groups
-from pipeline.report import axes as look
-from pipeline.report.axes import BLACK, BLUE, GREY, RED
-from pipeline.report.chart import bars, chart, plain, trace
-from pipeline.report.drawing import Drawing, rounded
+from pipeline.report.chart import (
+    BLACK,
+    BLUE,
+    GREY,
+    RED,
+    bars,
+    chart,
+    errors,
+    note,
+    panel,
+    panel_titles,
+    plain,
+    rounded,
+    trace,
+)
+from pipeline.report.drawing import Drawing
+from pipeline.report.picture import WIDTH
 from pipeline.report.study import Row, Study
 from pipeline.results.mean_std import MeanStd, mean_std
 from pipeline.seeds import derive
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 CLASSES_IN_A_MAP = 10  # half of them the largest, half the smallest
 SAMPLES_OF_A_CLASS = 100
@@ -30,16 +39,12 @@ SHADES = {  # of the classes in a map, largest first; head and tail differ in th
     "smallest": ("#a63603", "#d94801", "#f16913", "#fd8d3c", "#fdae6b"),
 }
 MEASURES: dict[str, Row] = {
-    "training images": {"color": BLACK, "linestyle": ":", "marker": "s", "hatch": "////", "fill": "white"},
-    "test images": {"color": BLUE, "linestyle": "-", "marker": "o", "hatch": "", "fill": BLUE},
-    "test around training mean": {
-        "color": RED,
-        "linestyle": "--",
-        "marker": "^",
-        "hatch": "....",
-        "fill": "white",
-    },
+    "training images": {"color": BLACK, "dash": "dot", "symbol": "square", "fill": "white"},
+    "test images": {"color": BLUE, "symbol": "circle"},
+    "test around training mean": {"color": RED, "dash": "dash", "symbol": "triangle-up", "fill": "white"},
 }
+PATTERNS = {"training images": "/", "test images": "", "test around training mean": "."}
+LETTER = 9.5 / 72  # inches of the names in a map
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,43 +110,20 @@ def feature_geometry(studies: Sequence[Study], names: Sequence[str] | None = Non
 
     names: what the runs are called, their folders' names by default. None where no run has test features.
     """
-    with look.style():
-        return _drawn(studies, names)
-
-
-def _drawn(studies: Sequence[Study], names: Sequence[str] | None) -> Drawing | None:
     run_names = names or [study.folder.resolve().name for study in studies]
     runs = [Geometry(study, name) for study, name in zip(studies, run_names, strict=True)]
     runs = sorted((run for run in runs if "test images" in run.of_classes), key=lambda run: run.imbalance)
     if not runs:
         return None
     groups = [g for g in GROUPS if any(class_groups(run.study.counts)[g].any() for run in runs)]
-    if len(runs) == 1:
-        figure = look.figure_of(11.5, 5.4)
-        panels = list(figure.subplots(1, 2, width_ratios=(1.2, 1)))
-        _bars(panels[1], runs[0], groups)
-    else:
-        lines = -(-len(runs) // MAPS_IN_A_LINE)
-        across = -(-len(runs) // lines)
-        figure = look.figure_of(11.5, 3.7 * lines + 3.6)
-        grid = figure.add_gridspec(lines + 1, 12)
-        width = 12 // across
-        places = [(i // across, slice(i % across * width, (i % across + 1) * width)) for i in range(len(runs))]
-        panels = [figure.add_subplot(grid[line, columns]) for line, columns in places]
-        span = 12 // len(groups)
-        for i, group in enumerate(groups):
-            axes = figure.add_subplot(grid[lines, slice(i * span, (i + 1) * span)], sharey=panels[-1] if i else None)
-            _lines(axes, runs, group, first=i == 0)
-            panels.append(axes)
-        panels[-1].set_ylim(0, 1.04 * panels[-1].get_ylim()[1])  # once all groups are drawn: they share the axis
-    for axes, run in zip(panels, runs, strict=False):
-        _draw_map(axes, run, alone=len(runs) == 1)
-    title = _title(runs, groups)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
-    look.legend(figure, np.array(panels))
-    table, figure_chart = _table(runs, groups), _chart(runs, groups)
+    columns = 2 if len(runs) == 1 else min(max(len(runs), len(groups)), MAPS_IN_A_LINE)
+    lines = -(-len(runs) // columns)
+    height = 5.4 if len(runs) == 1 else 3.7 * lines + 3.6
+    map_size = np.array([WIDTH / columns - 0.6, (height - 1.4) / (lines + (len(runs) > 1))])
+    title, drawn = _title(runs, groups), _chart(runs, groups, columns=columns, letter=LETTER / map_size)
+    caption = f"{title}. {_caption(runs)}"
     return Drawing(
-        "feature-geometry", "Feature map and class spread", f"{title}. {_caption(runs)}", figure, table, figure_chart
+        "feature-geometry", "Feature map and class spread", caption, _table(runs, groups), drawn, title, height
     )
 
 
@@ -180,46 +162,29 @@ def embedded(features: np.ndarray) -> np.ndarray:
     return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(unit).astype(np.float64)
 
 
-def _draw_map(axes: "Axes", run: Geometry, *, alone: bool) -> None:
-    """Points of head and tail classes; each class is named at the middle of its points."""
-    from matplotlib.patheffects import withStroke
+def _names_on_map(run: Geometry, panel_number: int, letter: np.ndarray) -> tuple[list[Row], Row, Row]:
+    """Return the names of the classes in the middle of their points, and axes (x, y) with room for all points.
 
-    head, tail = ends(run.study.counts)
-    axes.set(xticks=[], yticks=[])
-    axes.grid(visible=False)
-    axes.set_title(f"Test features (t-SNE){'' if alone else f', IF {run.imbalance:.3g}'}")
+    Arguments:
+        letter: (width, height) of a letter in parts of the panel.
+    """
+    bare: Row = {"showticklabels": False, "showgrid": False, "zeroline": False}
     if run.map is None:
-        axes.text(0.5, 0.5, "too few test samples", transform=axes.transAxes, ha="center", color=GREY)
-        return
-    for part, size in ((head, "largest"), (tail, "smallest")):
-        for c, color in zip(part, SHADES[size], strict=False):
-            dots = run.map.places[run.map.labels == c]
-            face: Row = (
-                {"marker": "o", "facecolor": color} if size == "largest" else {"marker": "^", "facecolor": "white"}
-            )
-            axes.scatter(
-                dots[:, 0],
-                dots[:, 1],
-                14 if alone else 8,
-                alpha=0.8,
-                edgecolor=color,
-                linewidth=0.8,
-                **face,
-            )
-        middle = SHADES[size][len(part) // 2]
-        label = f"{len(part)} {size} classes" if len(part) > 1 else f"the {size} class"
-        legend: Row = {"marker": face["marker"], "markerfacecolor": middle if size == "largest" else "white"}
-        axes.plot([], [], linestyle="none", color=middle, label=label, **legend)
-    points = {c: run.map.places[run.map.labels == c] for c in (*head, *tail)}
+        none = note("too few test samples", 0.5, 0.5, panel_number=panel_number, inside=False)
+        return [none], bare, bare
+    low, high = run.map.places.min(0), run.map.places.max(0)
+    margin = 0.05 * np.maximum(high - low, 1e-6)
+    low, room = low - margin, high - low + 2 * margin
+    points = {c: run.map.places[run.map.labels == c] for part in ends(run.study.counts) for c in part.tolist()}
     names = {c: _shortened(run.study.first.store.class_names[c]) for c, dots in points.items() if len(dots)}
-    letters: Row = {"ha": "center", "va": "center", "fontsize": 9.5 if alone else 7.5, "color": BLACK}
-    size = letters["fontsize"] * axes.figure.dpi / 72 / axes.bbox.size  # of a letter, in parts of the panel
-    axes.autoscale_view()  # which else waits until the figure is drawn
-    middles = {c: axes.transLimits.transform(np.median(points[c], axis=0)) for c in names}
-    for c, place in _apart(middles, names, size).items():
-        above = (0, 10 if len(points[c]) < FEW else 0)  # a name would hide them
-        label_text = axes.annotate(names[c], place, above, "axes fraction", textcoords="offset points", **letters)
-        label_text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    middles = {c: (np.median(points[c], axis=0) - low) / room for c in names}
+    texts = []
+    for c, place in _apart(middles, names, letter).items():
+        x, y = low + np.array(place) * room
+        text = note(names[c], float(x), float(y), panel_number=panel_number)
+        texts.append(text | {"font": {"size": 9.5, "color": BLACK}, "yshift": 10 if len(points[c]) < FEW else 0})
+    x_axis, y_axis = (bare | {"range": [float(low[i]), float(low[i] + room[i])]} for i in (0, 1))
+    return texts, x_axis, y_axis
 
 
 def _apart(middles: dict[int, np.ndarray], names: dict[int, str], letter: np.ndarray) -> dict[int, tuple[float, float]]:
@@ -244,86 +209,56 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 14 else f"{name[:8]}…{name[-5:]}"
 
 
-def _bars(axes: "Axes", run: Geometry, groups: Sequence[str]) -> None:
-    """Dispersion by group, a bar for everything that was measured."""
-    present = [g for g in groups if class_groups(run.study.counts)[g].any()]
-    place, width = np.arange(len(present)), 0.8 / len(run.of_classes)
-    for number, measure in enumerate(run.of_classes):
-        spreads = [run.of_group(measure, group) for group in present]
-        heights = np.array([np.nan if s.mean is None else s.mean for s in spreads])
-        error = np.array([s.std or 0.0 for s in spreads])
-        style, x = MEASURES[measure], place + (number - (len(run.of_classes) - 1) / 2) * width
-        filled: Row = {"color": style["fill"], "edgecolor": style["color"], "hatch": style["hatch"], "linewidth": 0.8}
-        axes.bar(x, heights, 0.9 * width, yerr=error if error.any() else None, capsize=3, label=measure, **filled)
-        for at, height, above in zip(x, heights, error, strict=True):
-            if np.isfinite(height):
-                axes.text(at, height + above, f"{height:.3f}", ha="center", va="bottom", fontsize=9, color=GREY)
-    axes.set_xticks(place, [f"{g}\n{BOUNDS[g]} images" for g in present])
-    axes.grid(visible=False, axis="x")
-    axes.margins(y=0.1)
-    axes.set(title="Dispersion within a class", ylabel="1 − mean cosine to the class mean")
-
-
-def _lines(axes: "Axes", runs: Sequence[Geometry], group: str, *, first: bool) -> None:
-    """Dispersion of a group in every run, by imbalance factor."""
-    place = np.arange(len(runs))
-    for measure, style in MEASURES.items():
-        spreads = [
-            run.of_group(measure, group) if measure in run.of_classes else MeanStd(None, None, 0) for run in runs
-        ]
-        y = np.array([np.nan if s.mean is None else s.mean for s in spreads])
-        error = np.array([s.std or 0.0 for s in spreads])
-        line_style: Row = {key: style[key] for key in ("color", "linestyle", "marker")}
-        line_style |= {"markerfacecolor": style["fill"], "linewidth": 1.8, "capsize": 3, "label": measure}
-        if np.isfinite(y).any():
-            axes.errorbar(place, y, error if error.any() else None, **line_style)
-    factors = [f"{run.imbalance:.3g}" for run in runs]
-    ticks = (
-        factors if len(set(factors)) == len(runs) else [f"{f}\n{r.name}" for f, r in zip(factors, runs, strict=True)]
-    )
-    axes.set_xticks(place, ticks)
-    axes.set_xlim(-0.3, len(runs) - 0.7)
-    axes.set(title=f"{group}: {BOUNDS[group]} images", xlabel="imbalance factor")
-    if first:
-        axes.set_ylabel("dispersion within a class\n1 − mean cosine to the mean")
-
-
-def _chart(runs: Sequence[Geometry], groups: Sequence[str]) -> Row:
-    """Maps, in which hovering tells the class, and dispersions."""
+def _chart(runs: Sequence[Geometry], groups: Sequence[str], *, columns: int, letter: np.ndarray) -> Row:
+    """Maps, in which hovering tells the class, and dispersions: of one run as bars, of several by imbalance factor."""
     traces: list[Row] = []
     axes: Row = {}
-    columns = 2 if len(runs) == 1 else max(len(runs), len(groups))
-    for panel, run in enumerate(runs, 1):
-        traces += _points_of(run, _place(panel), first=panel == 1)
-        factor = "" if len(runs) == 1 else f", IF {run.imbalance:.3g}"
-        bare: Row = {"showticklabels": False, "showgrid": False, "zeroline": False}
-        axes |= {f"xaxis{panel}": bare | {"title": f"test features (t-SNE){factor}"}, f"yaxis{panel}": bare}
+    notes: list[Row] = []
+    several = len(runs) > 1
+    for number, run in enumerate(runs, 1):
+        traces += _points_of(run, panel(number), first=number == 1)
+        texts, axes[f"xaxis{number}"], axes[f"yaxis{number}"] = _names_on_map(run, number, letter)
+        notes += texts
+    titles = [f"Test features (t-SNE){f', IF {run.imbalance:.3g}' if several else ''}" for run in runs]
     measures = {m: s for m, s in MEASURES.items() if any(m in run.of_classes for run in runs)}
-    if len(runs) == 1:
+    if not several:
+        present = [g for g in groups if class_groups(runs[0].study.counts)[g].any()]
         for measure, style in measures.items():
-            spreads = [runs[0].of_group(measure, g) for g in groups]
-            error = {"type": "data", "array": plain([s.std or 0.0 for s in spreads]), "color": GREY}
-            pattern = {"": "", "////": "/", "....": "."}[style["hatch"]]
-            more: Row = {"error_y": error} if any(s.std for s in spreads) else {}
-            values = plain([s.mean for s in spreads])
-            traces.append(bars(measure, groups, values, color=style["color"], pattern=pattern, **more, **_place(2)))
-        axes |= {"xaxis2": {"title": "classes"}, "yaxis2": {"title": "1 − mean cosine to the class mean"}}
-    for number, group in enumerate(groups if len(runs) > 1 else ()):
-        panel = columns + number + 1
+            spreads = [runs[0].of_group(measure, g) for g in present]
+            more = errors([s.std or 0.0 for s in spreads], GREY) if any(s.std for s in spreads) else {}
+            more |= {"text": ["" if s.mean is None else f"{s.mean:.3f}" for s in spreads], "textposition": "outside"}
+            labels, values = [f"{g}<br>{BOUNDS[g]} images" for g in present], plain([s.mean for s in spreads])
+            drawn = bars(measure, labels, values, color=style["color"], pattern=PATTERNS[measure], **more, **panel(2))
+            traces.append(drawn | {"x": labels})
+        axes |= {"xaxis2": {"showgrid": False}, "yaxis2": {"title": "1 − mean cosine to the class mean"}}
+        titles.append("Dispersion within a class")
+    start = -(-len(runs) // columns) * columns
+    factors = [f"{run.imbalance:.3g}" for run in runs]
+    if len(set(factors)) < len(runs):
+        factors = [f"{factor}<br>{plain([run.name])[0]}" for factor, run in zip(factors, runs, strict=True)]
+    for number, group in enumerate(groups if several else (), start + 1):
         for measure, style in measures.items():
-            means = [run.of_group(measure, group).mean if measure in run.of_classes else None for run in runs]
-            legend: Row = {"legendgroup": measure, "showlegend": number == 0, "text": plain([r.name for r in runs])}
-            traces.append(trace(measure, range(len(runs)), plain(means), style, **legend, **_place(panel)))
-        ticks: Row = {"tickvals": list(range(len(runs))), "ticktext": [f"{run.imbalance:.3g}" for run in runs]}
-        axes[f"xaxis{panel}"] = ticks | {"title": f"imbalance factor, {group}"}
-        axes[f"yaxis{panel}"] = {"title": "" if number else "dispersion within a class", "rangemode": "tozero"}
-    grid = {"rows": 1 if len(runs) == 1 else 2, "columns": columns, "pattern": "independent"}
-    tall: Row = {} if len(runs) == 1 else {"height": 760}
-    return chart(traces, x=axes.pop("xaxis1"), y=axes.pop("yaxis1"), grid=grid, **axes, **tall)
-
-
-def _place(panel: int) -> Row:
-    return {"xaxis": f"x{panel}", "yaxis": f"y{panel}"} if panel > 1 else {}
+            spreads = [run.of_group(measure, group) if measure in run.of_classes else MeanStd(None) for run in runs]
+            keys: Row = {
+                "legendgroup": measure,
+                "showlegend": number == start + 1,
+                "text": plain([r.name for r in runs]),
+            }
+            keys |= errors([s.std for s in spreads], style["color"]) | panel(number)
+            traces.append(trace(measure, range(len(runs)), plain([s.mean for s in spreads]), style, **keys))
+        ticks: Row = {"tickvals": list(range(len(runs))), "ticktext": factors, "range": [-0.3, len(runs) - 0.7]}
+        axes[f"xaxis{number}"] = ticks | {"title": "imbalance factor"}
+        first = number == start + 1
+        title = "dispersion within a class\n1 − mean cosine to the mean" if first else ""
+        axes[f"yaxis{number}"] = {"title": title, "rangemode": "tozero"} | (
+            {} if first else {"matches": f"y{start + 1}"}
+        )
+        notes.append(note(f"{group}: {BOUNDS[group]} images", 0, 1, panel_number=number, anchor="bottom", inside=False))
+    more_keys: Row = {"height": 760} if several else {}
+    first_axes = {"x": axes.pop("xaxis1"), "y": axes.pop("yaxis1")}
+    return chart(
+        traces, **first_axes, columns=columns, **axes, **more_keys, annotations=[*panel_titles(titles), *notes]
+    )
 
 
 def _points_of(run: Geometry, place: Row, *, first: bool) -> list[Row]:
@@ -332,13 +267,16 @@ def _points_of(run: Geometry, place: Row, *, first: bool) -> list[Row]:
         return []
     traces, names = [], run.study.first.store.class_names
     for part, size in zip(ends(run.study.counts), SHADES, strict=True):
+        face: Row = {"dash": "none", "size": 4, "symbol": "circle"}
+        face |= {} if size == "largest" else {"symbol": "triangle-up", "fill": "rgba(0,0,0,0)"}
         for c, color in zip(part.tolist(), SHADES[size], strict=False):
             x, y = run.map.places[run.map.labels == c].T
-            face: Row = {"marker": "o"} if size == "largest" else {"marker": "^", "markerfacecolor": "rgba(0,0,0,0)"}
             hover = f"{plain([names[c]])[0]}<br>{run.study.counts[c]:,} training images<extra></extra>"
-            style: Row = {"color": color, "linestyle": "none", "markersize": 5, **face}
-            more: Row = {"hovertemplate": hover, "legendgroup": f"{c}", "showlegend": first}
-            traces.append(trace(names[c], x, y, style, **more, **place))
+            more: Row = {"hovertemplate": hover, "legendgroup": size, "showlegend": False}
+            traces.append(trace(names[c], x, y, face | {"color": color}, **more, **place))
+        label = f"{len(part)} {size} classes" if len(part) > 1 else f"the {size} class"
+        middle: Row = face | {"color": SHADES[size][len(part) // 2]}
+        traces.append(trace(label, [None], [None], middle, legendgroup=size, showlegend=first, **place))
     return traces
 
 

@@ -171,7 +171,7 @@ def _one(run: Path, study: Study | None, folder: Path, below: str, key: str) -> 
     figures: list[Path] = []
 
     def shown(drawing: "Drawing") -> str:
-        image, path = _kept(drawing, folder / "figures" / below)
+        image, path = drawing.write(folder / "figures" / below)
         figures.append(path)
         return figure(drawing, image, key, f"figures/{below}{drawing.name}.csv")
 
@@ -220,7 +220,7 @@ def _together(studies: dict[str, Study], folder: Path) -> Part:
     parts: list[Section] = [("The runs", table)]
     figures = []
     for drawing in draw_compared(studies):
-        image, path = _kept(drawing, folder / "figures")
+        image, path = drawing.write(folder / "figures")
         figures.append(path)
         parts.append((drawing.title, figure(drawing, image, "all", f"figures/{drawing.name}.csv")))
     return Part("Side by side", "", parts, figures, rows, "")
@@ -258,23 +258,11 @@ def figure(drawing: "Drawing", image: bytes, key: str, numbers: str) -> str:
     source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     alt_text = escape(f"{drawing.title}. {drawing.caption} Numbers in {numbers}.")
     caption = f"{escape(drawing.caption)} Numbers: <code>{escape(numbers)}</code>."
-    live = ""
-    if drawing.chart:
-        name = f"chart-{drawing.name}-{key}"
-        place = f'<div class=chart data-chart="{name}" role=group aria-label="{escape(drawing.title)}"></div>'
-        live = place + assets.data(name, drawing.chart)
+    name = f"chart-{drawing.name}-{key}"
+    place = f'<div class=chart data-chart="{name}" role=group aria-label="{escape(drawing.title)}"></div>'
+    live = place + assets.data(name, drawing.chart)
     picture = f'<div class=scroll><img src="{source}" alt="{alt_text}"></div>'
     return f"<figure>{picture}{live}<figcaption>{caption}</figcaption></figure>"
-
-
-def _kept(drawing: "Drawing", folder: Path) -> tuple[bytes, Path]:
-    """(the picture, where it was written, its numbers beside it)."""
-    from pipeline.report.axes import png
-
-    image = png(drawing.figure)
-    path = write_durably(folder / f"{drawing.name}.png", image)
-    write_durably(path.with_suffix(".csv"), drawing.csv)
-    return image, path
 
 
 def _anchor(heading: str, key: str) -> str:

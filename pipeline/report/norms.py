@@ -1,21 +1,27 @@
 """The lengths of class vectors: by class before and after, beside other methods' and the target; and against class size."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from pipeline.report import axes as look
-from pipeline.report.axes import BLACK, BLUE, GREEN, LIGHT, ORANGE, PURPLE
-from pipeline.report.chart import chart, class_axis, trace
-from pipeline.report.drawing import AFTER, ALONE, BEFORE, TARGET, Drawing, class_table, rounded
+from pipeline.report.chart import (
+    BLACK,
+    BLUE,
+    GREEN,
+    LIGHT,
+    ORANGE,
+    PURPLE,
+    chart,
+    class_axis,
+    panel,
+    panel_titles,
+    rounded,
+    trace,
+)
+from pipeline.report.drawing import AFTER, ALONE, BEFORE, TARGET, Drawing, class_table
 from pipeline.report.norm_targets import log_base, maxnorm, number_of, target_norms, target_of, tau_norm
 from pipeline.report.study import Row, Study
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-TAU_NORM: Row = {"color": GREEN, "linestyle": "-.", "marker": "v"}
-MAXNORM: Row = {"color": PURPLE, "linestyle": (0, (1, 1)), "marker": "D"}
+TAU_NORM: Row = {"color": GREEN, "dash": "dashdot", "symbol": "triangle-down"}
+MAXNORM: Row = {"color": PURPLE, "dash": "longdash", "symbol": "diamond"}
 
 
 def weight_norms(study: Study) -> Drawing:
@@ -27,33 +33,26 @@ def weight_norms(study: Study) -> Drawing:
     rival_norms = {"tau-norm": tau_norm(backbone), "maxnorm": maxnorm(backbone)}
     rivals = {kind: rival for kind, rival in rival_norms.items() if rival and kind != selected.method}
     lines: list[tuple[str, np.ndarray | None, Row]] = [
-        (study.start.removeprefix("the "), start_norms, BEFORE | {"marker": "s"}),
-        (backbone.loss_only.name(), backbone.norms(backbone.loss_only), ALONE | {"marker": "^"}),
+        (study.start.removeprefix("the "), start_norms, BEFORE | {"symbol": "square", "fill": "white"}),
+        (
+            backbone.loss_only.name(),
+            backbone.norms(backbone.loss_only),
+            ALONE | {"symbol": "triangle-up", "fill": "white"},
+        ),
         *((rival.name, rival.norms, TAU_NORM if kind == "tau-norm" else MAXNORM) for kind, rival in rivals.items()),
         (str(selected), backbone.norms(selected), AFTER),
         ("target P of the norm term, at the same mean", aim, TARGET),
     ]
     table: list[Row] = class_table(study)
     traces = [_images_ground(study)]
-    figure = look.figure_of(11.5, 5.2)
-    axes = figure.subplots()
-    look.counts_backdrop(axes, study.counts[order])
-    for number, (label, values, style) in enumerate(lines):
+    for label, values, style in lines:
         if values is None:
             continue
         for row in table:
             row[label] = rounded(float(values[row["class"]]))
-        x, y = look.thinned(values[order])
-        every = max(1, len(x) // 14)
-        marks: Row = {"markersize": 6, "markevery": (number * every // len(lines), every), "markerfacecolor": "white"}
-        axes.plot(x, y, label=label, linewidth=2, **marks, **style)
         traces.append(trace(label, range(1, len(order) + 1), values[order], style, of_classes=True))
     names = [store.class_names[c] for c in order]
-    look.class_axis(axes, names, study.counts)
-    axes.set_ylabel("length of the class vector ‖W‖")
     title = _length_title(start_norms[order], backbone.norms(selected), order, start=study.start)
-    axes.set_title(title, pad=10)
-    look.legend(figure, np.array([axes]))
     caption = f"{title}. Classes from largest to smallest{_first_backbone_note(study)}; mean over batch orders. "
     caption += "Grey: training images."
     if aim is not None:
@@ -67,14 +66,15 @@ def weight_norms(study: Study) -> Drawing:
         y={"title": "length of the class vector ‖W‖", "rangemode": "tozero", "overlaying": "y2", "tickmode": "auto"},
         yaxis2={"title": "training images per class", "type": "log", "dtick": 1, "side": "right", "showgrid": False},
     )
-    return Drawing("weight-norms", "Length of the class vectors, before and after", caption, figure, table, interactive)
+    heading = "Length of the class vectors, before and after"
+    return Drawing("weight-norms", heading, caption, table, interactive, title, 5.2)
 
 
 def _images_ground(study: Study) -> Row:
     """Training images per class as grey ground, on a second, logarithmic axis."""
     counts = study.counts[study.by_size]
     ground: Row = {"yaxis": "y2", "fill": "tozeroy", "fillcolor": LIGHT, "hoverinfo": "skip"}
-    style: Row = {"color": LIGHT, "linewidth": 0}
+    style: Row = {"color": LIGHT, "width": 0}
     return trace("training images", range(1, len(counts) + 1), counts, style, **ground)
 
 
@@ -108,27 +108,16 @@ def norm_against_size(study: Study) -> Drawing:
     aims = {"number coefficient NC": number}
     if target is not None:
         aims["NC · HC, the target P over λ"] = number * target.hardness
-    looks: list[Row] = [{"color": BLACK, "marker": "s", "markerfacecolor": "white"}, {"color": BLUE, "marker": "o"}]
-    target_styles: list[Row] = [
-        {"color": GREEN, "marker": "v", "markerfacecolor": "white"},
-        {"color": ORANGE, "marker": "D"},
+    looks: list[Row] = [
+        {"color": BLACK, "symbol": "square", "fill": "white"},
+        {"color": BLUE, "symbol": "circle"},
     ]
-
-    figure = look.figure_of(11.5, 4.6)
-    left, right = figure.subplots(1, 2)
-    _points(left, size, norms, looks)
-    for values, style, dashes in zip(norms.values(), looks, (":", "-"), strict=False):
-        if line := _fitted(size, values):
-            left.plot(np.exp(line[0]), line[1], color=style["color"], linestyle=dashes, linewidth=1.8)
-    _points(right, size, aims, target_styles)
-    for axes in (left, right):
-        _images_axis(axes, study.counts)
-    left.set(ylabel="length of the class vector ‖W‖", title=_correlations_text(size, norms))
-    ends_of = (
-        f"{number[study.by_size[0]]:.1f} for the largest class to {number[study.by_size[-1]]:.1f} for the smallest"
-    )
-    right.set(ylabel=f"coefficient (logarithm to base {base})", title=f"NC goes from {ends_of}")
-    look.legend(figure, np.array([left, right]))
+    target_styles: list[Row] = [
+        {"color": GREEN, "symbol": "triangle-down", "fill": "white"},
+        {"color": ORANGE, "symbol": "diamond"},
+    ]
+    ends = f"{number[study.by_size[0]]:.1f} for the largest class to {number[study.by_size[-1]]:.1f} for the smallest"
+    titles = [_correlations_text(size, norms), f"NC goes from {ends}"]
     table = class_table(study)
     for row in table:
         c = row["class"]
@@ -137,7 +126,7 @@ def norm_against_size(study: Study) -> Drawing:
         ", HC the mean over the clean training features of (1 − cosine to the class vector) / 2" if target else ""
     )
     caption = (
-        f"{_correlations_text(size, norms)}. A point a class ({len(size):,}){_first_backbone_note(study)}; "
+        f"{titles[0]}. A point a class ({len(size):,}){_first_backbone_note(study)}; "
         "lines are least squares. r is Pearson's "
         "correlation of ln N with ‖W‖, ρ Spearman's; N are the class's training images. Right: what the target is made of, "
         f"P = λ · NC · HC; NC = log(ΣN / (N + 1)){hardness}."
@@ -149,26 +138,24 @@ def norm_against_size(study: Study) -> Drawing:
     ]
     pairs = list(zip(norms.items(), looks, strict=False)), list(zip(aims.items(), target_styles, strict=False))
     title = "Length of the class vectors against class size"
-    return Drawing("norm-size", title, caption, figure, correlations + table, _size_chart(study, *pairs, base=base))
+    drawn = _size_chart(study, *pairs, base=base, titles=titles)
+    return Drawing("norm-size", title, caption, correlations + table, drawn)
 
 
 Styled = list[tuple[tuple[str, np.ndarray], Row]]
 
 
-def _size_chart(study: Study, norms: Styled, aims: Styled, *, base: str) -> Row:
+def _size_chart(study: Study, norms: Styled, aims: Styled, *, base: str, titles: list[str]) -> Row:
     """Both panels; hovering tells the class."""
     order, counts = study.by_size, study.counts[study.by_size]
     traces: list[Row] = []
     for (name, values), style in norms:
-        traces.append(trace(name, counts, values[order], style | {"linestyle": "none"}, of_classes=True))
+        traces.append(trace(name, counts, values[order], style | {"dash": "none"}, of_classes=True))
         if line := _fitted(np.log(counts), values[order]):
-            line_style: Row = {"color": style["color"], "linestyle": "-" if style["marker"] == "o" else ":"}
+            line_style: Row = {"color": style["color"], "dash": "solid" if style["symbol"] == "circle" else "dot"}
             traces.append(trace(name, np.exp(line[0]), line[1], line_style, showlegend=False, hoverinfo="skip"))
-    second_panel: Row = {"xaxis": "x2", "yaxis": "y2"}
     for (name, values), style in aims:
-        traces.append(
-            trace(name, counts, values[order], style | {"linestyle": "none"}, of_classes=True, **second_panel)
-        )
+        traces.append(trace(name, counts, values[order], style | {"dash": "none"}, of_classes=True, **panel(2)))
     images: Row = {"title": "training images of the class", "type": "log"}
     return chart(
         traces,
@@ -176,7 +163,8 @@ def _size_chart(study: Study, norms: Styled, aims: Styled, *, base: str) -> Row:
         y="length of the class vector ‖W‖",
         xaxis2=images,
         yaxis2={"title": f"coefficient (logarithm to base {base})", "rangemode": "tozero"},
-        grid={"rows": 1, "columns": 2, "pattern": "independent"},
+        columns=2,
+        annotations=panel_titles(titles),
     )
 
 
@@ -214,27 +202,6 @@ def _correlations_text(size: np.ndarray, norms: dict[str, np.ndarray]) -> str:
         texts = ["–" if v is None else f"{v:+.2f}".replace("-", "−") for v in coefficients]
         parts.append(f"{name} {' → '.join(texts)}")
     return f"Length against size: {', '.join(parts)}"
-
-
-def _points(axes: "Axes", size: np.ndarray, norms: dict[str, np.ndarray], looks: list[Row]) -> None:
-    """A mark a class; smaller and paler where there are many."""
-    small = len(size) > 500
-    mark_style: Row = {"linestyle": "none", "markersize": 2.5 if small else 5.5, "alpha": 0.4 if small else 0.85}
-    for (name, values), style in zip(norms.items(), looks, strict=False):
-        axes.plot(np.exp(size), values, **mark_style, **style)
-        axes.plot([], [], label=name, linestyle="none", markersize=5.5, **style)  # for the legend
-
-
-def _images_axis(axes: "Axes", counts: np.ndarray) -> None:
-    """Training images on a logarithmic axis, written out."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    if counts.min() == counts.max():
-        axes.set_xlim(counts.min() / 2, 2 * counts.max())
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("training images of the class, N")
 
 
 def _first_backbone_note(study: Study) -> str:

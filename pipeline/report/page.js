@@ -82,7 +82,7 @@ function layoutOf(own) {
     font: { family: getComputedStyle(document.body).fontFamily, size: wide.matches ? 13 : 12, color: ink },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    margin: { l: 52, r: 12, t: 12, b: 44 },
+    margin: { l: 52, r: 12, t: own.annotations ? 40 : 12, b: 44 },
     legend: { orientation: "h", x: 0, y: -0.02, yref: "container", yanchor: "bottom" },
     hoverlabel: { bgcolor: card, bordercolor: soft, font: { color: ink }, align: "left", namelength: -1 },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink },

@@ -4,24 +4,20 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from cache import refuse_unwritable, write_durably
+from cache import refuse_unwritable
 from pipeline.errors import DataError
 from pipeline.prepared import Prepared, Write, replaced_or_new
-from pipeline.report import axes as look
-from pipeline.report.axes import BLACK, BLUE, GREEN, GREY, ORANGE, RED
+from pipeline.report.chart import BLACK, BLUE, GREEN, GREY, ORANGE, RED, chart, errors, panel, panel_titles, trace
 from pipeline.report.drawing import Drawing
 from pipeline.report.study import Row, labels
 from pipeline.results.documents import read_record
 from pipeline.results.mean_std import MeanStd, mean_std
 from pipeline.results.table import Column, Line, Table
 from pipeline.text import Shown
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FILE = "diagnostics.csv"
 MEASURES = {  # of an epoch, with what they mean
@@ -33,7 +29,13 @@ MEASURES = {  # of an epoch, with what they mean
 RECONSTRUCTED = (
     " Weakening of major features is a reconstruction from the abstract of Procrustean training (ICCV 2021)."
 )
-STYLES = [(BLACK, "s"), (BLUE, "o"), (RED, "^"), (GREEN, "D"), (ORANGE, "v")]
+STYLES = [
+    (BLACK, "square"),
+    (BLUE, "circle"),
+    (RED, "triangle-up"),
+    (GREEN, "diamond"),
+    (ORANGE, "triangle-down"),
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +192,7 @@ class PreparedProgress:
     def write(self) -> Compared:
         named = dict(zip(labels([*self.trainings]), self.trainings.values(), strict=True))
         drawing = draw(named)
-        figure = write_durably(self.out / f"{drawing.name}.png", look.png(drawing.figure))
-        write_durably(self.out / f"{drawing.name}.csv", drawing.csv)
+        _, figure = drawing.write(self.out)
         weakened = any(p.weakened for progress in named.values() for p in progress)
         return Compared(tuple(_compared(named)), figure, RECONSTRUCTED if weakened else "")
 
@@ -221,38 +222,41 @@ def compare_progress(runs: Sequence[Path], *, out: Path) -> Compared:
 
 def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
     """Training accuracy and gradients of major and minor classes by epoch, their spread and ratio; a colour a run."""
-    with look.style():
-        figure = look.figure_of(11.5, 7.6)
-        grid: Any = figure.subplots(2, 2, sharex=True)
-        (accuracy, std), (gradient, ratio) = grid
-        for number, (name, trainings) in enumerate(runs.items()):
-            color, marker = STYLES[number % len(STYLES)]
-            style: Row = {"color": color, "marker": marker, "markersize": 5, "markerfacecolor": "white"}
-            for axes, measure, dashed in (
-                (accuracy, "major", False),
-                (accuracy, "minor", True),
-                (std, "std", False),
-                (gradient, "gradient_major", False),
-                (gradient, "gradient_minor", True),
-                (ratio, "ratio", False),
-            ):
-                _line(axes, trainings, measure, style | {"linestyle": "--" if dashed else "-"})
-            accuracy.plot(
-                [], [], label=f"{name} ({weakening})" if (weakening := trainings[0].weakened) else name, **style
-            )
-        for kind, line in (("major classes", "-"), ("minor classes", "--")):
-            accuracy.plot([], [], color=GREY, linestyle=line, label=kind)
-        ratio.axhline(1, color=GREY, linewidth=1, linestyle=":")
-        accuracy.set(title="Accuracy on clean training images", ylabel="accuracy [%]", ylim=(0, 102))
-        std.set(title="MeanStd of that accuracy over classes", ylabel="standard deviation [points]")
-        gradient.set(title="Gradient at the features", ylabel="mean ‖∂L/∂z‖")
-        ratio.set(title="Gradient of minor over major classes", ylabel="ratio")
-        for axes in (std, gradient, ratio):
-            axes.set_ylim(bottom=0)
-        for axes in grid[1]:
-            axes.set_xlabel("epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        look.legend(figure, grid)
+    traces = []
+    for number, (name, trainings) in enumerate(runs.items()):
+        color, symbol = STYLES[number % len(STYLES)]
+        style: Row = {"color": color, "symbol": symbol, "size": 5, "fill": "white"}
+        label = f"{name} ({weakening})" if (weakening := trainings[0].weakened) else name
+        for place, measure in (
+            (1, "major"),
+            (1, "minor"),
+            (2, "std"),
+            (3, "gradient_major"),
+            (3, "gradient_minor"),
+            (4, "ratio"),
+        ):
+            dash = "dash" if "minor" in measure else "solid"
+            keys: Row = {"legendgroup": name, "showlegend": measure == "major"} | panel(place)
+            traces.append(_trace(label, trainings, measure, style | {"dash": dash}, **keys))
+    for kind, dash in (("major classes", "solid"), ("minor classes", "dash")):
+        traces.append(trace(kind, [None], [None], {"color": GREY, "dash": dash}))
+    titles = ["Accuracy on clean training images", "Standard deviation of that accuracy over classes"]
+    titles += ["Gradient at the features", "Gradient of minor over major classes"]
+    drawn = chart(
+        traces,
+        x="",
+        y={"title": "accuracy [%]", "range": [0, 102]},
+        xaxis2={},
+        yaxis2={"title": "standard deviation [points]", "rangemode": "tozero"},
+        xaxis3={"title": "epoch"},
+        yaxis3={"title": "mean ‖∂L/∂z‖", "rangemode": "tozero"},
+        xaxis4={"title": "epoch"},
+        yaxis4={"title": "ratio", "rangemode": "tozero"},
+        columns=2,
+        height=720,
+        showlegend=True,
+        annotations=panel_titles(titles),
+    )
     several = max(map(len, runs.values()))
     bands = f" Lines are means over up to {several} trainings, bands one standard deviation." if several > 1 else ""
     caption = (
@@ -266,24 +270,19 @@ def draw(runs: Mapping[str, Sequence[Progress]]) -> Drawing:
         for p in trainings
         for line in p.summary
     ]
-    return Drawing("progress", "Progress of large and small classes", caption, figure, table)
+    return Drawing("progress", "Progress of large and small classes", caption, table, drawn, height=7.6)
 
 
-def _line(axes: "Axes", trainings: Sequence[Progress], measure: str, style: Row) -> None:
-    """Mean over trainings of a measure by epoch, and a band of one standard deviation where there are several."""
+def _trace(label: str, trainings: Sequence[Progress], measure: str, style: Row, **keys: Any) -> Row:
+    """Return the mean over trainings of a measure by epoch, with its standard deviation where there are several."""
     values: dict[int, list[float]] = {}
     for training in trainings:
         for line in training.summary:
             if line[measure] is not None:
                 values.setdefault(line["epoch"], []).append(line[measure])
-    if not values:
-        return
-    x = np.array(sorted(values))
-    y = np.array([np.mean(values[e]) for e in x])
-    axes.plot(x, y, linewidth=1.8, markevery=max(1, len(x) // 8), **style)
-    if len(trainings) > 1:
-        error = np.array([mean_std(values[e]).std or 0.0 for e in x])
-        axes.fill_between(x, y - error, y + error, color=style["color"], alpha=0.15, linewidth=0)
+    spreads = [mean_std(values[epoch]) for epoch in sorted(values)]
+    deviations = errors((s.std for s in spreads), style["color"]) if len(trainings) > 1 else {}
+    return trace(label, sorted(values), [s.mean for s in spreads], style, **deviations, **keys)
 
 
 def _compared(named: Mapping[str, Sequence[Progress]]) -> list[Row]:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report import axes as look
+from pipeline.report import picture as look
 from pipeline.report import write_report
+from pipeline.report.chart import chart, lambda_axis, trace
 from pipeline.report.figures import (
     accuracy_against_lambda,
     class_change,
@@ -107,10 +108,42 @@ def test_charts_are_json_with_names_escaped_and_panels_that_exist(tmp_path):
         text = json.dumps(drawing.chart, allow_nan=False)
         assert "<b>" not in text
         assert "dog & son" not in text
-        for trace in drawing.chart["data"]:
+        for series in drawing.chart["data"]:
             for letter in "xy":
-                axis = trace.get(f"{letter}axis", letter)
+                axis = series.get(f"{letter}axis", letter)
                 assert f"{letter}axis{axis[1:]}" in drawing.chart["layout"]
+
+
+def test_a_picture_has_the_points_bars_cells_titles_and_names_of_its_chart(runs):
+    for drawing in draw_all(read_study(runs)):
+        shown = drawing.still or drawing.chart
+        panels = [
+            axes for axes in drawing.figure.axes if axes.get_xlabel() or axes.get_ylabel() or axes.get_title("left")
+        ]
+        lines = [line.get_ydata() for axes in panels for line in axes.lines]
+        marks = [
+            np.asarray(dots.get_offsets())[:, 1]
+            for axes in panels
+            for dots in axes.collections
+            if len(dots.get_offsets())
+        ]
+        heights = [bar.get_height() for axes in panels for bar in axes.patches]
+        for series in shown["data"]:
+            if series["type"] == "heatmap":
+                cells = [np.asarray(image.get_array()) for axes in panels for image in axes.images]
+                assert any(np.allclose(np.array(series["z"], float), c, equal_nan=True) for c in cells)
+            elif series["type"] == "bar":
+                assert {h for h in series["y"] if h is not None} <= {*heights}
+            elif "fill" not in series:
+                y = np.array(series["y"], float)
+                same = (len(d) == len(y) and np.allclose(d.astype(float), y, equal_nan=True) for d in (*lines, *marks))
+                assert any(same), (drawing.name, series["name"])
+        named = {
+            look.plain_text(t["name"]) for t in shown["data"] if t.get("showlegend", "z" not in t) and "fill" not in t
+        }
+        assert labels(drawing) == (named if len(named) > 1 else set())
+        titles = [look.plain_text(note["text"]) for note in shown["layout"].get("annotations", ()) if note["y"] == 1]
+        assert [axes.get_title("left") for axes in panels][: len(titles)] == titles
 
 
 def test_tables_beside_the_figures_are_complete(run, tmp_path):
@@ -141,9 +174,8 @@ def test_thinning_keeps_the_mean_and_the_ends(values):
 
 @given(st.lists(st.floats(1e-4, 1), min_size=1, max_size=40, unique=True).map(sorted))
 def test_lambda_axis_has_ticks_at_tried_values_and_room_for_all(lams):
-    figure = look.figure_of(3, 2)
-    axes = figure.subplots()
-    look.lambda_axis(axes, lams)
+    points = trace("accuracy", lams, lams, {"color": "black", "symbol": "circle"})
+    [axes] = look.picture(chart([points], x=lambda_axis(lams), y="")).axes
     low, high = axes.get_xlim()
     assert low < lams[0] <= lams[-1] < high
     assert set(axes.get_xticks()) <= set(lams)

@@ -119,7 +119,7 @@ def test_size_figure_shows_norms_coefficients_and_their_correlations(run):
     assert [row["number coefficient NC"] for row in classes] == pytest.approx(number, abs=1e-3)
     aim = target_of(study.first).norms[study.by_size] / study.first.selected.lam
     assert [row["NC · HC, the target P over λ"] for row in classes] == pytest.approx(aim, abs=1e-3)
-    title = drawing.figure.axes[0].get_title()
+    title = drawing.figure.axes[0].get_title("left")
     assert f"r {first['pearson']:+.2f} → {second['pearson']:+.2f}".replace("-", "−") in title
 
 
