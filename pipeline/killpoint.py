@@ -9,6 +9,7 @@ or seal. In a training it is one of these, numbers from 1:
     validation-E   looking at the validation split after epoch E; before means after its first batch
     line-E         writing the epoch's line of metrics.jsonl
     best-E last-E  writing best.pt, last.pt
+In a rebalance it is method-N, the file that keeps the Nth finished part of the work, or results, the writing of results.json.
 """
 
 import os
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 
 from pipeline.errors import ConfigError
 
-_MOMENT = r"(?:data|update|step|validation|line|best|last)-\d+"
+_MOMENT = r"(?:data|update|step|validation|line|best|last|method)-\d+|results"
 
 
 class KillPoint:

@@ -18,7 +18,7 @@ from pipeline.text import printable
 
 DISTRIBUTED = {"run", "train-backbone", "dump-features", "rebalance"}  # commands that several processes may share
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what whoever starts processes tells each of them
-RESUMING = {"run", "train-backbone", "dump-features", "reproduce"}  # the same command continues them
+RESUMING = {"run", "train-backbone", "dump-features", "rebalance", "reproduce"}  # the same command continues them
 
 
 def show(result: Any, as_json: bool) -> None:

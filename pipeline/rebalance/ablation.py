@@ -26,6 +26,7 @@ from pipeline.rebalance.run import (
     write_run,
 )
 from pipeline.rebalance.sweep import Scored, score
+from pipeline.rebalance.unfinished import Unfinished, kept_at_signals, remove_unfinished
 from pipeline.results.differences import LEVEL, RESAMPLES, paired_difference
 from pipeline.results.files import csv_text, write_artefact
 from pipeline.results.rebalance_result import over_seeds
@@ -86,22 +87,29 @@ def ablate(
     Arguments:
         out: by default ablations/variants beside the store.
         report: called with a line for each variant.
-    Raises: ConfigError, DataError, PipelineError: as prepare_ablation, before the first fit.
+    Raises:
+        ConfigError, DataError, PipelineError: as prepare_ablation, before the first fit.
+        Terminated: SIGTERM or Ctrl-C; finished variants are kept and the same call goes on.
     """
     with distributed.ranks(device) as ranks:
         started = time.perf_counter()
         prepared = ranks.together(lambda: prepare_ablation(store, config, out=out, ranks=ranks))
-        return _execute(prepared, started, report if ranks.first else lambda line: None)
+        report = report if ranks.first else lambda line: None
+        parts = [Unfinished(prepared.out, p.config, prepared.store.digest, ranks, report) for p in prepared.plans]
+        with kept_at_signals(parts):
+            return _execute(prepared, started, parts, report)
 
 
-def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str], object]) -> AblationResult:
+def _execute(
+    prepared: PreparedRebalance, started: float, parts: Sequence[Unfinished], report: Callable[[str], object]
+) -> AblationResult:
     ranks, out = prepared.ranks, prepared.out
     loaded = load_together(prepared)
     load_seconds = time.perf_counter() - started
     variants = [variant.name for variant in prepared.config.variants]
     fits: list[Fitted] = []
-    for name, plan in zip(variants, prepared.plans, strict=True):
-        fits.append(fit(plan, loaded, ranks, report))
+    for name, plan, unfinished in zip(variants, prepared.plans, parts, strict=True):
+        fits.append(fit(plan, loaded, unfinished, report))
         report(f"{name}: {fits[-1].selected}" + (f", chosen on {plan.chosen_on}" if plan.chosen_on else ""))
     choices = [_choice(name, fitted) for name, fitted in zip(variants, fits, strict=True)]
     write_choice(out, {"variants": choices}, ranks)
@@ -182,3 +190,4 @@ def _write(result: AblationResult, config: RebalanceConfig) -> None:
     write_durably(out / "heads.csv", csv_text(result.heads))
     write_run(out, config, result)
     write_artefact(out / "ablation.json", "ablation", recorded_document(document, out))
+    remove_unfinished(out)

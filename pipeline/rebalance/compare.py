@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from pipeline.rebalance.methods.ensemble import balanced_nll, fold, stacking_sha
 from pipeline.rebalance.methods.iwb_la import TRIALS
 from pipeline.rebalance.sweep import Sweep
 from pipeline.rebalance.tuning import LAMS, edges, lams_of, next_trials, tuned_methods
+from pipeline.rebalance.unfinished import Facts, Unfinished, head_entry
 from pipeline.results.head_id import BASELINE, HeadId, chosen_text
 from pipeline.results.heads import Linear
 from pipeline.results.mean_std import means_and_stds
@@ -43,13 +45,16 @@ class Comparison:
     ensemble: HeadId | None = None
 
 
-def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[[str], object]) -> Comparison:
+def compare(
+    sweep: Sweep, config: RebalanceConfig, split: str, unfinished: Unfinished, report: Callable[[str], object]
+) -> Comparison:
     """Fit the trials of one method after the other and keep the heads of the best.
 
     Trials are compared in the first batch order; the best is then fitted in all of them. The reference rows are tuned like
     everything else; iwb at λ = 0 takes the other settings of iwb, where that is asked for, else of cb.
 
     Arguments:
+        unfinished: where each finished method is kept.
         report: called with a line on what will be fitted and how long it takes, and one on each method.
     """
     asked = method_names(config.method)
@@ -60,18 +65,16 @@ def compare(sweep: Sweep, config: RebalanceConfig, split: str, report: Callable[
     tuned: list[dict[str, Any]] = []
     all_trials: list[dict[str, Any]] = []
     for number, method in enumerate(methods, 1):
-        trials, best = _tune(sweep, method, config, split)
+        facts = unfinished.piece(method, sweep, partial(_tuned, sweep, method, config, split))
+        best, rows = HeadId.from_dict(facts["best"]), facts["trials"]
         best_of[method] = best
-        rows = [_trial(sweep, s, split) | {"chosen": s == best} for s in trials]
         all_trials += rows
-        sweep.keep_only([best, BASELINE], trials=trials)
-        if method == "iwb":  # the curve of λ at the best of all other settings
-            sweep.add([replace(best, lam=lam) for lam in parse_lam(config.lam) or LAMS])
         if method != "baseline":
-            tuned.append(_winner(best, sweep, split, len(trials), edges(best, trials)))
+            tuned.append(_winner(best, sweep, split, len(rows), facts["border"]))
             report(f"{number} of {len(methods)}: {_line(tuned[-1], rows)}")
     start = best_of.get("iwb", best_of["cb"])
-    sweep.add([HeadId("iwb", config.loss, 0.0, start.lr, start.values)])
+    equal_norms = HeadId("iwb", config.loss, 0.0, start.lr, start.values)
+    unfinished.piece("equal-norms", sweep, partial(sweep.add, [equal_norms]))
     ensemble = None
     if "ensemble" in asked:
         ensemble = add_ensemble(sweep, [best_of[method] for method in MEMBERS])
@@ -100,6 +103,16 @@ def add_ensemble(sweep: Sweep, members: Sequence[HeadId]) -> HeadId:
     mixed = torch.einsum("k,kmc->mc", shares.to(scaled), scaled).numpy()
     sweep.add_head(ensemble, Linear(weight.float().numpy(), bias.float().numpy()), mixed)
     return ensemble
+
+
+def _tuned(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> Facts:
+    """Tune a method, leave the heads of its best trial in the sweep and return that trial and the scores of all."""
+    trials, best = _tune(sweep, method, config, split)
+    rows = [_trial(sweep, s, split) | {"chosen": s == best} for s in trials]
+    sweep.keep_only([best, BASELINE], trials=trials)
+    if method == "iwb":  # the curve of λ at the best of all other settings
+        sweep.add([replace(best, lam=lam) for lam in parse_lam(config.lam) or LAMS])
+    return {"best": head_entry(best), "trials": rows, "border": edges(best, trials)}
 
 
 def _tune(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> tuple[list[HeadId], HeadId]:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.rebalance.prepare import FitPlan, PreparedRebalance, network_of, p
 from pipeline.rebalance.selection import AUTO, border_notes, refine
 from pipeline.rebalance.sweep import Scored, Sweep, score
 from pipeline.rebalance.tuning import is_comparison
+from pipeline.rebalance.unfinished import Unfinished, kept_at_signals, remove_unfinished
 from pipeline.results.differences import Hits, differences
 from pipeline.results.files import write_artefact
 from pipeline.results.head_id import HeadId
@@ -66,23 +68,32 @@ def rebalance(
         config: by default the store's own.
         out: by default rebalance/ beside the store.
         report: called with a line for each tuned method and, before the first fit, with a note on results that are replaced.
-    Raises: ConfigError, DataError, PipelineError: as prepare_rebalance, before the first fit.
+    Raises:
+        ConfigError, DataError, PipelineError: as prepare_rebalance, before the first fit.
+        Terminated: SIGTERM or Ctrl-C; finished methods are kept and the same call goes on (unfinished.py).
     """
     with distributed.ranks(device) as ranks:
         started = time.perf_counter()
         prepared = ranks.together(lambda: prepare_rebalance(store, config, out=out, ranks=ranks))
-        return _execute(prepared, started, report if ranks.first else lambda line: None)
+        report = report if ranks.first else lambda line: None
+        unfinished = Unfinished(prepared.out, prepared.plans[0].config, prepared.store.digest, ranks, report)
+        with kept_at_signals([unfinished]):
+            return _execute(prepared, started, unfinished, report)
 
 
-def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str], object]) -> RebalanceResult:
+def _execute(
+    prepared: PreparedRebalance, started: float, unfinished: Unfinished, report: Callable[[str], object]
+) -> RebalanceResult:
     (plan,), ranks, out = prepared.plans, prepared.ranks, prepared.out
     config = plan.config
     loaded = load_together(prepared)
     load_seconds = time.perf_counter() - started
     if ranks.first and (note := replacement_note(out, config, prepared.store.digest)):
         report(note)
+    for note in unfinished.notes() if ranks.first else []:
+        report(note)
 
-    fitted = fit(plan, loaded, ranks, report)
+    fitted = fit(plan, loaded, unfinished, report)
     sweep, choice, selected_head = fitted.sweep, fitted.choice, fitted.selected
     comparison, chosen_on = fitted.comparison, plan.chosen_on
     near = [fitted.candidates[i].to_dict() for i in choice.within_one_se]
@@ -128,7 +139,7 @@ def _execute(prepared: PreparedRebalance, started: float, report: Callable[[str]
     )
     if ranks.first:
         write_durably(out / "test_hits.safetensors", hits.to_bytes())
-        _write(result, sweep, scored, prepared, selected_head)
+        _write(result, sweep, scored, prepared, selected_head, unfinished)
     return result
 
 
@@ -190,21 +201,25 @@ class Fitted:
         return border_notes(self.selected.lam, lams, auto=auto) if self.plan.chosen_on else []
 
 
-def fit(plan: FitPlan, loaded: Loaded, ranks: Ranks, report: Callable[[str], object]) -> Fitted:
-    """Fit and score the heads of a plan and choose one; `auto` refines its grid, methods that compete are tuned."""
-    config, chosen_on, heads = plan.config, plan.chosen_on, plan.candidates
+def fit(plan: FitPlan, loaded: Loaded, unfinished: Unfinished, report: Callable[[str], object]) -> Fitted:
+    """Fit and score the heads of a plan and choose one; `auto` refines its grid, methods that compete are tuned.
+
+    Arguments:
+        unfinished: where finished parts are kept, and taken up where a command before was stopped.
+    """
+    config, chosen_on, heads, ranks = plan.config, plan.chosen_on, plan.candidates, unfinished.ranks
     probe = start_name(loaded.store.fingerprint) == PROBE
     sweep = Sweep(loaded.features, loaded.val, config, ranks, chosen_on, probe=probe)
-    comparison = compare(sweep, config, chosen_on, report) if chosen_on and is_comparison(config) else None
+    comparison = compare(sweep, config, chosen_on, unfinished, report) if chosen_on and is_comparison(config) else None
     if comparison:
         heads = tuple(comparison.winners)
     else:
-        sweep.add([*plan.references, *heads])
+        unfinished.piece("heads", sweep, partial(sweep.add, [*plan.references, *heads]))
         if chosen_on and parse_lam(config.lam) is None and (coarse := [h for h in heads if h.method == "iwb"]):
             near = [coarse[i].lam for i in sweep.choose(coarse, chosen_on).within_one_se]
             lams = sorted({*AUTO, *refine(AUTO, [lam for lam in near if lam is not None])})
             heads = tuple(candidates(config, lams))
-            sweep.add(heads)
+            unfinished.piece("refined", sweep, partial(sweep.add, heads))
     preferred = comparison.ensemble if comparison else None
     choice = sweep.choose(heads, chosen_on, preferred=preferred) if chosen_on else ONLY_CANDIDATE
     return Fitted(plan, sweep, heads, choice, comparison)
@@ -296,8 +311,12 @@ def _write(
     scored: dict[str, Scored],
     prepared: PreparedRebalance,
     selected: HeadId,
+    unfinished: Unfinished,
 ) -> None:
-    """Write every file of the result; results.json last, so that it never stands beside files that are missing."""
+    """Write every file of the result; results.json last, so that it never stands beside files that are missing.
+
+    What was kept of the unfinished work is removed then.
+    """
     out, names, config = prepared.out, prepared.store.class_names, prepared.plans[0].config
     heads = [(h.to_dict() | {"seed": seed, "selected": h == selected}, head) for (h, seed), head in sweep.heads.items()]
     facts: dict[str, Any] = {"class_names": list(names), "network": result.network, "store_digest": result.digest}
@@ -319,4 +338,6 @@ def _write(
         (out / "trials.csv").unlink(missing_ok=True)  # of results that were here before
     write_run(out, config, result)
     document = recorded_document(result.to_dict(), out) | {"heads_digest": hashlib.sha256(content).hexdigest()}
-    write_artefact(out / "results.json", "results", document)
+    with unfinished.kill.around("results", size=1024):  # which is larger
+        write_artefact(out / "results.json", "results", document)
+    remove_unfinished(out)

@@ -82,6 +82,11 @@ class Sweep:
         self.heads[BASELINE, None] = Linear(self.features.weight, self.features.bias)
         self._score(self.heads)
 
+    @property
+    def training_sets(self) -> dict[str, TrainingSet]:
+        """Return every set of samples that heads are fitted on, by name."""
+        return {"all": self.training_set} | {f"fold {i}": part for i, (_, part) in enumerate(self.held_out)}
+
     def seeds_of(self, setting: HeadId) -> Sequence[int | None]:
         return self.config.seeds if is_trained(setting) else (None,)
 

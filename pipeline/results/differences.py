@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.longtail import GROUPS, group_index
 from pipeline.results.documents import HeadEntry, checked
-from pipeline.results.files import header
+from pipeline.results.files import header, tensor_file
 from pipeline.results.head_id import HeadId
 from pipeline.seeds import derive
 
@@ -87,12 +87,10 @@ class Hits:
 
     def to_bytes(self) -> bytes:
         """A safetensors file, a bit for each sample and head."""
-        from safetensors.numpy import save
-
         bits, labels = np.packbits(self.hit, axis=1), self.labels.astype(np.int32)
         summary = {"test images": f"{len(labels):,}", "heads": len(self.heads)}
         metadata = {"header": json.dumps(header("hits", summary)), "heads": json.dumps(list(self.heads))}
-        return save({"hit": bits, "labels": labels, "counts": np.asarray(self.counts)}, metadata)
+        return tensor_file({"hit": bits, "labels": labels, "counts": np.asarray(self.counts)}, metadata)
 
 
 def read_hits(path: Path) -> Hits:

@@ -159,6 +159,19 @@ class AblationShape(Shape):
     heads: list[VariantRow]
 
 
+class PieceShape(Shape):
+    """The metadata of a finished piece of a rebalance that was stopped"""
+
+    key: str
+    heads: list[HeadEntry]
+    diverged: list[HeadShape]
+    ece: dict[str, list[Number]]
+    regressions: list[list[str | Number]]
+    fitted: NonNegativeInt
+    fit_seconds: Number
+    facts: dict[str, Any]
+
+
 class SweepShape(Shape):
     """tries.json"""
 

@@ -58,3 +58,16 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines: list[list[Any]] = [columns, *([row.get(column) for column in columns] for row in rows)]
     return "".join(f"{csv_line(line)}\n" for line in lines)
+
+
+def tensor_file(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file of arrays whose bytes follow from its content: safetensors writes metadata in a random order."""
+    from safetensors.numpy import save
+
+    content = save(dict(tensors), dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:end])
+    ordered = {"__metadata__": dict(sorted(metadata.items())), **{key: entries[key] for key in sorted(tensors)}}
+    text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[end:]])

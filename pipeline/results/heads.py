@@ -11,7 +11,7 @@ import numpy as np
 from cache import Cache
 from pipeline.errors import DataError
 from pipeline.results.documents import HeadsShape, checked
-from pipeline.results.files import header
+from pipeline.results.files import header, tensor_file
 from pipeline.results.head_id import HeadId
 from pipeline.results.summary import heads_summary
 
@@ -121,8 +121,6 @@ def heads_file(heads: Sequence[tuple[dict[str, Any], Scorer]], facts: Mapping[st
     stands in the metadata's `heads`, a JSON list. Gated ones are in gated_weight (G, 2, C, D), gated_bias (G, 2, C) and
     gate (G, D+1), listed in `gated`.
     """
-    from safetensors.numpy import save
-
     linear = [(entry, head) for entry, head in heads if isinstance(head, Linear)]
     gated = [(entry, head) for entry, head in heads if isinstance(head, Gated)]
     tensors = {
@@ -139,7 +137,7 @@ def heads_file(heads: Sequence[tuple[dict[str, Any], Scorer]], facts: Mapping[st
     metadata = {
         key: json.dumps(value) for key, value in {"header": header("heads", summary), **entries, **facts}.items()
     }
-    return save({name: a.astype(np.float32) for name, a in tensors.items()}, metadata)
+    return tensor_file({name: a.astype(np.float32) for name, a in tensors.items()}, metadata)
 
 
 @dataclass(frozen=True, eq=False)

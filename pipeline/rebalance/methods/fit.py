@@ -52,7 +52,8 @@ def solve(
     samples = samples or Blocks(features, rows, torch.device(device))
     if rows is not None:
         stage1 = replace(stage1, counts=torch.bincount(samples.labels, minlength=len(stage1.counts)).double())
-    return [Linear(*(t.float().cpu().numpy() for t in layer)) for layer in rule.layers(stage1, samples, grid)]
+    layers = rule.layers(stage1, samples, grid)
+    return [Linear(*(t.float().contiguous().cpu().numpy() for t in layer)) for layer in layers]
 
 
 def fit(
