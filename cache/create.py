@@ -200,7 +200,9 @@ def _contents(
 
 def _make(building: Local, root: Root, contents: Mapping[str, NDArray]) -> None:
     """All files of a new open store but the chunks of features."""
-    store.make(building.path, root)
+    store.write_root(building, root)
+    for name, document in store.metadata(root.layout).items():
+        building.write(f"{name}/zarr.json", document)
     _restore_small(building, root, contents)
 
 
@@ -236,7 +238,7 @@ def _vacated(place: Place, root: Root) -> Any:
 
 def _restore_metadata(place: Place, root: Root) -> None:
     """Writes the metadata files of an open store that are absent or not what zarr makes for its layout."""
-    documents = store.metadata(root)
+    documents = store.metadata(root.layout)
     for damage in damaged_metadata(place, root):
         place.write(f"{damage.array}/zarr.json", documents[damage.array])
 

@@ -3,15 +3,16 @@
 zarr is imported where it is used: it takes most of a second, which who only reads need not wait for.
 """
 
+import functools
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from types import EllipsisType
+from types import EllipsisType, MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.layout import Array
+from cache.layout import Array, Layout
 from cache.place import Place
 from cache.root import Root
 
@@ -19,15 +20,17 @@ from cache.root import Root
 _FILL = {"<f2": np.nan, "<f4": np.nan, "<u2": 0x7FC0, "<i8": -1}
 
 
-def make(store: Path | dict[str, Any], root: Root) -> None:
-    """All groups and arrays of an open store, in an empty folder or a dictionary of documents."""
+@functools.lru_cache(maxsize=8)  # zarr takes a third of a second for them
+def metadata(layout: Layout) -> Mapping[str, bytes]:
+    """Name of each group and array below the root → the zarr.json that zarr makes for it."""
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
 
-    top = zarr.create_group(store, attributes=root.attributes())
-    for group in root.layout.groups:
+    files: dict[str, Any] = {}
+    top = zarr.create_group(files)
+    for group in layout.groups:
         top.create_group(group)
-    for array in root.layout.arrays:
+    for array in layout.arrays:
         top.create_array(
             array.name,
             shape=array.shape,
@@ -39,14 +42,8 @@ def make(store: Path | dict[str, Any], root: Root) -> None:
             compressors=Crc32cCodec(),
             attributes={"bits_of": "bfloat16"} if array.dtype == "bfloat16" else {},
         )
-
-
-def metadata(root: Root) -> dict[str, bytes]:
-    """Name of each group and array below the root → the zarr.json that zarr makes for it."""
-    files: dict[str, Any] = {}
-    make(files, root)
     documents = {key.rpartition("/")[0]: document.to_bytes() for key, document in files.items()}
-    return {name: document for name, document in documents.items() if name}
+    return MappingProxyType({name: document for name, document in documents.items() if name})
 
 
 def write_root(place: Place, root: Root) -> Root:

@@ -128,7 +128,7 @@ def wrong_sizes(place: Place, root: Root) -> Iterator[Damage]:
 
 def metadata_checksums(root: Root) -> dict[str, int]:
     """Name of each group and array below the root → crc32c of the zarr.json that zarr makes for it."""
-    return {name: checksum(document) for name, document in store.metadata(root).items()}
+    return {name: checksum(document) for name, document in store.metadata(root.layout).items()}
 
 
 def _damaged_small(place: Place, root: Root, manifest: Manifest) -> list[Damage]:
