@@ -10,6 +10,12 @@ from cache import Cache
 
 PATHS = ("store", "out")  # of a results document
 STAGE1_HEAD = "stage1_head.safetensors"  # of an exported model: the head before rebalancing
+_WHOLE = (  # folders that hold one artefact and nothing else: files that all are there, names of the folder, kind
+    (("zarr.json",), (), "feature store"),
+    (("config.json", "model.[ops]*"), (), "exported model"),
+    (("last.pt",), ("backbone",), "training"),
+    (("results.json", "heads.safetensors"), ("rebalance",), "results"),
+)
 _OF_A_RUN = ("backbone/last.pt", "features.zarr", "rebalance/results.json", "seed-*/backbone", "seed-*/features.zarr")
 
 
@@ -22,6 +28,17 @@ def near(path: Path) -> str:
 def is_run(folder: Path) -> bool:
     """Return True where a folder has a training, features or results of its own, or of several backbones."""
     return any(next(folder.glob(part), None) is not None for part in _OF_A_RUN)
+
+
+def enclosing_artefact(path: Path | str) -> str:
+    """Return the kind and the folder of the artefact around a path, such as `the feature store runs/a/features.zarr`, or nothing."""
+    if "://" in str(path):
+        return ""
+    for folder in Path(os.path.abspath(path)).parents:
+        for files, names, kind in _WHOLE:
+            if (not names or folder.name in names) and all(next(folder.glob(file), None) for file in files):
+                return f"the {kind} {folder}"
+    return ""
 
 
 def holds_runs(folder: Path) -> str:

@@ -187,7 +187,7 @@ def test_every_shipped_configuration_runs_on_a_few_images(name, tmp_path, monkey
     config = load_config(shipped_configs()[name])
     if config.data.source.startswith("cifar"):
         labels = np.repeat(np.arange(3), 12)
-        images = random.integers(0, 256, (36, 32, 32, 3), dtype=np.uint8)
+        images = random.integers(0, 256, (36, 16, 16, 3), dtype=np.uint8)
         np.savez("few.npz", train_images=images, train_labels=labels, test_images=images[::4], test_labels=labels[::4])
         sets += [
             "data.source=npz",

@@ -1,6 +1,5 @@
 """Options of the command line: those made from the settings, those that commands share, and how their texts are read."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -13,6 +12,8 @@ from pipeline.errors import ConfigError
 COMMON, EXECUTION = "Common", "Execution"  # groups of a command's help, in the order in which they appear
 GROUPS = (COMMON, "Objective", "Tuning", EXECUTION)
 HOSTS = "Several hosts (the same command on each; docs/cluster.md)"
+WRITTEN = ("out", "page", "store")  # options that name a place to write to
+EMPTY = "an empty path; name a folder, or leave the option out"
 Decorator = Callable[[Any], Any]
 
 
@@ -22,18 +23,9 @@ class LocalPath(click.Path):
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if "://" in str(value):
             self.fail(f"{value}: expected a path on this machine; only feature stores may be URLs", param, ctx)
-        if param is not None and param.name == "out":
-            refuse_inside_store(value, lambda text: self.fail(text, param, ctx))
+        if not str(value).strip():
+            self.fail(EMPTY, param, ctx)
         return super().convert(value, param, ctx)
-
-
-def refuse_inside_store(value: Any, fail: Callable[[str], Any]) -> None:
-    """Call `fail` with the reason where nothing may be written to a path: it is empty, or in a feature store."""
-    if not str(value).strip():
-        fail("an empty path; name a folder, or leave the option out")
-    place = Path(os.path.abspath(value)).parent
-    if store := next((folder for folder in (place, *place.parents) if (folder / "zarr.json").is_file()), None):
-        fail(f"{value}: lies in the feature store {store}, which holds nothing else; name a folder outside")
 
 
 class StorePath(click.ParamType):
@@ -43,8 +35,8 @@ class StorePath(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path | str:
         if "://" not in str(value):
-            if param is not None and param.name == "out":
-                refuse_inside_store(value, lambda text: self.fail(text, param, ctx))
+            if not str(value).strip():
+                self.fail(EMPTY, param, ctx)
             return Path(value)
         from cache import CacheError, locate
 
@@ -126,6 +118,23 @@ class Command(click.Command):
         parts = [_listing(title, lines) for title, lines in (lists or {}).items()]
         kwargs["epilog"] = "\n\n".join(parts + ([f"\b\nExample:\n  {example}"] if example else [])) or None
         super().__init__(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, unless it would write into an artefact, which holds nothing else."""
+        from pipeline.paths import enclosing_artefact
+
+        for parameter in self.params:
+            if not isinstance(parameter, Option) or parameter.name not in WRITTEN:
+                continue
+            place = ctx.params[parameter.name]
+            if place is None and parameter.shown_default:  # somewhere below the working folder
+                place = Path("runs")
+            if place is not None and (artefact := enclosing_artefact(place)):
+                raise click.BadParameter(
+                    f"{place}: lies in {artefact}, which holds nothing else; name a folder outside with --out",
+                    ctx, parameter,
+                )  # fmt: skip
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {group: [] for group in (*GROUPS, HOSTS)}

@@ -1,6 +1,7 @@
 """Class D: what the environment leaves behind changes no result, and nothing is lost or printed that should not be."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from pipeline.backbone.training_dir import refuse_among_images
 from pipeline.cli import invoke
 from pipeline.config import DataConfig
 from pipeline.distributed import Signals
-from pipeline.errors import OK, USAGE, ConfigError, PipelineError, Terminated
+from pipeline.errors import DATA, OK, USAGE, ConfigError, PipelineError, Terminated
 from pipeline.text import printable
 
 KEPT = Path(__file__).parents[1] / "golden" / "format-0.1"
@@ -100,14 +101,49 @@ def test_keys_and_passwords_of_urls_are_never_printed(capfd, tmp_path):
     assert printable("no answer from http://me:hunter2@host:9000/b") == "no answer from http://…@host:9000/b"
 
 
-@pytest.mark.parametrize("out", ["", " ", "features.zarr/out", "features.zarr/val/out"])
-@pytest.mark.parametrize("command", ["export", "train-backbone", "dump-features", "run"])
-def test_nothing_is_written_to_an_empty_path_or_into_a_store(command, out, capfd):
-    out = str(KEPT / "one" / out) if out.strip() else out
-    before = sorted(KEPT.rglob("*"))
-    words = {"export": [str(KEPT / "one")]}.get(command, ["digits-lt"])
-    assert invoke([command, *words, "--out", out, "--dry-run"]) == USAGE
-    assert sorted(KEPT.rglob("*")) == before
+INSIDE = ["features.zarr", "features.zarr/val", "backbone", "rebalance", "model"]
+WRITERS = {
+    "export": [str(KEPT / "one"), "--dry-run"],
+    "import-features": ["x.npz", "--dry-run"],
+    "progress": [str(KEPT / "one")],
+    "report": [str(KEPT / "one"), "--dry-run"],
+    **dict.fromkeys(("train-backbone", "dump-features", "run"), ["digits-lt", "--dry-run"]),
+    "rebalance": [str(KEPT / "one"), "--dry-run"],
+    "reproduce": ["table1"],
+    "predict": [str(KEPT / "exported"), "x.png"],
+}
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory):
+    """A run with a store, a training, results and an exported model."""
+    run = shutil.copytree(KEPT / "one", tmp_path_factory.mktemp("artefacts") / "one")
+    (run / "backbone/last.pt").touch()
+    shutil.copytree(KEPT / "exported", run / "model")
+    (run / "model/model.onnx").touch()
+    return run
+
+
+@pytest.mark.parametrize("out", ["", " ", *(f"{inside}/out" for inside in INSIDE)])
+@pytest.mark.parametrize("command", WRITERS)
+def test_nothing_is_written_to_an_empty_path_or_into_an_artefact(command, out, artefacts, capfd):
+    before = sorted(artefacts.rglob("*"))
+    assert invoke([command, *WRITERS[command], "--out", str(artefacts / out) if out.strip() else out]) == USAGE
+    assert ("holds nothing else" if out.strip() else "an empty path") in " ".join(capfd.readouterr().err.split())
+    assert sorted(artefacts.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("command", sorted(WRITERS.keys() - {"export", "predict"}))
+def test_nothing_is_written_by_default_where_the_working_folder_lies_in_an_artefact(
+    command, inside, artefacts, monkeypatch, capfd
+):
+    monkeypatch.chdir(artefacts / inside)
+    before = sorted(artefacts.rglob("*"))
+    assert invoke([command, *WRITERS[command]]) == USAGE
+    assert "holds nothing else" in " ".join(capfd.readouterr().err.split())
+    assert sorted(artefacts.rglob("*")) == before
+    assert invoke(["info", "."]) == (OK if inside != "features.zarr/val" else DATA)
 
 
 def test_a_gpu_whose_driver_is_too_old_ends_work_and_is_named(monkeypatch, tmp_path):
