@@ -1,6 +1,7 @@
 """The places of a run's files, and how files record paths."""
 
 import os
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -65,12 +66,12 @@ def results_folder(store: Cache | Path | str, kind: str = "rebalance") -> Path:
 
 
 def recorded_path(path: Path | str, folder: Path) -> str:
-    """Return the text by which a file in `folder` records a path, valid from any working directory.
+    """Return the text by which a file in `folder` records a path: relative to `folder`, so that both can move together.
 
-    A relative path becomes relative to `folder`, so that both can move together; an absolute one and a URL stay as they are.
+    A URL stays as it is.
     """
     text = os.fspath(path)
-    if "://" in text or os.path.isabs(text):
+    if "://" in text:
         return text
     return os.path.relpath(os.path.realpath(text), os.path.realpath(folder))
 
@@ -97,6 +98,17 @@ def recorded_document(document: dict[str, Any], folder: Path) -> dict[str, Any]:
 def read_document(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return results that a file in `folder` records, with paths that lead there from the working directory."""
     return document | {name: _each(text, read_path, folder) for name, text in document.items() if name in PATHS}
+
+
+def names_only(tree: Any) -> Any:
+    """Return a JSON tree with the last names in place of absolute paths, as what is shared with others holds it."""
+    if isinstance(tree, dict):
+        return {key: names_only(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [names_only(value) for value in tree]
+    if not isinstance(tree, str) or "://" in tree:
+        return tree
+    return re.sub(r"^([\w.-]*[=:])?[/~].*?([^/]*)/*$", r"\1\2", tree, flags=re.S)
 
 
 def _each(text: Any, change: Callable[[str, Path], str], folder: Path) -> Any:

@@ -24,6 +24,11 @@ def provenance(**facts: Any) -> dict[str, Any]:
     }
 
 
+def shared_provenance(**facts: Any) -> dict[str, Any]:
+    """Return the same for what is passed on to others: without the words that were typed, which hold names of places."""
+    return {key: value for key, value in provenance(**facts).items() if key != "argv"}
+
+
 def git_revision() -> str | None:
     """Commit of the source tree this package runs from, `+` behind it where files differ; outside a checkout what
     PIPELINE_REVISION says, as in an image, or None."""

@@ -10,7 +10,7 @@ import pytest
 
 import pipeline
 from pipeline.config import RebalanceConfig
-from pipeline.paths import read_path, recorded_path
+from pipeline.paths import names_only, read_path, recorded_path
 from pipeline.report.study import read_study
 from tests.golden import tables
 
@@ -60,10 +60,31 @@ def test_results_of_format_0_1_are_read_from_any_working_directory(folder, tmp_p
     assert read_study(Path("../kept") / folder).first.store.path.resolve() == tmp_path / "kept/one/features.zarr"
 
 
-def test_absolute_paths_and_urls_are_recorded_as_typed(tmp_path):
-    for text in (str(tmp_path / "a.zarr"), "s3://bucket/a.zarr"):
-        assert recorded_path(text, tmp_path / "b") == text
-        assert read_path(text, tmp_path / "b") == text
+def test_absolute_paths_are_recorded_relative_to_the_file_and_urls_as_they_are(tmp_path):
+    (tmp_path / "a.zarr").mkdir()
+    assert recorded_path(str(tmp_path / "a.zarr"), tmp_path / "b") == "../a.zarr"
+    assert os.path.samefile(read_path("../a.zarr", tmp_path / "b"), tmp_path / "a.zarr")
+    assert read_path(str(tmp_path / "a.zarr"), tmp_path / "b") == str(tmp_path / "a.zarr")  # as before 0.2
+    assert (
+        recorded_path("s3://bucket/a.zarr", tmp_path / "b")
+        == "s3://bucket/a.zarr"
+        == read_path("s3://bucket/a.zarr", tmp_path)
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "shared"),
+    [
+        ("/home/me/images", "images"),
+        ("~/images/", "images"),
+        (["local-dir:/data/net", "data.path=/data/x.npz"], ["local-dir:net", "data.path=x.npz"]),
+        ({"path": "images/train", "share": 0.5, "none": None}, {"path": "images/train", "share": 0.5, "none": None}),
+        ("s3://bucket/a/b", "s3://bucket/a/b"),
+        ("AC/DC, at 1/2", "AC/DC, at 1/2"),
+    ],
+)
+def test_what_is_shared_holds_names_in_place_of_absolute_paths(tree, shared):
+    assert names_only(tree) == shared
 
 
 def test_a_path_through_a_link_is_recorded_by_where_it_leads(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from pipeline.deploy.run_head import requested_head
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import STAGE1_HEAD
 from pipeline.prepared import Prepared, Write, replaced_or_new
-from pipeline.provenance import provenance
+from pipeline.provenance import shared_provenance
 from pipeline.report.outdated import PAGE, is_outdated
 from pipeline.report.study import Backbone, Study, read_study
 from pipeline.results.files import header, write_artefact
@@ -99,7 +99,7 @@ class PreparedExport:
             "weights": weights.name,
             "stage1_head": STAGE1_HEAD,
             "results": [line.to_dict() for line in main_table(self.study, self.head)],
-            "provenance": provenance(
+            "provenance": shared_provenance(
                 command="export",
                 made_from={"checkpoint": self.checkpoint.weights_digest, "store": backbone.store.digest},
                 dataset=self.checkpoint.dataset.get("fingerprint"),

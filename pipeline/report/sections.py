@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from pipeline.longtail import BOUNDS, class_groups
+from pipeline.paths import names_only
 from pipeline.report.study import COLUMNS, SPLITS, Row, Study, signed
 from pipeline.results.head_id import BASELINE, HeadId, chosen_text
 from pipeline.results.mean_std import MeanStd
@@ -226,9 +227,11 @@ def origin(study: Study) -> str:
         lines.append(("Stage 2", text))
     trained = "Stage 1" if stage1.get("command") == "train-backbone" else "Backbone"
     for name, record in ((trained, stage1), ("Dump", dump), ("Stage 2", stage2)):
-        if record.get("argv"):
+        if command := record.get("command") or " ".join(
+            record.get("argv", ())[1:2]
+        ):  # what else was typed names places
             when = (record.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
-            lines.append((f"{name} command", " ".join(record["argv"])))
+            lines.append((f"{name} command", f"pipeline {command}"))
             lines.append(
                 (f"{name} made", f"{when}; git {record.get('git') or 'unknown'}; {record.get('platform', '')}")
             )
@@ -237,7 +240,7 @@ def origin(study: Study) -> str:
     config = dump.get("config") or stage1.get("config")
     if not config:
         return _facts(lines)
-    text = escape(json.dumps(config, indent=1, ensure_ascii=False))
+    text = escape(json.dumps(names_only(config), indent=1, ensure_ascii=False))
     return f"{_facts(lines)}<details><summary>Configuration</summary><pre>{text}</pre></details>"
 
 

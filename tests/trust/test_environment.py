@@ -107,7 +107,7 @@ WRITERS = {
     "import-features": ["x.npz", "--dry-run"],
     "progress": [str(KEPT / "one")],
     "report": [str(KEPT / "one"), "--dry-run"],
-    **dict.fromkeys(("train-backbone", "dump-features", "run"), ["digits-lt", "--dry-run"]),
+    **{name: ["digits-lt", "--dry-run"] for name in ("train-backbone", "dump-features", "run")},
     "rebalance": [str(KEPT / "one"), "--dry-run"],
     "reproduce": ["table1"],
     "predict": [str(KEPT / "exported"), "x.png"],
