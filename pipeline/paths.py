@@ -32,7 +32,7 @@ def is_run(folder: Path) -> bool:
 
 
 def enclosing_artefact(path: Path | str) -> str:
-    """Return the kind and the folder of the artefact around a path, such as `the feature store runs/a/features.zarr`, or nothing."""
+    """Return the kind and the folder of the artefact around a path, such as `the feature store a.zarr`, or nothing."""
     if "://" in str(path):
         return ""
     for folder in Path(os.path.abspath(path)).parents:

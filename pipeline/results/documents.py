@@ -148,11 +148,20 @@ class VariantRow(RowShape):
     variant: str
 
 
+class TimingShape(Shape):
+    heads: int
+    fit_s: Number
+
+
 class AblationShape(Shape):
     """ablation.json"""
 
     name: str
     store: str
+    digest: str
+    fingerprint: dict[str, Any]
+    network: dict[str, Any]
+    timing: TimingShape
     against: str | None
     bootstrap: dict[str, Any]
     rows: Annotated[list[VariantShape], Field(min_length=1)]

@@ -23,7 +23,9 @@ def results_summary(document: Facts) -> Facts:
         "tuned, best on the choosing split": tuned or None,
         "rows": len(document["results"]),
         "λ": sorted({row["lam"] for row in document["results"] if row.get("lam") is not None}),
-        "fitted": f"{timing['heads']} heads in {timing['fit_s']:.2f} s" if timing.get("heads") else None,
+        "fitted": f"{timing['heads']} heads in {timing['fit_s']:.2f} s"
+        if {"heads", "fit_s"} <= timing.keys()
+        else None,
         "fingerprint": None if isinstance(fingerprint, list) else fingerprint,
     }
 

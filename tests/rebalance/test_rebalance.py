@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -98,8 +99,8 @@ def test_the_document_has_the_promised_shape(swept, store):
     header = document.pop("header")
     assert (header["kind"], header["format"]) == ("results", 2)
     assert document.pop("heads_digest") == sha256((Path(swept.out) / "heads.safetensors").read_bytes()).hexdigest()
-    assert document == json.loads(json.dumps(swept.to_dict()))
-    assert document["store"] == str(store)
+    assert document == json.loads(json.dumps(swept.to_dict())) | {"store": document["store"], "out": "."}
+    assert document["store"] == os.path.relpath(store, swept.out)
     assert document["digest"] == cache.open_cache(store).digest
     assert document["fingerprint"] == {"network": "tiny"}
     assert document["network"] == {"network": "tiny", "parameters": 7, "feature_width": 5}
@@ -181,7 +182,7 @@ def test_the_tables_on_disk_agree(swept):
     row = next(r for r in swept.results if (r.method, r.seed, r.split) == ("cb", 4, "test"))
     assert np.mean([100 * int(x["correct"]) / int(x["total"]) for x in mine]) == pytest.approx(row.all)
     made = json.loads((out / "run.json").read_text())
-    assert made["made_from"] == {"store": swept.store, "digest": swept.digest}
+    assert made["made_from"] == {"store": os.path.relpath(swept.store, out), "digest": swept.digest}
     assert made["config"]["lam"] == "0.1,0.9"
 
 
