@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
 from pipeline.backbone.external_checkpoint import origin_text
 from pipeline.backbone.reporter import TrainingReporter
 from pipeline.backbone.train import train
+from pipeline.concatenate import concatenate_stores
 from pipeline.config import Config, RebalanceConfig
 from pipeline.console import Talk, clock
 from pipeline.distributed import Ranks
@@ -155,6 +156,7 @@ def run_pipeline(
     store: Path | str | None = None,
     seeds: Sequence[int] | None = None,
     external: ExternalBackbone | None = None,
+    encoders: Sequence[str] = (),
     device: str = "auto",
     overwrite: bool = False,
     talk: Talk | None = None,
@@ -166,13 +168,22 @@ def run_pipeline(
         seeds: of the backbones, one each under out/seed-N on the same subset; λ is selected on their mean validation
             accuracy.
         external: the checkpoint that replaces the training.
+        encoders: pretrained networks that replace it, each with a store under out/ENCODER; heads are fitted on their
+            features side by side.
     Returns: the result on the first rank, None on others.
     Raises: what the stages raise, such as ConfigError and DataError; everything finished stays.
     """
     talk = talk or Talk(quiet=True)
     with distributed.ranks(device) as ranks:
         prepared = prepare_run(
-            config, out=out, store=store, seeds=seeds, external=external, overwrite=overwrite, ranks=ranks
+            config,
+            out=out,
+            store=store,
+            seeds=seeds,
+            external=external,
+            encoders=encoders,
+            overwrite=overwrite,
+            ranks=ranks,
         )
         ledger = Ledger(out / "run.json")
         documents = []
@@ -200,14 +211,33 @@ def run_pipeline(
 def _results(stages: BackboneStages) -> dict[str, Any]:
     """Return the results document of one backbone, after its stages; an empty one on ranks other than the first."""
     prepared = stages.prepared
-    dumped = stages.features(stages.backbone())
-    complete = f"{prepared.store}: complete, all checksums hold"
-    stages.talk.say(str(dumped) if dumped.written or dumped.skipped else complete)
+    digest = _side_by_side(stages) if prepared.encoders else _dumped(stages)
     path = recorded_path(prepared.store, prepared.out)
-    document = stages.fit("rebalance", prepared.config.rebalance, digest=dumped.digest, at=path)
+    document = stages.fit("rebalance", prepared.config.rebalance, digest=digest, at=path)
     if not stages.ranks.first:
         return {}
     return read_document(json.loads(document.read_text(encoding="utf-8")), document.parent)
+
+
+def _dumped(stages: BackboneStages) -> str:
+    """Return the digest of the store of one backbone."""
+    dumped = stages.features(stages.backbone())
+    complete = f"{stages.prepared.store}: complete, all checksums hold"
+    stages.talk.say(str(dumped) if dumped.written or dumped.skipped else complete)
+    return dumped.digest
+
+
+def _side_by_side(stages: BackboneStages) -> str:
+    """Return the digest of the store that holds the features of several encoders side by side, after their dumps."""
+    prepared = stages.prepared
+    for encoder in prepared.encoders:
+        stages.talk.say(f"── {encoder.out.name}")
+        _dumped(replace(stages, prepared=encoder))
+    stores = [encoder.store for encoder in prepared.encoders]
+    stages.talk.say(f"features side by side: {prepared.store}")
+    return stages.ranks.together(
+        lambda: concatenate_stores(stores, prepared.store, overwrite=prepared.overwrite) if stages.ranks.first else ""
+    )
 
 
 def _report(out: Path, folders: Sequence[Path], ledger: Ledger, talk: Talk) -> tuple[Path, tuple[Path, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache import CacheError, Otherwise, is_url, locate
+from pipeline.backbone.aliases import encoder_folder
 from pipeline.backbone.checkpoint import Checkpoint, load_checkpoint
 from pipeline.backbone.external_checkpoint import load_external_for_run
 from pipeline.backbone.prepare import PreparedTraining, prepare_training
@@ -41,7 +42,8 @@ class PreparedBackbone:
         training: the training, checked; None for an external backbone.
         external: the backbone of another program; None where one is trained.
         images: the data set of the configuration.
-        prefix: the beginning of its stages' names in the ledger: `seed-N/`, or nothing in a run of one backbone.
+        prefix: the beginning of its stages' names in the ledger: `seed-N/`, `ENCODER/`, or nothing in a run of one backbone.
+        encoders: those whose features stand side by side in the store, each with a store of its own; none for one backbone.
     """
 
     config: Config
@@ -53,10 +55,13 @@ class PreparedBackbone:
     ranks: Ranks
     overwrite: bool
     prefix: str = ""
+    encoders: tuple["PreparedBackbone", ...] = ()
 
     @property
     def width(self) -> int:
         """Features per image."""
+        if self.encoders:
+            return sum(encoder.width for encoder in self.encoders)
         network = self.training.network if self.training else self.external.network  # type: ignore[union-attr]
         return int(network["feature_width"])
 
@@ -66,6 +71,12 @@ class PreparedBackbone:
 
         Raises: DataError: the store was made otherwise, or another process writes it.
         """
+        if self.encoders:
+            return tuple(
+                replace(stage, title=f"{encoder.out.name}: {stage.command}")
+                for encoder in self.encoders
+                for stage in encoder.stages
+            )
         backbone = self.external
         if self.training is not None and self.training.complete:
             backbone = load_checkpoint(self.out / "backbone" / "last.pt")
@@ -118,7 +129,7 @@ class PreparedRun:
         for backbone in self.backbones:
             stages = [*backbone.stages, backbone.describe_fit("rebalance", backbone.config.rebalance)]
             name = f"{backbone.out.name}: " if self.seeds else ""
-            titled = [replace(stage, title=name + stage.command) for stage in stages]
+            titled = [stage if stage.title else replace(stage, title=name + stage.command) for stage in stages]
             parts += [_without_data(stage) for stage in titled] if parts else titled
         report = self.out / "report.html"
         numbers = {"out": str(self.out), "seeds": list(self.seeds or [self.config.backbone.seed])}
@@ -134,6 +145,7 @@ def prepare_run(
     store: Path | str | None = None,
     seeds: Sequence[int] | None = None,
     external: ExternalBackbone | None = None,
+    encoders: Sequence[str] = (),
     device: str = "auto",
     world: int = 1,
     overwrite: bool = False,
@@ -154,6 +166,11 @@ def prepare_run(
         )
     running.together(lambda: _refuse_other_kind(out, seeds))
     running.together(lambda: _refuse_unreachable(store))
+    if encoders:
+        joint = _side_by_side(
+            config, encoders, out=out, store=store, planned=planned, running=running, overwrite=overwrite
+        )
+        return PreparedRun(config, out, None, (joint,), planned)
     images = None if external else running.together(lambda: load_dataset(config.data))
     backbones = []
     for folder, seed in [(out / f"seed-{seed}", seed) for seed in seeds] if seeds else [(out, config.backbone.seed)]:
@@ -201,6 +218,31 @@ def prepare_backbone(
             lambda: prepare_training(config, out=out / "backbone", overwrite=overwrite, images=dataset, ranks=planned)
         )
     return PreparedBackbone(config, out, store, training, backbone, dataset, planned, overwrite, prefix)
+
+
+def _side_by_side(
+    config: Config,
+    encoders: Sequence[str],
+    *,
+    out: Path,
+    store: Path | str | None,
+    planned: Ranks,
+    running: Ranks,
+    overwrite: bool,
+) -> PreparedBackbone:
+    """Return the stages of several encoders, each with a store in out/ENCODER, whose features one store holds side by side."""
+    parts = []
+    for name in encoders:
+        settings, folder = config.backbone.model_copy(update={"encoder": name}), out / encoder_folder(name)
+        parts.append(
+            prepare_backbone(
+                config.model_copy(update={"backbone": settings}), out=folder, store=folder / "features.zarr",
+                external=ExternalBackbone(), planned=planned, running=running, overwrite=overwrite,
+                prefix=f"{folder.name}/",
+            )
+        )  # fmt: skip
+    joint = store or out / "features.zarr"
+    return replace(parts[0], out=out, store=joint, external=None, prefix="", encoders=tuple(parts))
 
 
 def with_seed(config: Config, seed: int) -> Config:

@@ -66,8 +66,6 @@ def test_stores_of_other_images_are_refused(tmp_path):
 def test_two_encoders_make_a_store_each_and_rebalance_puts_them_side_by_side(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sets = [word for s in ("data.image_size=32", "rebalance.seeds=0", "rebalance.epochs=1") for word in ("--set", s)]
-    assert invoke(["run", "digits-lt", "--encoder", "lite0,lite1", *sets]) == 2
-    assert "a run is of one encoder" in capsys.readouterr().err
     assert invoke(["dump-features", "digits-lt", "--encoder", "lite0,lite1", "--json", *sets]) == 0
     document = json.loads(capsys.readouterr().out)
     stores = [result["store"] for result in document["encoders"]]
@@ -84,3 +82,24 @@ def test_two_encoders_make_a_store_each_and_rebalance_puts_them_side_by_side(tmp
     assert network == "tf_efficientnet_lite0 + tf_efficientnet_lite1"
     assert invoke(["export", "runs/digits-lt/lite0+lite1", "--out", "model"]) in (2, 3)
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_run_of_two_encoders_fits_on_both_and_is_up_to_date_the_second_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "digits-lt", "--encoder", "lite0,lite1", "--out", "two", "--set", "data.image_size=32"]
+    words += ["--set", "rebalance.lam=0.1", "--set", "rebalance.method=[iwb]", "--set", "rebalance.epochs=1"]
+    words += ["--set", "rebalance.seeds=[0]"]
+    assert invoke([*words, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "lite0: dump-features" in plan
+    assert "lite1: dump-features" in plan
+    assert not (tmp_path / "two").exists()
+    assert invoke([*words, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["redone"] == ["lite0/dump-features", "lite1/dump-features", "rebalance", "report"]
+    store = open_cache("two/features.zarr")
+    assert store.width == sum(open_cache(f"two/{name}/features.zarr").width for name in ("lite0", "lite1")) == 2560
+    assert first["digest"] == store.digest
+    assert invoke([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["redone"] == []
+    assert invoke(["info", "two"]) == 0

