@@ -135,7 +135,10 @@ class BackboneStages:
         stale = self.ranks.first and not self.ledger.up_to_date(self.prepared.prefix + stage, inputs)
         if self.ranks.largest(stale):
             started, work = time.perf_counter(), ablate if settings.variants else rebalance
-            result = work(self.prepared.store, settings, out=folder, device=self.device, report=self.talk.say)
+            with self.talk.progress("fitting") as bar:
+                result = work(
+                    self.prepared.store, settings, out=folder, device=self.device, report=self.talk.say, move=bar.move
+                )
             if settings.variants and self.ranks.first:
                 write_accuracy_figure(result.to_dict(), folder)
             outputs = sorted(path for path in folder.iterdir() if path.suffix in RESULT_FILES)

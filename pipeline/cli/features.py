@@ -124,7 +124,8 @@ def rebalance_command(store, config, also, out, dry_run, nproc, device, sets, as
     origin = config or (find_config(None) if store is None else "the store's")
     talk.say(f"store: {path}; settings: {origin}; {variants}results: {out}")
     fit = ablate if variants else rebalance
-    result = fit(path, merged, out=out, device=device, report=talk.say)
+    with talk.progress("fitting") as bar:
+        result = fit(path, merged, out=out, device=device, report=talk.say, move=bar.move)
     if variants and not int(os.environ.get("RANK", 0)):
         from pipeline.report.ablation import write_accuracy_figure
 

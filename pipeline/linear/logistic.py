@@ -170,6 +170,7 @@ class Objective:
     def __init__(self, data: Standardised, weights: Tensor, reduce: Reduce, cached_bytes: int = CACHED_BYTES):
         self.data, self.weights, self.reduce = data, weights.to(data.dtype), reduce
         self.cached_bytes, self.ranks = cached_bytes, float(reduce(self.weights.new_ones(1)))
+        self.tick = getattr(data.samples, "tick", lambda products: None)  # as of `Blocks` of stage 2
 
     def at(self, theta: Tensor, l2: float, settings: Tensor) -> Point:
         """Return loss and gradient of some settings at theta."""
@@ -185,6 +186,7 @@ class Objective:
                 memory.append(residual.clone())
             residual.scatter_add_(2, true_class, -weight)
             gradient.addmm_(residual.flatten(1).T, x)
+        self.tick(2 * len(theta))
         loss, gradient = self.reduce(loss), self._rotated(self.reduce(gradient).view_as(theta))
         gradient[..., :-1] += l2 * theta[..., :-1]
         loss += l2 / 2 * theta[..., :-1].double().square().sum((1, 2))
@@ -206,6 +208,7 @@ class Objective:
             u = (x @ columns).view(probability.shape).to(probability.dtype).mul_(probability)
             mean = u.sum(2, keepdim=True).div_(self._weights(point.settings, y))
             output += u.addcmul_(probability, mean, value=-1).flatten(1).to(dtype).T @ x
+        self.tick(2 * len(direction))
         output = self._rotated(self.reduce(output).view_as(direction))
         output[..., :-1] += l2 * direction[..., :-1]
         return output

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ def ablate(
     out: Path | str | None = None,
     device: str = "auto",
     report: Callable[[str], object] = lambda line: None,
+    move: Callable[[float, float, str], object] = lambda done, total, note: None,
 ) -> AblationResult:
     """Fit every variant of a configuration, choose a head for each on validation, then test all of them once.
 
@@ -87,6 +89,7 @@ def ablate(
     Arguments:
         out: by default ablations/variants beside the store.
         report: called with a line for each variant.
+        move: called while the heads of a variant are fitted, as by `rebalance`.
     Raises:
         ConfigError, DataError, PipelineError: as prepare_ablation, before the first fit.
         Terminated: SIGTERM or Ctrl-C; finished variants are kept and the same call goes on.
@@ -97,11 +100,15 @@ def ablate(
         report = report if ranks.first else lambda line: None
         parts = [Unfinished(prepared.out, p.config, prepared.store.digest, ranks, report) for p in prepared.plans]
         with kept_at_signals(parts):
-            return _execute(prepared, started, parts, report)
+            return _execute(prepared, started, parts, report, move if ranks.first else lambda *moved: None)
 
 
 def _execute(
-    prepared: PreparedRebalance, started: float, parts: Sequence[Unfinished], report: Callable[[str], object]
+    prepared: PreparedRebalance,
+    started: float,
+    parts: Sequence[Unfinished],
+    report: Callable[[str], object],
+    move: Callable[[float, float, str], object],
 ) -> AblationResult:
     ranks, out = prepared.ranks, prepared.out
     loaded = load_together(prepared)
@@ -109,7 +116,7 @@ def _execute(
     variants = [variant.name for variant in prepared.config.variants]
     fits: list[Fitted] = []
     for name, plan, unfinished in zip(variants, prepared.plans, parts, strict=True):
-        fits.append(fit(plan, loaded, unfinished, report))
+        fits.append(fit(plan, loaded, unfinished, report, partial(_named, move, name)))
         report(f"{name}: {fits[-1].selected}" + (f", chosen on {plan.chosen_on}" if plan.chosen_on else ""))
     choices = [_choice(name, fitted) for name, fitted in zip(variants, fits, strict=True)]
     write_choice(out, {"variants": choices}, ranks)
@@ -147,6 +154,10 @@ def _execute(
     if ranks.first:
         _write(result, prepared.config)
     return result
+
+
+def _named(move: Callable[[float, float, str], object], name: str, done: float, total: float, note: str) -> None:
+    move(done, total, f"{name}, {note}")
 
 
 def _choice(name: str, fitted: Fitted) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def compare(
     tuned: list[dict[str, Any]] = []
     all_trials: list[dict[str, Any]] = []
     for number, method in enumerate(methods, 1):
+        sweep.progress.begin(method)
         facts = unfinished.piece(method, sweep, partial(_tuned, sweep, method, config, split))
         best, rows = HeadId.from_dict(facts["best"]), facts["trials"]
         best_of[method] = best

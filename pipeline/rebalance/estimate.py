@@ -1,6 +1,9 @@
-"""The time that fitting takes on this machine, from one timed product and the number of products."""
+"""The work of fitting, counted before it starts, and the time that it takes on this machine from one timed product."""
 
+import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +15,37 @@ from pipeline.results.head_id import HeadId
 AUTOGRAD = 4.0  # time of a method that autograd differentiates, in that of the engine
 CONVEX_PASSES = 900  # products over all samples by which logistic regression solves its whole grid
 LOGIT_SECONDS = 2e-9  # of the exponentials of one logit on a core, once in each head and epoch
+FOLD_FITS = 5  # work of a fit on all samples and of one on the others of each of five folds, in that of the first
 LONG = 600.0  # seconds from which the estimate names what takes less
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one method, at most.
+
+    Arguments:
+        heads: fitted by gradient.
+        epochs: of one head over all training samples; a method that autograd differentiates counts AUTOGRAD times.
+        passes: products over all samples beside them.
+    """
+
+    heads: int = 0
+    epochs: float = 0.0
+    passes: float = 0.0
+
+    @property
+    def products(self) -> float:
+        """Products of all training features with class vectors; an epoch takes two."""
+        return 2 * self.epochs + self.passes
+
+    def seconds(self, product: float, logits: float) -> float:
+        """Return the time it takes.
+
+        Arguments:
+            product: seconds of one product.
+            logits: seconds of the exponentials of one head over all samples.
+        """
+        return self.products * product + (self.epochs + self.passes / 4) * logits
 
 
 def product_seconds(rows: int, width: int, classes: int, device: torch.device) -> float:
@@ -30,6 +63,24 @@ def product_seconds(rows: int, width: int, classes: int, device: torch.device) -
     return sorted(times[1:])[1] * rows / few
 
 
+def comparison_work(config: RebalanceConfig) -> dict[str, Work]:
+    """Return the work of every method that is tuned, by name; all logistic regressions solve one grid together."""
+    work, convex, again = {}, CONVEX_PASSES * (FOLD_FITS if config.select_on == "kfold" else 1), len(config.seeds) - 1
+    for method in tuned_methods(config):
+        heads = config.trials + again if is_trained(HeadId(method)) else 0
+        if method == "iwb":  # the curve of λ in every batch order
+            heads += len(LAMS) * len(config.seeds)
+        heads *= FOLD_FITS if config.select_on == "kfold" else 1
+        passes, convex = (convex, 0) if method.startswith("logistic") else (0, convex)
+        work[method] = Work(heads, heads * head_epochs(method, config), passes)
+    return work
+
+
+def head_epochs(method: str, config: RebalanceConfig) -> float:
+    """Return the epochs of one head, those of autograd AUTOGRAD times."""
+    return config.epochs * (1.0 if method in ENGINE else AUTOGRAD)
+
+
 def comparison_seconds(
     config: RebalanceConfig, *, rows: int, width: int, classes: int, device: torch.device
 ) -> tuple[int, float]:
@@ -38,32 +89,61 @@ def comparison_seconds(
     Arguments:
         rows, width, classes: training samples, features of a sample, classes.
     """
-    methods = tuned_methods(config)
     product, logits = product_seconds(rows, width, classes, device), rows * classes * LOGIT_SECONDS
-    epoch, again = 2 * product + logits, len(config.seeds) - 1
-    heads, seconds = 0, 0.0
-    for method in methods:
-        number = config.trials + again
-        if method == "iwb":  # the curve of λ in every batch order
-            number += len(LAMS) * len(config.seeds)
-        if is_trained(HeadId(method)):
-            heads += number
-            seconds += number * config.epochs * epoch * (1.0 if method in ENGINE else AUTOGRAD)
-    if any(method.startswith("logistic") for method in methods):
-        seconds += CONVEX_PASSES * (product + logits / 4)
-    return heads, seconds
+    work = comparison_work(config).values()
+    return sum(part.heads for part in work), math.fsum(part.seconds(product, logits) for part in work)
 
 
 def estimate_text(config: RebalanceConfig, *, rows: int, width: int, classes: int, device: torch.device) -> str:
     """Return one line on what tuning fits and about how long it takes, and what would take less where that is long."""
     heads, seconds = comparison_seconds(config, rows=rows, width=width, classes=classes, device=device)
     methods = len(tuned_methods(config))
-    duration = (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.0f} h"
-    )
-    text = f"tuning {methods} methods, at most {heads} heads by gradient: about {duration} on a quiet machine like this"
+    text = f"tuning {methods} methods, at most {heads} heads by gradient: about {duration(seconds)} on a quiet machine like this"
     return text + "; fewer methods (--method), fewer trials (--trials) or a GPU take less" * (seconds > LONG)
+
+
+def duration(seconds: float) -> str:
+    """Return `90 s`, `12 min` or `3 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+class FitProgress:
+    """The share of the work that is done, reported while heads are fitted.
+
+    Arguments:
+        work: of each part, by name, in the order in which they are fitted.
+        move: called with the percentage done, 100 and a note on the part, the heads and their rate.
+    """
+
+    def __init__(self, work: dict[str, Work], move: Callable[[float, float, str], object]):
+        self.work, self.move = work, move
+        self.total = max(sum(part.products for part in work.values()), 1.0)
+        self.before = self.within = self.heads = 0.0
+        self.started = self.moved = time.monotonic()
+        self.part = ""
+
+    def begin(self, part: str) -> None:
+        """Note that a part begins, so that those before it are done, however much work they were."""
+        names = list(self.work)
+        number = names.index(part) if part in names else len(names)
+        self.before = sum(self.work[name].products for name in names[:number])
+        self.within, self.part = 0.0, f"method {number + 1} of {len(names)}: {part}" if part in names else part
+        self._report()
+
+    def tick(self, heads: float = 0.0, epochs: float = 0.0, passes: float = 0.0) -> None:
+        """Count work that was done: heads, epochs of heads as `head_epochs` counts them, and further products."""
+        self.heads += heads
+        self.within += 2 * epochs + passes
+        if time.monotonic() - self.moved > 0.1:
+            self._report()
+
+    def _report(self) -> None:
+        self.moved = time.monotonic()
+        name = self.part.rpartition(" ")[2]
+        most = self.work[name].products if name in self.work else 0.0
+        done = (self.before + min(self.within, most)) / self.total
+        rate = self.heads / max(self.moved - self.started, 1e-9)
+        heads = f", {self.heads:,.0f} heads, {rate:.3g} heads/s" if self.heads >= 1 else ""
+        self.move(math.floor(100 * done), 100, f"{self.part}{heads}")

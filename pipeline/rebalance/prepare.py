@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.paths import results_folder
 from pipeline.prepared import Prepared, Write, classes_text, device_numbers, device_text
 from pipeline.rebalance.candidates import candidates, count_lam, is_trained, method_names, references
+from pipeline.rebalance.estimate import FOLD_FITS, Work, comparison_work
 from pipeline.rebalance.load import has_validation, open_store
 from pipeline.rebalance.overwrite_check import refuse_other_results
 from pipeline.rebalance.tuning import is_comparison, lams_of, refuse_double_balancing, tuned_methods
@@ -49,6 +50,14 @@ class FitPlan:
             return "at most"
         auto = self.config.lam.strip() == "auto" and "iwb" in method_names(self.config.method)
         return "at least" if auto else ""
+
+    @property
+    def work(self) -> dict[str, Work]:
+        """Return the work of each part of the fit, by name."""
+        if self.chosen_on and is_comparison(self.config):
+            return comparison_work(self.config)
+        heads = self.trained_heads * (FOLD_FITS if self.chosen_on == "kfold" else 1)
+        return {"heads": Work(heads, heads * self.config.epochs)}
 
     @property
     def trained_heads(self) -> int:

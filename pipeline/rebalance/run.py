@@ -21,6 +21,7 @@ from pipeline.paths import recorded_document, recorded_path
 from pipeline.provenance import provenance
 from pipeline.rebalance.candidates import REFERENCES, candidates, is_trained, parse_lam, references, resolved
 from pipeline.rebalance.compare import Comparison, compare
+from pipeline.rebalance.estimate import FitProgress
 from pipeline.rebalance.folds import CAVEAT, REFITTED
 from pipeline.rebalance.load import Loaded, load
 from pipeline.rebalance.overwrite_check import replacement_note
@@ -56,6 +57,7 @@ def rebalance(
     out: Path | str | None = None,
     device: str = "auto",
     report: Callable[[str], object] = lambda line: None,
+    move: Callable[[float, float, str], object] = lambda done, total, note: None,
 ) -> RebalanceResult:
     """Fit every head the configuration asks for on cached features, choose one on validation, test once.
 
@@ -68,6 +70,7 @@ def rebalance(
         config: by default the store's own.
         out: by default rebalance/ beside the store.
         report: called with a line for each tuned method and, before the first fit, with a note on results that are replaced.
+        move: called while heads are fitted with the percentage that is done, 100, and a note on the method and its heads.
     Raises:
         ConfigError, DataError, PipelineError: as prepare_rebalance, before the first fit.
         Terminated: SIGTERM or Ctrl-C; finished methods are kept and the same call goes on (unfinished.py).
@@ -78,11 +81,15 @@ def rebalance(
         report = report if ranks.first else lambda line: None
         unfinished = Unfinished(prepared.out, prepared.plans[0].config, prepared.store.digest, ranks, report)
         with kept_at_signals([unfinished]):
-            return _execute(prepared, started, unfinished, report)
+            return _execute(prepared, started, unfinished, report, move if ranks.first else lambda *moved: None)
 
 
 def _execute(
-    prepared: PreparedRebalance, started: float, unfinished: Unfinished, report: Callable[[str], object]
+    prepared: PreparedRebalance,
+    started: float,
+    unfinished: Unfinished,
+    report: Callable[[str], object],
+    move: Callable[[float, float, str], object],
 ) -> RebalanceResult:
     (plan,), ranks, out = prepared.plans, prepared.ranks, prepared.out
     config = plan.config
@@ -93,7 +100,7 @@ def _execute(
     for note in unfinished.notes() if ranks.first else []:
         report(note)
 
-    fitted = fit(plan, loaded, unfinished, report)
+    fitted = fit(plan, loaded, unfinished, report, move)
     sweep, choice, selected_head = fitted.sweep, fitted.choice, fitted.selected
     comparison, chosen_on = fitted.comparison, plan.chosen_on
     near = [fitted.candidates[i].to_dict() for i in choice.within_one_se]
@@ -201,7 +208,13 @@ class Fitted:
         return border_notes(self.selected.lam, lams, auto=auto) if self.plan.chosen_on else []
 
 
-def fit(plan: FitPlan, loaded: Loaded, unfinished: Unfinished, report: Callable[[str], object]) -> Fitted:
+def fit(
+    plan: FitPlan,
+    loaded: Loaded,
+    unfinished: Unfinished,
+    report: Callable[[str], object],
+    move: Callable[[float, float, str], object],
+) -> Fitted:
     """Fit and score the heads of a plan and choose one; `auto` refines its grid, methods that compete are tuned.
 
     Arguments:
@@ -210,15 +223,18 @@ def fit(plan: FitPlan, loaded: Loaded, unfinished: Unfinished, report: Callable[
     config, chosen_on, heads, ranks = plan.config, plan.chosen_on, plan.candidates, unfinished.ranks
     probe = start_name(loaded.store.fingerprint) == PROBE
     sweep = Sweep(loaded.features, loaded.val, config, ranks, chosen_on, probe=probe)
+    sweep.progress = FitProgress(plan.work, move)
     comparison = compare(sweep, config, chosen_on, unfinished, report) if chosen_on and is_comparison(config) else None
     if comparison:
         heads = tuple(comparison.winners)
     else:
+        sweep.progress.begin("heads")
         unfinished.piece("heads", sweep, partial(sweep.add, [*plan.references, *heads]))
         if chosen_on and parse_lam(config.lam) is None and (coarse := [h for h in heads if h.method == "iwb"]):
             near = [coarse[i].lam for i in sweep.choose(coarse, chosen_on).within_one_se]
             lams = sorted({*AUTO, *refine(AUTO, [lam for lam in near if lam is not None])})
             heads = tuple(candidates(config, lams))
+            sweep.progress.begin("refined λ")
             unfinished.piece("refined", sweep, partial(sweep.add, heads))
     preferred = comparison.ensemble if comparison else None
     choice = sweep.choose(heads, chosen_on, preferred=preferred) if chosen_on else ONLY_CANDIDATE

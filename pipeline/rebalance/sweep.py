@@ -17,6 +17,7 @@ from pipeline.probe import fit_probe
 from pipeline.rebalance.candidates import ENGINE, head_of, is_trained, schedule_of
 from pipeline.rebalance.engine.features import Features, FeatureSplit
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
+from pipeline.rebalance.estimate import AUTOGRAD, FitProgress
 from pipeline.rebalance.folds import stratified_folds
 from pipeline.rebalance.methods import RIVALS, Free
 from pipeline.rebalance.methods.fit import Blocks, Trial, fit, solve
@@ -61,6 +62,7 @@ class Sweep:
         probe: the heads start from a linear probe, which is fitted anew without the samples of a fold.
         scored: scores by split: `val` where there is one, `kfold` where that is chosen on.
         fold_logits: out-of-fold logits (M, C) in float16 of the samples `fold_rows`.
+        progress: is told of the work that is done.
         diverged: trials at whose learning rate fitting diverged; they have no heads and no scores.
     """
 
@@ -76,6 +78,7 @@ class Sweep:
     fit_seconds: float = 0.0
     fitted: int = 0
     fold_logits: dict[Key, np.ndarray] = field(default_factory=dict)
+    progress: FitProgress = field(default_factory=lambda: FitProgress({}, lambda *moved: None))
 
     def __post_init__(self):
         self.training_set = TrainingSet(self.features, None, Blocks(self.features, None, self.ranks.device))
@@ -106,6 +109,7 @@ class Sweep:
             fitted = self._fit(group, self.training_set, new_seeds)
             self.heads |= fitted
             self.fitted += len(fitted)
+            self.progress.tick(heads=sum(seed is not None for _, seed in fitted))
             self._score(fitted)
 
     def add_head(self, setting: HeadId, head: Scorer, logits: np.ndarray) -> None:
@@ -285,7 +289,16 @@ class Sweep:
     ) -> Fitted:
         heads: list[Head] = list(dict.fromkeys(head_of(s, self.config) for s in settings))
         features, rows, device = training_set.features, training_set.rows, self.ranks.device
-        weight, bias = fit_heads(features, heads, seeds=seeds, schedule=schedule, rows=rows, device=device, ranks=ranks)
+        weight, bias = fit_heads(
+            features,
+            heads,
+            seeds=seeds,
+            schedule=schedule,
+            rows=rows,
+            device=device,
+            ranks=ranks,
+            tick=lambda epochs: self.progress.tick(epochs=epochs),
+        )
         shares = [dict(s.values).get("means", 0.0) for s in settings]
         means = solve(NEAREST_MEAN, [{}], features, rows=rows, device=device)[0] if any(shares) else None
         fitted: Fitted = {}
@@ -305,6 +318,7 @@ class Sweep:
         features, rows, samples = training_set.features, training_set.rows, training_set.samples
         if isinstance(rule, Free):
             grid = [dict(s.values) for s in settings]
+            samples.tick = lambda products: self.progress.tick(passes=products)
             solved = solve(rule, grid, features, rows=rows, device=self.ranks.device, samples=samples)
             return {(s, None): head for s, head in zip(settings, solved, strict=True)}
         heads = fit(
@@ -317,6 +331,7 @@ class Sweep:
             weighting=config.weighting,
             rows=rows,
             device=self.ranks.device,
+            tick=lambda epochs: self.progress.tick(epochs=AUTOGRAD * epochs),
         )
         return {
             (s, seed): head

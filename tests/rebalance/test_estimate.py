@@ -1,11 +1,16 @@
 """The estimate of how long fitting takes: its arithmetic, on a machine whose products take a known time."""
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.config import RebalanceConfig
-from pipeline.rebalance import estimate
-from pipeline.rebalance.estimate import comparison_seconds, estimate_text, product_seconds
+from pipeline.rebalance import estimate, rebalance
+from pipeline.rebalance.engine.c_backend import instruction_sets
+from pipeline.rebalance.engine.features import Features
+from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
+from pipeline.rebalance.estimate import FitProgress, comparison_seconds, comparison_work, estimate_text, product_seconds
+from tests.small_run import made_store
 
 CPU = torch.device("cpu")
 SIZE = {"rows": 1000, "width": 64, "classes": 10, "device": CPU}
@@ -46,3 +51,47 @@ def test_a_product_of_few_rows_is_scaled_up(monkeypatch):
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: float(next(clock)))
     assert product_seconds(512, 512, 512, CPU) == 1.0
     assert product_seconds(512_000, 512, 512, CPU) == 1000.0
+
+
+def test_progress_ends_where_the_count_says(tmp_path):
+    """The work that fits report is the work that was counted, for every method that is fitted by gradient."""
+    moved: list[tuple[float, str]] = []
+    config = RebalanceConfig(
+        method=("iwb", "crt", "logistic"), tune=True, epochs=3, seeds=(0, 1), trials=4, batch_size=32
+    )
+    ticks = dict.fromkeys(comparison_work(config), 0.0)
+    progress = FitProgress.tick
+
+    def counted(self, heads=0.0, epochs=0.0, passes=0.0):
+        ticks[self.part.rpartition(" ")[2]] += epochs
+        progress(self, heads, epochs, passes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FitProgress, "tick", counted)
+        rebalance(
+            made_store(tmp_path / "s.zarr"), config, out=tmp_path / "out", device="cpu",
+            move=lambda done, total, note: moved.append((done / total, note)),
+        )  # fmt: skip
+    work = comparison_work(config)
+    iwb_shared = 3 * 2  # the curve of λ holds the best trial, and iwb at λ = 0 is fitted when the methods are done
+    assert ticks["cb"] == pytest.approx(work["cb"].epochs)
+    assert ticks["crt"] == pytest.approx(work["crt"].epochs)
+    assert work["iwb"].epochs - iwb_shared <= ticks["iwb"] <= work["iwb"].epochs + iwb_shared
+    assert [done for done, _ in moved] == sorted(done for done, _ in moved)
+    assert moved[0] == (0, "method 1 of 4: cb")
+    assert moved[-1][1].startswith("method 4 of 4: logistic, ")
+
+
+@pytest.mark.parametrize("kernel", [*instruction_sets(), None])
+def test_every_backend_reports_each_epoch_of_each_head(kernel):
+    random, done = np.random.default_rng(0), []
+    labels = np.repeat(np.arange(3), (50, 20, 7))
+    views = [random.normal(size=(77, 4)).astype(np.float32) for _ in range(2)]
+    features = Features(views, labels, np.bincount(labels), np.zeros((3, 4), np.float32), np.zeros(3, np.float32))
+    if kernel == "double":
+        pytest.skip("is for float64")
+    fit_heads(
+        features, [Head("ce"), Head("cb-softmax")], seeds=(0, 1, 2), schedule=Schedule(epochs=2, batch_size=16), kernel=kernel,
+        tick=done.append,
+    )  # fmt: skip
+    assert sum(done) == pytest.approx(2 * 2 * 3)

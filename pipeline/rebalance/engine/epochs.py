@@ -21,7 +21,11 @@ class Epochs:
 
     Arguments:
         rows: training rows to fit on, None for all.
+    Attributes:
+        tick: called with the epochs of one head that are done since the last call, those of all seeds added up.
     """
+
+    tick: Callable[[float], object] = staticmethod(lambda epochs: None)
 
     def __init__(self, features: Features, schedule: Schedule, seeds: Sequence[int], rows: np.ndarray | None):
         self.features, self.schedule, self.seeds, self.rows = features, schedule, seeds, rows
@@ -68,11 +72,13 @@ class Epochs:
             streams = [self._stream(epoch, seed) for seed in self.seeds]
             for parts in itertools.zip_longest(*streams, fillvalue=nothing):
                 yield [(rows, torch.as_tensor(features)) for rows, features in parts]
+                self.tick(sum(len(rows) for rows, _ in parts) / len(self.train_rows))
             return
         view, orders = self._view(epoch), [self._order(epoch, seed) for seed in self.seeds]
         for first in range(0, len(self.train_rows), at_once):
             some = [order[first : first + at_once] for order in orders]
             yield [(rows, view.index_select(0, torch.as_tensor(rows))) for rows in some]
+            self.tick(sum(map(len, some)) / len(self.train_rows))
 
     def _view(self, epoch: int) -> Tensor:
         return torch.as_tensor(self.features.views[self._number(epoch)])

@@ -1,6 +1,6 @@
 """Fits many heads on cached features in one pass over the data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -31,6 +31,7 @@ def fit_heads(
     memory_bytes: int | None = None,
     ranks: Ranks | None = None,
     kernel: str | None = next(iter(instruction_sets()), None),
+    tick: Callable[[float], object] = lambda epochs: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit K heads in each of S batch orders, all started from the stage-1 head.
 
@@ -41,6 +42,7 @@ def fit_heads(
         memory_bytes: most bytes of heads and buffers; above it the heads are fitted in several passes over the data.
         ranks: processes that share every batch; each calls this with the same arguments and gets the same heads.
         kernel: instruction set of the C kernel to use on a CPU, None for tensor operations.
+        tick: called while heads are fitted with the epochs done since the last call, those of all heads added up.
     Returns: weights (S, K, C, D) and biases (S, K, C).
     Raises: PipelineError: the heads do not fit into memory. ValueError: kernel `double` with float32.
     """
@@ -50,7 +52,7 @@ def fit_heads(
     c_kernel = device.type == "cpu" and not ranks and kernel
     epochs = Epochs(features, schedule, seeds, rows)
     if epochs.streamed and not c_kernel and len(seeds) > 1:  # a stack's seeds would need batches of each at a time
-        solo = partial(fit_heads, features, heads, schedule=schedule, rows=rows, device=device, dtype=dtype)
+        solo = partial(fit_heads, features, heads, schedule=schedule, rows=rows, device=device, dtype=dtype, tick=tick)
         fitted = [solo(seeds=[seed], memory_bytes=memory_bytes, ranks=ranks, kernel=kernel) for seed in seeds]
         return np.concatenate([w for w, _ in fitted]), np.concatenate([b for _, b in fitted])
     classes, width = features.weight.shape
@@ -70,11 +72,16 @@ def fit_heads(
     with _arithmetic(device):
         for first, last in passes:
             group = order[first:last]
+            epochs.tick = partial(_tick, tick, len(group))
             for members, w, b in fit(epochs, [heads[i] for i in group], threads=threads, dtype=dtype):
                 at = [group[i] for i in members]
                 weight[:, at] = w
                 bias[:, at] = b
     return weight, bias
+
+
+def _tick(tick: Callable[[float], object], heads: int, epochs: float) -> None:
+    tick(heads * epochs)
 
 
 def plan(heads: int, cost: int, budget: int) -> list[tuple[int, int]]:

@@ -75,6 +75,7 @@ def fit_with_tensors(
             for view, labels, order in epochs.views(epoch, place=place):
                 for block in batches.epoch(view, labels, order):
                     list(run(advance, steps, itertools.repeat(block)))
+                    epochs.tick(sum(batch.size for batch in block) * seeds / len(epochs.train_rows))
     for members, stack in stacks:
         yield members, stack.vectors.cpu().numpy(), (stack.weight[..., -1] - stack.prior).cpu().numpy()
 

@@ -1,7 +1,7 @@
 """Fitting of all trials of a method together: one autograd step for S batch orders × T trials."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -69,6 +69,7 @@ def fit(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     memory_bytes: int | None = None,
+    tick: Callable[[float], object] = lambda epochs: None,
 ) -> list[list[Scorer]]:
     """Return heads [trial][seed]; the learning rate of a trial falls on a cosine to 0.
 
@@ -76,6 +77,7 @@ def fit(
         sampling, weighting: in place of the method's.
         rows: training rows to fit on, None for all; the counts stay those of all.
         memory_bytes: most bytes of parameters and buffers; above it the trials are fitted in several passes.
+        tick: called while heads are fitted with the epochs done since the last call, those of all heads added up.
     Raises: PipelineError: one trial alone takes more.
     """
     train_rows = np.arange(len(features.labels)) if rows is None else rows
@@ -95,7 +97,7 @@ def fit(
         with _cores(device, worth_sharing=work >= SHARED_PRODUCT):
             views = group[0].values.get("views")
             planned = replace(schedule, augmented=views == "augmented") if views else schedule
-            fitted = _fit_together(rule, group, stage1, features, orders, planned, train_rows)
+            fitted = _fit_together(rule, group, stage1, features, orders, planned, train_rows, tick)
         for i, of_seeds in zip(members, fitted, strict=True):
             heads[i] += of_seeds
     return heads
@@ -128,12 +130,14 @@ class Blocks:
         rows: training rows (M,), None for all.
     Attributes:
         shared: what methods have computed from these samples, for the next of them.
+        tick: called with the products over all samples that a solver has computed since the last call.
     """
 
     def __init__(self, features: Features, rows: np.ndarray | None, device: torch.device):
         self.features, self.device = features, device
         self.rows = np.arange(len(features.labels)) if rows is None else rows
         self.shared: dict[Any, Any] = {}
+        self.tick: Callable[[float], object] = lambda products: None
 
     @property
     def labels(self) -> Tensor:
@@ -205,6 +209,7 @@ def _fit_together(
     seeds: Sequence[int],
     schedule: Schedule,
     train_rows: np.ndarray,
+    tick: Callable[[float], object],
 ) -> list[list[Scorer]]:
     like = stage1.weight
     values = _stacked([trial.values for trial in trials], like)
@@ -236,6 +241,7 @@ def _fit_together(
                     p.sub_(lr.view(shape) * velocity[name])
                 if rule.project is not None:
                     rule.project(params, stage1, values)
+            tick(len(trials) * rows.numel() / len(train_rows))
     with torch.no_grad():
         head = [t.expand(*lead, *t.shape[2:]).float().cpu().numpy() for t in rule.head(params, stage1, values)]
     return [[scorer_of([a[s, t].copy() for a in head]) for s in range(lead[0])] for t in range(lead[1])]
