@@ -72,6 +72,7 @@ from pipeline.method_names import METHODS
 @setting_option("rebalance.select_on", group="Tuning")
 @setting_option("rebalance.tune", group="Tuning")
 @setting_option("rebalance.trials", group="Tuning")
+@setting_option("rebalance.budget", group="Tuning", metavar="10m|2h|none")
 @setting_option("rebalance.force_double_balancing", group="Tuning")
 @setting_option("rebalance.spread", group=EXECUTION)
 @dry_run

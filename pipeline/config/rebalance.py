@@ -1,5 +1,6 @@
 """Settings of stage 2."""
 
+import math
 import re
 from typing import Any, Literal
 
@@ -74,6 +75,11 @@ class RebalanceConfig(Section):
     )
     tune: bool = Field(False, description="Tune ce, cb and iwb too, as all other methods always are.")
     trials: int = Field(20, ge=1, description="Most settings that are tried for each trained method that is tuned.")
+    budget: str = Field(
+        "2h",
+        description="Time that tuning may take, such as 10m or 2h, or none; where the estimate is longer, settings are first "
+        "compared on parts of the training images.",
+    )
     sampling: Literal["instance", "class-balanced"] | None = Field(
         None, description="Sampling of training features; null takes the method's."
     )
@@ -103,6 +109,17 @@ class RebalanceConfig(Section):
         if isinstance(values, dict) and values.get("lam") is not None and "method" not in values:
             return values | {"method": ("iwb",)}
         return values
+
+    @property
+    def budget_seconds(self) -> float:
+        """Seconds that tuning may take, infinite without a budget."""
+        return parse_duration(self.budget)
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_text(cls, value: Any) -> Any:
+        parse_duration(str(value))
+        return str(value)
 
     @field_validator("memory", mode="before")
     @classmethod
@@ -161,6 +178,16 @@ class RebalanceConfig(Section):
             return RebalanceConfig.model_validate(common | variant.set)
         except ValidationError as error:
             raise ValueError("; ".join(explanations(error, f"variant {variant.name}", RebalanceConfig))) from error
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a text such as 90s, 10m or 2h, infinity of `none`; raise ValueError where it is no duration."""
+    if text.strip().lower() == "none":
+        return math.inf
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh])\s*", text)
+    if not match or float(match[1]) == 0:
+        raise ValueError("expected a duration such as 90s, 10m or 2h, or none")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def parse_bytes(text: str) -> int:

@@ -1,6 +1,6 @@
 """Methods compete: each is tuned on validation, its best setting stands for it, and a weighted mean of them joins in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,13 +12,14 @@ from pipeline.config import RebalanceConfig
 from pipeline.errors import PipelineError
 from pipeline.longtail import GROUPS
 from pipeline.method_names import MEMBERS
-from pipeline.rebalance.candidates import method_names, parse_lam
-from pipeline.rebalance.estimate import estimate_text
+from pipeline.rebalance.candidates import is_trained, method_names, parse_lam
+from pipeline.rebalance.estimate import comparison_seconds, comparison_work, duration, estimate_text, product_seconds
+from pipeline.rebalance.halving import KEPT, SHARES, rungs, share_within
 from pipeline.rebalance.methods import RIVALS, Free
 from pipeline.rebalance.methods.ensemble import balanced_nll, fold, stacking_shares, temperature
 from pipeline.rebalance.methods.iwb_la import TRIALS
 from pipeline.rebalance.sweep import Sweep
-from pipeline.rebalance.tuning import LAMS, edges, lams_of, next_trials, tuned_methods
+from pipeline.rebalance.tuning import LAMS, edges, first_trial, lams_of, next_trials, tuned_methods
 from pipeline.rebalance.unfinished import Facts, Unfinished, head_entry
 from pipeline.results.head_id import BASELINE, HeadId, chosen_text
 from pipeline.results.heads import Linear
@@ -60,13 +61,28 @@ def compare(
     asked = method_names(config.method)
     methods = tuned_methods(config)
     samples, (classes, width) = len(sweep.features.labels), sweep.features.weight.shape
-    report(estimate_text(config, rows=samples, width=width, classes=classes, device=sweep.ranks.device))
+    size: Any = {"rows": samples, "width": width, "classes": classes, "device": sweep.ranks.device}
+    size["product"] = product_seconds(**size)
+    report(estimate_text(config, **size))
+    seconds = {
+        share: comparison_seconds(config, **size, share=share, counts=sweep.features.counts)[1] for share in SHARES
+    }
+    share = sweep.ranks.gathered(share_within(config.budget_seconds, seconds.__getitem__))[0]
     best_of: dict[str, HeadId] = {}
+    thinning: list[str] = []
     tuned: list[dict[str, Any]] = []
     all_trials: list[dict[str, Any]] = []
     for number, method in enumerate(methods, 1):
         sweep.progress.begin(method)
-        facts = unfinished.piece(method, sweep, partial(_tuned, sweep, method, config, split))
+        facts = unfinished.piece(method, sweep, partial(_tuned, sweep, method, config, split, share))
+        if number == 1:  # a command that was stopped has decided
+            share = facts["share"]
+            sweep.progress.plan(comparison_work(config, share, sweep.features.counts))
+            for smaller in (s for s in SHARES if s >= share):
+                sweep.subset(smaller)
+            if share < 1:
+                thinning = [_thinning_note(sweep, config, share, seconds)]
+                report(thinning[0])
         best, rows = HeadId.from_dict(facts["best"]), facts["trials"]
         best_of[method] = best
         all_trials += rows
@@ -83,7 +99,7 @@ def compare(
         tuned.append(_winner(ensemble, sweep, split, 1, []))
         report(f"ensemble: {chosen_text(tuned[-1])}")
     winners = [best_of[method] for method in asked]
-    return Comparison(winners, tuned, all_trials, _notes(sweep, config, winners, tuned, split), ensemble)
+    return Comparison(winners, tuned, all_trials, thinning + _notes(sweep, config, winners, tuned, split), ensemble)
 
 
 def add_ensemble(sweep: Sweep, members: Sequence[HeadId]) -> HeadId:
@@ -106,26 +122,75 @@ def add_ensemble(sweep: Sweep, members: Sequence[HeadId]) -> HeadId:
     return ensemble
 
 
-def _tuned(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> Facts:
-    """Tune a method, leave the heads of its best trial in the sweep and return that trial and the scores of all."""
-    trials, best = _tune(sweep, method, config, split)
-    rows = [_trial(sweep, s, split) | {"chosen": s == best} for s in trials]
+def _tuned(sweep: Sweep, method: str, config: RebalanceConfig, split: str, share: float) -> Facts:
+    """Tune a method, leave the heads of its best trial in the sweep and return that trial and the scores of all.
+
+    Arguments:
+        share: of the training rows on which its settings are compared first, where their fits take long.
+    """
+    first = share if is_trained(first_trial(method, config)) or method.startswith("logistic") else 1.0
+    trials, best = _search(sweep.subset(first), method, config, split, finish=first == 1)
+    place_of = dict.fromkeys(trials, sweep.subset(first))
+    leading = list(trials)
+    for number, larger in rungs(len(trials), first)[1:]:
+        leading = _ranked(place_of[leading[0]], leading, config, split, {})[:number]
+        sweep.subset(larger).add(leading, seeds=config.seeds[:1])
+        place_of |= dict.fromkeys(leading, sweep.subset(larger))
+    while first < 1:
+        best = _ranked(sweep, leading, config, split, {})[0]
+        sweep.add([best])  # in the other batch orders, where it may diverge
+        if best not in sweep.diverged:
+            break
+    rows = [
+        _trial(place_of[s], s, split) | {"chosen": s == best} | ({"rows": place_of[s].fraction} if first < 1 else {})
+        for s in trials
+    ]
     sweep.keep_only([best, BASELINE], trials=trials)
-    if method == "iwb":  # the curve of λ at the best of all other settings
+    for subset in sweep.subsets.values():
+        subset.keep_only([], trials=trials)
+        sweep.fitted, subset.fitted = sweep.fitted + subset.fitted, 0
+        sweep.fit_seconds, subset.fit_seconds = sweep.fit_seconds + subset.fit_seconds, 0.0
+    if method == "iwb" and share == 1:  # the curve of λ at the best of all other settings
         sweep.add([replace(best, lam=lam) for lam in parse_lam(config.lam) or LAMS])
-    return {"best": head_entry(best), "trials": rows, "border": edges(best, trials)}
+    return {"best": head_entry(best), "trials": rows, "border": edges(best, trials), "share": share}
 
 
-def _tune(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> tuple[list[HeadId], HeadId]:
+def _search(
+    sweep: Sweep, method: str, config: RebalanceConfig, split: str, *, finish: bool
+) -> tuple[list[HeadId], HeadId]:
     """Return every trial of a method and the best of them.
 
-    The best has the highest class-balanced likelihood, at its own temperature, among all within one standard error of the
-    highest accuracy: likelihood separates settings that accuracy on few samples cannot.
+    Arguments:
+        finish: fit the best in all batch orders.
     """
     trials: list[HeadId] = []
     best: HeadId | None = None
-    first = config.seeds[:1]
     likelihood: dict[HeadId, float] = {}
+    while new := next_trials(method, config, trials, best):
+        sweep.add(new, seeds=config.seeds[:1])
+        trials += new
+        best = None
+        while best is None:
+            best = _ranked(sweep, trials, config, split, likelihood)[0]
+            if finish and not next_trials(method, config, trials, best):
+                sweep.add([best])  # in the other batch orders, where it may diverge
+                best = None if best in sweep.diverged else best
+    assert best is not None
+    return trials, best
+
+
+def _ranked(
+    sweep: Sweep, trials: Sequence[HeadId], config: RebalanceConfig, split: str, likelihood: dict[HeadId, float]
+) -> list[HeadId]:
+    """Return the trials that have not diverged, the best first, by the first batch order.
+
+    The best has the highest class-balanced likelihood, at its own temperature, among all within one standard error of the
+    highest accuracy: likelihood separates settings that accuracy on few samples cannot. The others follow by accuracy.
+
+    Arguments:
+        likelihood: losses that are known; new ones are added.
+    Raises: PipelineError: all trials have diverged.
+    """
     labels = torch.as_tensor(sweep.labels_of_logits())
 
     def loss(setting: HeadId) -> float:
@@ -134,23 +199,26 @@ def _tune(sweep: Sweep, method: str, config: RebalanceConfig, split: str) -> tup
             likelihood[setting] = balanced_nll(logits, labels, 1 / temperature(logits, labels))
         return likelihood[setting]
 
-    while new := next_trials(method, config, trials, best):
-        sweep.add(new, seeds=first)
-        trials += new
-        best = None
-        while best is None:
-            alive = [s for s in trials if s not in sweep.diverged]
-            if not alive:
-                raise PipelineError(
-                    f"{method}: fitting diverged at every learning rate; lower them: --lr {config.lr / 100:g}"
-                )
-            near = sweep.choose(alive, split, seeds=first).within_one_se
-            best = min((alive[i] for i in near), key=loss)
-            if not next_trials(method, config, trials, best):
-                sweep.add([best])  # in the other batch orders, where it may diverge
-                best = None if best in sweep.diverged else best
-    assert best is not None
-    return trials, best
+    alive = [s for s in trials if s not in sweep.diverged]
+    if not alive:
+        raise PipelineError(
+            f"{trials[0].method}: fitting diverged at every learning rate; lower them: --lr {config.lr / 100:g}"
+        )
+    near = [alive[i] for i in sweep.choose(alive, split, seeds=config.seeds[:1]).within_one_se]
+    others = [s for s in alive if s not in near]
+    return sorted(near, key=loss) + sorted(others, key=lambda s: -(sweep.summaries(s, split)[0]["all"] or 0.0))
+
+
+def _thinning_note(sweep: Sweep, config: RebalanceConfig, share: float, seconds: Mapping[float, float]) -> str:
+    """Return the sentence on how many settings were tried on which part of the training images."""
+    parts = [(number, sweep.subset(s).fraction) for number, s in rungs(config.trials, share)]
+    texts = [f"{number} of them on {fraction:.0%}" for number, fraction in parts[1:-1]] + [f"{parts[-1][0]} on all"]
+    return (
+        f"tuning would take about {duration(seconds[1.0])}, more than --budget {config.budget}: at most {parts[0][0]} settings "
+        f"of each method that takes long were compared on {parts[0][1]:.0%} of the training images, the better "
+        f"{', '.join(texts)}; a class of up to {KEPT} images kept all of them. That takes about {duration(seconds[share])}; "
+        "--budget none compares every setting on all images"
+    )
 
 
 def _notes(

@@ -4,11 +4,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.config import RebalanceConfig
 from pipeline.rebalance.candidates import ENGINE, is_trained
+from pipeline.rebalance.halving import SHARES, class_sizes, rungs
 from pipeline.rebalance.tuning import LAMS, tuned_methods
 from pipeline.results.head_id import HeadId
 
@@ -63,16 +66,25 @@ def product_seconds(rows: int, width: int, classes: int, device: torch.device) -
     return sorted(times[1:])[1] * rows / few
 
 
-def comparison_work(config: RebalanceConfig) -> dict[str, Work]:
-    """Return the work of every method that is tuned, by name; all logistic regressions solve one grid together."""
+def comparison_work(config: RebalanceConfig, share: float = 1.0, counts: np.ndarray | None = None) -> dict[str, Work]:
+    """Return the work of every method that is tuned, by name; all logistic regressions solve one grid together.
+
+    Arguments:
+        share: of the training rows on the first rung of successive halving; 1 for none.
+        counts: (C,) training images, needed where there are rungs.
+    """
+    fractions = {1.0: 1.0}
+    if counts is not None:
+        fractions |= {s: float(class_sizes(counts, s).sum() / counts.sum()) for s in SHARES}
+    ladder = rungs(config.trials, share)
+    rows = sum(number * fractions[s] for number, s in ladder)  # of all trials, in those of the store
     work, convex, again = {}, CONVEX_PASSES * (FOLD_FITS if config.select_on == "kfold" else 1), len(config.seeds) - 1
     for method in tuned_methods(config):
-        heads = config.trials + again if is_trained(HeadId(method)) else 0
-        if method == "iwb":  # the curve of λ in every batch order
-            heads += len(LAMS) * len(config.seeds)
-        heads *= FOLD_FITS if config.select_on == "kfold" else 1
+        more = again + (len(LAMS) * len(config.seeds) if method == "iwb" and share == 1 else 0)  # the curve of λ
+        fits = FOLD_FITS * is_trained(HeadId(method)) if config.select_on == "kfold" else is_trained(HeadId(method))
         passes, convex = (convex, 0) if method.startswith("logistic") else (0, convex)
-        work[method] = Work(heads, heads * head_epochs(method, config), passes)
+        heads = fits * (sum(number for number, _ in ladder) + more)
+        work[method] = Work(heads, fits * (rows + more) * head_epochs(method, config), passes * rows / config.trials)
     return work
 
 
@@ -82,21 +94,35 @@ def head_epochs(method: str, config: RebalanceConfig) -> float:
 
 
 def comparison_seconds(
-    config: RebalanceConfig, *, rows: int, width: int, classes: int, device: torch.device
+    config: RebalanceConfig,
+    *,
+    rows: int,
+    width: int,
+    classes: int,
+    device: torch.device,
+    share: float = 1.0,
+    counts: np.ndarray | None = None,
+    product: float | None = None,
 ) -> tuple[int, float]:
     """Return how many heads tuning fits by gradient at most, and the seconds that it and the convex heads take.
 
     Arguments:
         rows, width, classes: training samples, features of a sample, classes.
+        share, counts: as of `comparison_work`.
+        product: seconds of one product, measured by default.
     """
-    product, logits = product_seconds(rows, width, classes, device), rows * classes * LOGIT_SECONDS
-    work = comparison_work(config).values()
+    product, logits = product or product_seconds(rows, width, classes, device), rows * classes * LOGIT_SECONDS
+    work = comparison_work(config, share, counts).values()
     return sum(part.heads for part in work), math.fsum(part.seconds(product, logits) for part in work)
 
 
-def estimate_text(config: RebalanceConfig, *, rows: int, width: int, classes: int, device: torch.device) -> str:
-    """Return one line on what tuning fits and about how long it takes, and what would take less where that is long."""
-    heads, seconds = comparison_seconds(config, rows=rows, width=width, classes=classes, device=device)
+def estimate_text(config: RebalanceConfig, **size: Any) -> str:
+    """Return one line on what tuning fits and about how long it takes, and what would take less where that is long.
+
+    Arguments:
+        size: as of `comparison_seconds`.
+    """
+    heads, seconds = comparison_seconds(config, **size)
     methods = len(tuned_methods(config))
     text = f"tuning {methods} methods, at most {heads} heads by gradient: about {duration(seconds)} on a quiet machine like this"
     return text + "; fewer methods (--method), fewer trials (--trials) or a GPU take less" * (seconds > LONG)
@@ -118,11 +144,15 @@ class FitProgress:
     """
 
     def __init__(self, work: dict[str, Work], move: Callable[[float, float, str], object]):
-        self.work, self.move = work, move
-        self.total = max(sum(part.products for part in work.values()), 1.0)
+        self.move = move
+        self.plan(work)
         self.before = self.within = self.heads = 0.0
         self.started = self.moved = time.monotonic()
         self.part = ""
+
+    def plan(self, work: dict[str, Work]) -> None:
+        """Count with this work instead."""
+        self.work, self.total = work, max(sum(part.products for part in work.values()), 1.0)
 
     def begin(self, part: str) -> None:
         """Note that a part begins, so that those before it are done, however much work they were."""

@@ -19,6 +19,7 @@ from pipeline.rebalance.engine.features import Features, FeatureSplit
 from pipeline.rebalance.engine.fit import Head, Schedule, fit_heads
 from pipeline.rebalance.estimate import AUTOGRAD, FitProgress
 from pipeline.rebalance.folds import stratified_folds
+from pipeline.rebalance.halving import SubsetViews, subset_rows
 from pipeline.rebalance.methods import RIVALS, Free
 from pipeline.rebalance.methods.fit import Blocks, Trial, fit, solve
 from pipeline.rebalance.methods.iwb_la import with_means
@@ -62,6 +63,9 @@ class Sweep:
         probe: the heads start from a linear probe, which is fitted anew without the samples of a fold.
         scored: scores by split: `val` where there is one, `kfold` where that is chosen on.
         fold_logits: out-of-fold logits (M, C) in float16 of the samples `fold_rows`.
+        group_counts: (C,) training images by which classes are grouped, by default those of the features.
+        fraction: training rows of the features in those of the whole store.
+        subsets: by share, sweeps on parts of the training rows (halving.py).
         progress: is told of the work that is done.
         diverged: trials at whose learning rate fitting diverged; they have no heads and no scores.
     """
@@ -78,6 +82,9 @@ class Sweep:
     fit_seconds: float = 0.0
     fitted: int = 0
     fold_logits: dict[Key, np.ndarray] = field(default_factory=dict)
+    group_counts: np.ndarray | None = None
+    fraction: float = 1.0
+    subsets: dict[float, "Sweep"] = field(default_factory=dict)
     progress: FitProgress = field(default_factory=lambda: FitProgress({}, lambda *moved: None))
 
     def __post_init__(self):
@@ -88,7 +95,39 @@ class Sweep:
     @property
     def training_sets(self) -> dict[str, TrainingSet]:
         """Return every set of samples that heads are fitted on, by name."""
-        return {"all": self.training_set} | {f"fold {i}": part for i, (_, part) in enumerate(self.held_out)}
+        sets = {"all": self.training_set} | {f"fold {i}": part for i, (_, part) in enumerate(self.held_out)}
+        for share, subset in self.subsets.items():
+            sets |= {f"{share:.3f}, {name}": part for name, part in subset.training_sets.items()}
+        return sets
+
+    def subset(self, share: float) -> "Sweep":
+        """Return the sweep on a share of the training rows, itself for all of them; losses then count these rows."""
+        if share == 1:
+            return self
+        if share not in self.subsets:
+            labels, counts = self.features.labels, self.features.counts
+            rows = subset_rows(labels, counts, share)
+            fewer = np.bincount(labels[rows], minlength=len(counts))
+            features = replace(
+                self.features, views=SubsetViews(self.features.views, rows), labels=labels[rows], counts=fewer
+            )
+            self.subsets[share] = Sweep(
+                features,
+                self.val,
+                self.config,
+                self.ranks,
+                self.chosen_on,
+                probe=self.probe,
+                group_counts=np.asarray(counts),
+                fraction=len(rows) / len(labels),
+                progress=self.progress,
+            )
+        return self.subsets[share]
+
+    @property
+    def grouping(self) -> np.ndarray:
+        """Return the training images (C,) by which classes are grouped."""
+        return self.features.counts if self.group_counts is None else self.group_counts
 
     def seeds_of(self, setting: HeadId) -> Sequence[int | None]:
         return self.config.seeds if is_trained(setting) else (None,)
@@ -179,7 +218,7 @@ class Sweep:
         None are as long as every group has a sample for nine tenths of its classes: so few hardly move the mean over classes,
         and folds take six times as long.
         """
-        counts = self.features.counts
+        counts = self.grouping
         if self.chosen_on != "val" or self.val is None:
             return np.zeros(len(counts), bool)
         without = np.bincount(self.val.labels, minlength=len(counts)) == 0
@@ -297,7 +336,7 @@ class Sweep:
             rows=rows,
             device=device,
             ranks=ranks,
-            tick=lambda epochs: self.progress.tick(epochs=epochs),
+            tick=lambda epochs: self.progress.tick(epochs=self.fraction * epochs),
         )
         shares = [dict(s.values).get("means", 0.0) for s in settings]
         means = solve(NEAREST_MEAN, [{}], features, rows=rows, device=device)[0] if any(shares) else None
@@ -318,7 +357,7 @@ class Sweep:
         features, rows, samples = training_set.features, training_set.rows, training_set.samples
         if isinstance(rule, Free):
             grid = [dict(s.values) for s in settings]
-            samples.tick = lambda products: self.progress.tick(passes=products)
+            samples.tick = lambda products: self.progress.tick(passes=self.fraction * products)
             solved = solve(rule, grid, features, rows=rows, device=self.ranks.device, samples=samples)
             return {(s, None): head for s, head in zip(settings, solved, strict=True)}
         heads = fit(
@@ -331,7 +370,7 @@ class Sweep:
             weighting=config.weighting,
             rows=rows,
             device=self.ranks.device,
-            tick=lambda epochs: self.progress.tick(epochs=AUTOGRAD * epochs),
+            tick=lambda epochs: self.progress.tick(epochs=self.fraction * AUTOGRAD * epochs),
         )
         return {
             (s, seed): head
@@ -349,7 +388,7 @@ class Sweep:
         Arguments:
             out_of_fold: answers on the training samples `rows` (M,) by heads that were fitted without them.
         """
-        counts, labels = self.features.counts, self.features.labels[rows]
+        counts, labels = self.grouping, self.features.labels[rows]
         if self.chosen_on == "kfold":
             scored = {key: scores_of(*answers, labels, counts) for key, answers in out_of_fold.items()}
             self.scored.setdefault("kfold", {}).update(scored)

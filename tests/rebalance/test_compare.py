@@ -254,14 +254,14 @@ def test_backbones_that_tune_differently_still_have_one_row_a_method(tmp_path):
 def test_equal_norms_have_the_other_settings_of_iwb_and_one_row(tmp_path, monkeypatch):
     """The weight of the norm term counts at λ = 0 too, and λ = 0 may be among those asked for."""
 
-    def tune(sweep, method, config, split):
+    def tune(sweep, method, config, split, *, finish):
         best = {"cb": HeadId("cb", "cb", lr=0.02), "iwb": HeadId("iwb", "cb", 0.5, 0.02, (("kl_weight", 16.0),))}[
             method
         ]
         sweep.add([best])
         return [best], best
 
-    monkeypatch.setattr("pipeline.rebalance.compare._tune", tune)
+    monkeypatch.setattr("pipeline.rebalance.compare._search", tune)
     store = made_store(tmp_path / "features.zarr")
     rebalance(store, RebalanceConfig(method=("iwb",), tune=True, lam="0,0.5", **QUICK), out=tmp_path / "out")
     heads = [HeadId.from_dict(facts) for facts, _ in read_scorers(tmp_path / "out/heads.safetensors")]

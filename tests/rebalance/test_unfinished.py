@@ -11,7 +11,7 @@ import pytest
 from pipeline.cli import invoke
 from pipeline.config import RebalanceConfig
 from pipeline.errors import Terminated
-from pipeline.rebalance import ablate, rebalance, unfinished
+from pipeline.rebalance import ablate, compare, rebalance, unfinished
 from pipeline.rebalance.sweep import Sweep
 from tests import ranks
 from tests.small_run import made_store
@@ -37,17 +37,23 @@ def contents(folder: Path) -> dict[str, object]:
     return files | {"results.json": document}
 
 
-def in_child(store: Path, out: Path, config: RebalanceConfig, kill: str) -> int:
-    """Return the exit code of a process that rebalances and is killed at a moment."""
-    process = ranks._context.Process(target=_rebalance, args=(store, out, config, kill))
+def in_child(store: Path, out: Path, config: RebalanceConfig, kill: str, *, thinned: bool = False) -> int:
+    """Return the exit code of a process that rebalances and is killed at a moment.
+
+    Arguments:
+        thinned: let a product take a second, which is more than a budget of a second allows.
+    """
+    process = ranks._context.Process(target=_rebalance, args=(store, out, config, kill, thinned))
     process.start()
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode
 
 
-def _rebalance(store: Path, out: Path, config: RebalanceConfig, kill: str) -> None:
+def _rebalance(store: Path, out: Path, config: RebalanceConfig, kill: str, thinned: bool) -> None:
     os.environ["PIPELINE_KILL_AT"] = kill
+    if thinned:
+        compare.product_seconds = lambda **size: 1.0
     try:
         rebalance(store, config, out=out, device="cpu")
     except Terminated as stop:
