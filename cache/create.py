@@ -85,7 +85,9 @@ def create_store(
 class Foreseen:
     """The state in which `create_store` finds a store: `new`, or one that is `sealed`, `open`, `damaged` or to be `replaced`.
 
-    layout: of the store that is wanted; missing: its chunks of features that are still to be written.
+    Arguments:
+        layout: of the store that is wanted.
+        missing: its chunks of features that are still to be written.
     """
 
     state: Literal["new", "sealed", "open", "damaged", "replaced"]
@@ -103,8 +105,12 @@ def foresee_store(
 ) -> Foreseen:
     """Return the state in which `create_store` would find a store, and raise what it would raise; nothing is written.
 
-    skipping: as `Writer.missing` has it; arguments: the other arguments of `create_store`. A store in a bucket that another
-    process writes is not noticed.
+    A store in a bucket that another process writes is not noticed.
+
+    Arguments:
+        overwrite, retry: as for `create_store`.
+        skipping: as for `Writer.missing`.
+        arguments: the other arguments of `create_store`.
     """
     place, root, contents = _wanted(path, **arguments)
     foreseen = _foreseen(place, root, contents, overwrite=overwrite, retry=retry or {}, skipping=skipping)

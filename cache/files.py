@@ -11,8 +11,9 @@ from typing import BinaryIO
 def write_durably(path: Path | str, content: bytes | str | Callable[[BinaryIO], object]) -> Path:
     """Return the path, after its content was replaced whole: temporary file, fsync, rename, fsync of the folder.
 
-    content: bytes, text (written as UTF-8) or a function that writes to an open binary file.
-    Raises OSError (disk full, no permission); the old content is then still there.
+    Arguments:
+        content: bytes, text (written as UTF-8) or a function that writes to an open binary file.
+    Raises: OSError: disk full, no permission; the old content is then still there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,13 @@ class Unlockable(Refused):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows start..stop of one view of one split: the unit that is encoded, written, checked and repaired whole."""
+    """The unit of features that is encoded, written, checked and repaired whole.
+
+    Arguments:
+        split, view: of its rows.
+        index: its number in the view.
+        start, stop: the first row and the one behind the last.
+    """
 
     split: str
     view: int
@@ -184,12 +190,22 @@ class Layout:
 
 
 def chunk_rows(*, width: int, itemsize: int) -> int:
-    """Return the rows of (width,) features that make a chunk of about 16 MiB; at least 1, at most CHUNK_ROWS."""
+    """Return the rows of a chunk of about 16 MiB; at least 1, at most CHUNK_ROWS.
+
+    Arguments:
+        width: numbers in a row.
+        itemsize: bytes of a number.
+    """
     return max(1, min(CHUNK_ROWS, CHUNK_BYTES // (width * itemsize)))
 
 
 def owned_chunks(*, chunks: int, rank: int, world: int) -> range:
-    """Return the chunk numbers this rank writes: contiguous, whole, every chunk owned once."""
+    """Return the chunk numbers this rank writes: contiguous, whole, every chunk owned once.
+
+    Arguments:
+        chunks: in all.
+        rank, world: the number of this process, and of all.
+    """
     return range(chunks * rank // world, chunks * (rank + 1) // world)
 
 

@@ -55,11 +55,13 @@ class _Tensor(NamedTuple):
 def export(store: Cache | Path | str, out: Path | str, *, format: Literal["npy", "safetensors"] = "npy") -> Exported:
     """Write a sealed store into the new folder `out`, which is there whole or not at all.
 
-    npy: SPLIT/features.npy (V, N, D), SPLIT/labels.npy and SPLIT/ids.npy (N,) int64, classifier/weight.npy (C, D) and
-    classifier/bias.npy (C,) float32. safetensors: all of them in store.safetensors under the same names. Features have
-    the store's type; numpy has no bfloat16, so it becomes float32 in .npy, exactly. Rows without features are NaN.
-    store.json says the rest: class names, counts, fingerprint, provenance, digest, rows without features.
-    Raises CacheError where the store is damaged (before `out` exists) or `out` holds something.
+    Features have the store's type; numpy has no bfloat16, so it becomes float32 in .npy, exactly. Rows without features are
+    NaN. store.json says the rest: class names, counts, fingerprint, provenance, digest, rows without features.
+
+    Arguments:
+        format: npy for SPLIT/features.npy (V, N, D), SPLIT/labels.npy and SPLIT/ids.npy (N,) int64, classifier/weight.npy
+            (C, D) and classifier/bias.npy (C,) float32; safetensors for all of them in store.safetensors, so named.
+    Raises: CacheError: the store is damaged (before `out` exists), or `out` holds something.
     """
     cache, out = store if isinstance(store, Cache) else open_cache(store), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -32,10 +32,13 @@ Block = tuple[NDArray[np.int64], NDArray]
 def stream_order(
     rows: int, chunk_rows: int, *, window: int, seed: int, epoch: int, only: NDArray[np.bool_] | None = None
 ) -> NDArray[np.int64]:
-    """Return the order (N,) in which a stream gives the rows of a view cut into chunks of chunk_rows, with window in its pool.
+    """Return the order (N,) in which a stream gives the rows of a view, a function of its arguments alone.
 
-    It is a function of its arguments alone. only (N,): True for the rows that come, None for all. A window of the whole view
-    gives a uniformly random permutation.
+    Arguments:
+        rows, chunk_rows: of the view, and of its chunks.
+        window: rows in the pool that a row is drawn from; that of the whole view gives a uniformly random permutation.
+        seed, epoch: of the order; each epoch has its own.
+        only: (N,) True for the rows that come, None for all.
     """
     rows_of = _rows_by_chunk(rows, chunk_rows, only)
     pool = np.empty(_slots(rows, chunk_rows, window), np.int64)

@@ -122,7 +122,10 @@ def prepare_import(
     overwrite: bool = False,
     **arrays: ArrayLike,
 ) -> Prepared:
-    """Return what `store_from_arrays` would do with the same arguments, checked; nothing is written. Raises as it does."""
+    """Return what `store_from_arrays` would do, checked; nothing is written.
+
+    Arguments and raises: those of `store_from_arrays`.
+    """
     contents = _store_arguments(arrays, class_names, dtype=dtype, origin=origin)
     with as_data_error():
         store = cache.foresee_store(out, overwrite=overwrite, **contents)

@@ -24,7 +24,11 @@ from pipeline.rebalance.prepare import needs_choice
 
 @dataclass(frozen=True)
 class ExternalBackbone:
-    """A network of another program that takes the place of stage 1; the fields are load_external's."""
+    """A network of another program that takes the place of stage 1.
+
+    Arguments:
+        path, model, key_map, probe: as for `load_external`.
+    """
 
     path: Path | None = None
     model: str | None = None

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from pipeline.config import RebalanceConfig
@@ -69,6 +70,7 @@ def test_every_artefact_says_what_it_is_and_what_made_it(run, part, kind, said):
         ("rebalance/selection.json", "choice", "selected"),
         ("rebalance/heads.safetensors", "heads", "kinds"),
         ("rebalance/test_hits.safetensors", "hits", "test images"),
+        ("backbone/last.pt", "checkpoint", "network"),
     ],
 )
 def test_every_artefact_begins_with_a_header_whose_summary_info_prints(run, part, kind, fact):
@@ -77,6 +79,8 @@ def test_every_artefact_begins_with_a_header_whose_summary_info_prints(run, part
         document = json.loads(path.read_text())
         assert next(iter(document)) == "header"
         header = document["header"]
+    elif path.suffix == ".pt":
+        header = torch.load(path, weights_only=True)["header"]
     else:
         with safe_open(path, "numpy") as file:
             header = json.loads(file.metadata()["header"])

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import cache
+import pipeline
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path for package in ("pipeline", "cache") for path in (ROOT / package).rglob("*.py"))
 # pronouns and bare participles: a reader cannot tell from them what the value is
@@ -56,3 +59,19 @@ def test_no_two_classes_share_a_name():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
+def test_what_is_public_names_its_arguments():
+    public = {name for names in pipeline._PUBLIC.values() for name in names} | set(cache.__all__)
+    silent = []
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                number = len(node.args.args) + len(node.args.kwonlyargs)
+            elif isinstance(node, ast.ClassDef) and "dataclass" in "".join(map(ast.dump, node.decorator_list)):
+                number = sum(isinstance(line, ast.AnnAssign) for line in node.body)
+            else:
+                continue
+            if node.name in public and number > 1 and "Arguments" not in (ast.get_docstring(node) or ""):
+                silent.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not silent

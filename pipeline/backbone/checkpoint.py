@@ -17,6 +17,8 @@ from pipeline.backbone.weights import read_file
 from pipeline.config import Config, make_config
 from pipeline.data.transform import Transform
 from pipeline.errors import DataError
+from pipeline.results.files import header
+from pipeline.results.tables import network_text
 
 FORMAT = 1
 RECORD_BYTES, REST_BYTES = 250, 8_500  # of a file beside the numbers of its tensors: of each tensor, of all else
@@ -63,9 +65,10 @@ def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> 
 
     Raises: OSError: disk full, no permission; both files are then as they were.
     """
+    summary = {"network": network_text(state.get("network", {}))}
 
     def content(file: BinaryIO) -> None:
-        _write({"format": FORMAT, **state}, file)
+        _write({"header": header("checkpoint", summary), "format": FORMAT, **state}, file)
         if previous is not None and path.exists():
             file.flush()
             os.fsync(file.fileno())  # two whole checkpoints are there until this one is safe

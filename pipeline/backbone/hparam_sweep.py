@@ -70,7 +70,12 @@ class PreparedSweep:
 
 @dataclass(frozen=True)
 class SweepResult(Shown):
-    """The content of `tries.json`, and the folder that it lies in."""
+    """The settings of stage 1 that were tried.
+
+    Arguments:
+        out: the folder of `tries.json`.
+        document: its content.
+    """
 
     out: Path
     document: dict[str, Any]

@@ -93,7 +93,12 @@ def load_config(path: Path | str | None = None, settings: Iterable[str] = ()) ->
 
 
 def make_config(tree: dict, origin: str) -> Config:
-    """Return the typed configuration of a plain tree; raise ConfigError that names origin and every wrong key."""
+    """Return the typed configuration of a plain tree.
+
+    Arguments:
+        origin: where the tree comes from, for errors.
+    Raises: ConfigError: names origin and every wrong key.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

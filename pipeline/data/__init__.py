@@ -32,8 +32,12 @@ def load_dataset(config: DataConfig, *, resize: bool = True) -> Dataset:
 
     Validation is the source's own, else what the subset left over, else held out of training as `held_out_sizes` has it;
     a test split that is missing is held out the same way, and a note says so.
-    resize: whether images in memory get the size data.image_size; a frozen encoder's are resized batch by batch.
-    Raises DataError naming the file, sample or class that is wrong, ConfigError for an impossible subset.
+
+    Arguments:
+        resize: whether images in memory get the size data.image_size; a frozen encoder's are resized batch by batch.
+    Raises:
+        DataError: names the file, sample or class that is wrong.
+        ConfigError: an impossible subset.
     """
     if config.class_names is not None and config.source not in ("list", "huggingface"):
         raise ConfigError(

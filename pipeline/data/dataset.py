@@ -85,7 +85,13 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training samples, and validation and test samples where there are any; notes say what a person should know."""
+    """The images of an experiment.
+
+    Arguments:
+        class_names: (C,) names; labels are places in them.
+        val, test: None where there are none.
+        notes: sentences for a person.
+    """
 
     name: str
     class_names: tuple[str, ...]

@@ -186,7 +186,9 @@ def _weights(checkpoint: Checkpoint, head: Linear, to: str) -> bytes:
 
 def _write_graph(path: Path, checkpoint: Checkpoint, scorer: Scorer, facts: dict[str, Any]) -> dict[str, Any]:
     transform = Transform.from_dict(facts["transform"], "config.json")
-    metadata = {key: json.dumps(facts[key], ensure_ascii=False) for key in ("class_names", "transform", "head")}
+    entries = {"header": header("graph", {"network": facts["architecture"]})}
+    entries |= {key: facts[key] for key in ("class_names", "transform", "head")}
+    metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in entries.items()}
     model = EncoderAndHead(checkpoint.model, scorer, transform)
     return write_onnx(path, model, network=facts["architecture"], size=transform.size, metadata=metadata)
 

@@ -40,6 +40,9 @@ class PreparedStoreExport:
 def prepare_store_export(store: Path | str, *, to: Format = "npy", out: Path) -> PreparedStoreExport:
     """Return the export of a store that `cache.export` would execute, checked; nothing is written.
 
+    Arguments:
+        to: the format, as for `cache.export`.
+        out: the folder to make.
     Raises: DataError: the store cannot be read, or `out` holds something.
     """
     try:

@@ -32,7 +32,13 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Artefact(Shown):
-    """An artefact: its kind, key facts, and the record of what made it."""
+    """A file or folder of this program.
+
+    Arguments:
+        kind: in words.
+        facts: name → value of what a person should know.
+        provenance: the record of its making; empty where there is none.
+    """
 
     path: Path | str
     kind: str

@@ -9,6 +9,7 @@ from pipeline.info.artefact import Artefact, Facts, read_json
 from pipeline.method_names import PROBE
 from pipeline.results.documents import read_export
 from pipeline.results.summary import class_facts, export_summary
+from pipeline.results.tables import network_text
 
 EXTERNAL_BACKBONE = "backbone brought along"
 NAMES = ("last.pt", "best.pt", "previous.pt")  # what a training calls its own
@@ -54,11 +55,11 @@ def own_checkpoint(path: Path) -> Artefact:
     from pipeline.backbone.checkpoint import read, weights_digest
 
     state = read(path)
-    network, data = state["network"], state["dataset"]
+    data = state["dataset"]
     external = state.get("brought")
     best = f"{state['best']:.2f} %" if state["best"] is not None else None
     facts = {
-        "network": f"{network['network']}, {network['parameters']:,} parameters, {network['feature_width']}-d features",
+        "network": network_text(state["network"]),
         "trained": None if external else _how_far(path, state),
         "trained with": None if external else _choices(state["config"]["backbone"]),
         "best validation accuracy (mean over classes)": best,

@@ -88,7 +88,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Compared(Shown):
-    """Measures of several runs, each a spread over its trainings, and the figure that shows them."""
+    """A comparison of several runs.
+
+    Arguments:
+        rows: of each run its measures, each a spread over its trainings.
+        figure: the picture that shows them.
+        note: a sentence on what they are, or nothing.
+    """
 
     rows: tuple[Row, ...]
     figure: Path
@@ -200,7 +206,7 @@ class PreparedProgress:
 def prepare_progress(runs: Sequence[Path], *, out: Path) -> PreparedProgress:
     """Return the comparison that `compare_progress` would draw, checked; nothing is written.
 
-    Raises: DataError: a run has no diagnosed training.
+    Arguments and raises: those of `compare_progress`.
     """
     by_run = {run: trainings(run) for run in runs}
     for run, progress in by_run.items():
@@ -215,7 +221,12 @@ def prepare_progress(runs: Sequence[Path], *, out: Path) -> PreparedProgress:
 def compare_progress(runs: Sequence[Path], *, out: Path) -> Compared:
     """Compare the trainings of runs with those of the first; write progress.png and progress.csv.
 
-    Differences are paired by training where a run has those of the first. Raises DataError where a run has none.
+    Differences are paired by training where a run has those of the first.
+
+    Arguments:
+        runs: folders of runs, or of trainings.
+        out: the folder to write to.
+    Raises: DataError: a run has no diagnosed training.
     """
     return prepare_progress(runs, out=out).write()
 

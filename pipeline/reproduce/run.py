@@ -71,7 +71,11 @@ def prepare_reproduce(
     tables: Sequence[str] = TABLES,
     device: str = "auto",
 ) -> Prepared:
-    """Return what `reproduce` would do; raises what it would raise before its first step."""
+    """Return what `reproduce` would do; nothing is written.
+
+    Arguments: those of `reproduce`.
+    Raises: what it would raise before its first step.
+    """
     refuse_unknown(tables)
     processes = planned_ranks(device, 1)
     stages: list[Prepared] = []

@@ -90,7 +90,11 @@ def is_finite(head: Scorer) -> bool:
 
 
 def predict(head: Scorer, inputs: "Tensor") -> tuple[np.ndarray, np.ndarray]:
-    """(class (M,), its probability (M,)) of features (M, D)."""
+    """Return the most probable classes (M,) and their probabilities (M,).
+
+    Arguments:
+        inputs: features (M, D).
+    """
     import torch
 
     classes, probabilities = [], []

@@ -42,14 +42,17 @@ class Row:
 class RebalanceResult(Shown):
     """The table of stage 2 with what it was made from.
 
-    baseline and selected are measured on the test split (mean over seeds, NAME_std beside it), after the choice was
-    written. candidates: the settings chosen among. within_one_se: those whose validation score lies within one standard
-    error of the selected one.
-    differences: the selected row less others on the same test samples, with intervals (differences.py).
-    selection: what was chosen on: split, samples, median_per_class, classes_without, standard_error, settings_tried;
-        classes_on_folds have no validation image and are scored on training images by heads fitted without these.
-    recommendation: sentences on what to take and why (recommendation.py).
-    chosen: where methods were tuned, the setting that stands for each; trials: all that were tried, never on test.
+    Arguments:
+        baseline, selected: measured on the test split (mean over seeds, NAME_std beside it), after the choice was written.
+        candidates: the settings chosen among.
+        within_one_se: those whose validation score lies within one standard error of the selected one.
+        differences: the selected row less others on the same test samples, with intervals (differences.py).
+        timing: seconds of loading and fitting, and the number of heads.
+        chosen: where methods were tuned, the setting that stands for each.
+        trials: all settings that were tried, never on test.
+        selection: the data of the choice: split, samples, median_per_class, classes_without, standard_error,
+            settings_tried; classes_on_folds have no validation image and are scored on training images by heads fitted
+            without these.
     """
 
     store: str

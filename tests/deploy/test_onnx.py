@@ -83,6 +83,7 @@ def test_the_file_tells_what_it_takes_and_nothing_of_this_machine(exported):
     ]
     inside = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
     config = json.loads((exported.out / "config.json").read_text())
+    assert (inside["header"]["kind"], inside["header"]["summary"]) == ("graph", {"network": exported.network})
     assert inside["class_names"] == [str(i) for i in range(10)]
     assert (inside["transform"], inside["head"]) == (config["transform"], exported.head)
     assert config["onnx"]["input"] == {
