@@ -1,5 +1,7 @@
 """Commands that measure the claims about speed and memory on this machine."""
 
+from functools import partial
+
 import click
 
 from pipeline.cli.completion import stores as complete_stores
@@ -18,7 +20,7 @@ def bench() -> None:
 
 @bench.command(
     "cache",
-    short_help="The feature store: dump, load, verify, memory.",
+    short_help="The feature store: dump, load, verify.",
     cls=Command,
     example="pipeline bench cache --rows 20000 --out bench-cache.json",
 )
@@ -30,15 +32,13 @@ def bench() -> None:
 @out_json
 @shared
 def cache_command(rows, width, repeat, folder, device, out, as_json, debug):
-    """Measure the feature store: dumping over the bare encoder, loading and verifying over np.load, memory against N.
+    """Measure the feature store: dumping over the bare encoder, loading and verifying over np.load.
 
     The default size is ImageNet-LT's; every ratio is of medians of interleaved repetitions, the page cache warm.
     """
     from pipeline.bench.cache import bench_cache
-    from pipeline.console import Talk
 
-    result = bench_cache(rows=rows, width=width, repeat=repeat, folder=folder, device=device, say=Talk().say)
-    finish(result, out, as_json)
+    finish(partial(bench_cache, rows=rows, width=width, repeat=repeat, folder=folder, device=device), out, as_json)
 
 
 @bench.command(
@@ -58,10 +58,8 @@ def rebalance_command(repeat, small, device, out, as_json, debug):
     Every ratio is of medians of interleaved repetitions on generated features, all with the same threads.
     """
     from pipeline.bench.rebalance import bench_rebalance
-    from pipeline.console import Talk
 
-    result = bench_rebalance(repeat=repeat, device=device, large=not small, say=Talk().say)
-    finish(result, out, as_json)
+    finish(partial(bench_rebalance, repeat=repeat, device=device, large=not small), out, as_json)
 
 
 @bench.command(
@@ -83,10 +81,8 @@ def train_command(repeat, small, folder, device, out, as_json, debug):
     images.
     """
     from pipeline.bench.train import bench_train
-    from pipeline.console import Talk
 
-    result = bench_train(repeat=repeat, small=small, folder=folder, device=device, say=Talk().say)
-    finish(result, out, as_json)
+    finish(partial(bench_train, repeat=repeat, small=small, folder=folder, device=device), out, as_json)
 
 
 @bench.command(
@@ -108,15 +104,15 @@ def heads_command(stores, more, folder, device, out, as_json, debug):
     intervals; the regret is what the best row on test has more.
     """
     from pipeline.bench.heads import bench_heads
+
+    finish(partial(bench_heads, [*stores, *more], folder=folder, device=device), out, as_json)
+
+
+def finish(measure, out, as_json) -> None:
+    """Measure, print the result, and write it to the file of --out."""
     from pipeline.console import Talk
 
-    result = bench_heads([*stores, *more], folder=folder, device=device, say=Talk().say)
-    finish(result, out, as_json)
-
-
-def finish(result, out, as_json) -> None:
-    """Print a benchmark, and write it to the file of --out."""
-
+    result = measure(say=Talk().say)
     if out:
         write_artefact(out, "bench", result.to_dict())
     show(result, as_json)

@@ -60,22 +60,7 @@ on_error = setting_option("dump.on_error", group=EXECUTION)
 @settings
 @shared
 def run_command(
-    config,
-    out,
-    store,
-    seeds,
-    encoder,
-    checkpoint,
-    key_map,
-    probe,
-    overwrite,
-    on_error,
-    dry_run,
-    nproc,
-    device,
-    sets,
-    as_json,
-    debug,
+    config, out, seeds, encoder, checkpoint, key_map, probe, on_error, dry_run, nproc, sets, as_json, debug, **options
 ):
     """Run stage 1, feature dump, rebalancing and report in one go; resumes where it stopped.
 
@@ -91,8 +76,8 @@ def run_command(
         raise ConfigError(
             "--key-map and --probe are for a checkpoint of another program: name it with --checkpoint FILE"
         )
-    arguments: Any = {"out": out or experiment.run_dir, "store": store, "seeds": whole_numbers("--seeds", seeds)}
-    arguments |= {"device": device, "overwrite": overwrite, "encoders": names if len(names) > 1 else ()}
+    arguments: Any = {"out": out or experiment.run_dir, "seeds": whole_numbers("--seeds", seeds), **options}
+    arguments |= {"encoders": names if len(names) > 1 else ()}
     if not dry_run and relaunched(nproc):
         return
     from pipeline.run_prepare import ExternalBackbone, prepare_run
@@ -101,7 +86,7 @@ def run_command(
     if checkpoint or experiment.backbone.frozen:
         external = ExternalBackbone(checkpoint, last_value(sets, "backbone.model"), key_map, probe)
     if dry_run:
-        world = process_count(nproc, device)
+        world = process_count(nproc, options["device"])
         show(prepare_run(experiment, external=external, world=world, **arguments).description, as_json)
         return
     from pipeline.run import run_pipeline
@@ -213,45 +198,21 @@ def train_command(
 @processes
 @settings
 @shared
-def dump_command(
-    config,
-    encoder,
-    checkpoint,
-    key_map,
-    probe,
-    out,
-    views,
-    dtype,
-    overwrite,
-    on_error,
-    dry_run,
-    nproc,
-    device,
-    sets,
-    as_json,
-    debug,
-):
+def dump_command(encoder, out, views, dtype, on_error, as_json, debug, **options):
     """Run the frozen encoder once over every sample into a zarr store; called again it finishes, verifies or repairs it.
 
     The images are those that the checkpoint was trained with, unless both CONFIG and --checkpoint are given. With a
     checkpoint of another program the images are CONFIG's, and a copy of it is written to backbone/last.pt beside the store.
     """
-    arguments = {"config": config, "checkpoint": checkpoint, "key_map": key_map, "probe": probe, "overwrite": overwrite}
-    arguments |= {"dry_run": dry_run, "nproc": nproc, "device": device, "sets": sets}
-    extra = _dump_sets(views=views, dtype=dtype, on_error=on_error)
-    names = encoder_names(encoder)
-    if len(names) == 1:
-        result = _dump(encoder=names[0], out=out, extra=extra, **arguments)
-        if result is not None:
-            show(result, as_json)
-        return
+    extra, names = _dump_sets(views=views, dtype=dtype, on_error=on_error), encoder_names(encoder)
     results = []
     for name in names:
-        result = _dump(encoder=name, out=partial(_encoder_store, name=name, folder=out), extra=extra, **arguments)
+        place = out if len(names) == 1 else partial(_encoder_store, name=name, folder=out)
+        result = _dump(encoder=name, out=place, extra=extra, **options)
         if result is None:  # the processes that were started have made all stores
             return
         results.append(result)
-    show(SeveralDumps(results), as_json)
+    show(results[0] if len(names) == 1 else SeveralDumps(results), as_json)
 
 
 class SeveralDumps(Shown):

@@ -10,7 +10,7 @@ from pipeline.report.drawing import Drawing
 from pipeline.report.geometry import feature_geometry
 from pipeline.report.study import COLUMNS, SPLITS, Row, Study
 from pipeline.results.head_id import BASELINE
-from pipeline.results.mean_std import MeanStd, mean_std, minus
+from pipeline.results.mean_std import MeanStd, mean_std, signed
 from pipeline.results.table import Cell, Column, Line, Table
 from pipeline.results.tables import TITLES
 
@@ -126,7 +126,7 @@ def _class_difference(studies: Studies) -> Drawing | None:
         less = ordered_accuracy[name] - ordered_accuracy[first]
         texts = [f"{row['name']}: {MeanStd(row[name])} less {MeanStd(row[first])} %" for row in table]
         hover: Row = {"text": plain(texts), "hovertemplate": "%{text} = %{y:.1f}<extra></extra>"}
-        label = f"{name} less {first}: mean {minus(f'{np.nanmean(less):+.1f}')}"
+        label = f"{name} less {first}: mean {signed(float(np.nanmean(less)))}"
         traces.append(trace(label, np.arange(1, len(order) + 1), less, style_of(number), **hover))
     caption = f"Test accuracy of the selected heads, each run less {first}; classes by their size in {first}."
     points: Row = {"title": "difference of test accuracy [points]", "zerolinewidth": 2}

@@ -14,8 +14,9 @@ from pipeline.report.geometry import feature_geometry
 from pipeline.report.norms import norm_against_size, weight_norms
 from pipeline.report.predictions import read_compared
 from pipeline.report.reliability import reliability_diagram
-from pipeline.report.study import COLUMNS, SPLITS, Row, Study, signed
+from pipeline.report.study import COLUMNS, SPLITS, Row, Study
 from pipeline.results.head_id import BASELINE, HeadId
+from pipeline.results.mean_std import signed
 
 NARROW = 0.18  # share of the classes below which a group has no room for its full label
 

@@ -9,15 +9,14 @@ from typing import Any
 
 from pipeline.longtail import BOUNDS, class_groups
 from pipeline.paths import names_only
-from pipeline.report.study import COLUMNS, SPLITS, Row, Study, signed
+from pipeline.report.study import COLUMNS, SPLITS, Row, Study
 from pipeline.results.head_id import BASELINE, HeadId, chosen_text
-from pipeline.results.mean_std import MeanStd
+from pipeline.results.mean_std import MeanStd, difference, signed
 from pipeline.results.recommendation import recommendation
 from pipeline.results.table import Column, Line, Table
 from pipeline.results.tables import (
     DIFFERENCES,
     TITLES,
-    difference,
     differences_caption,
     labelled,
     network_text,

@@ -255,11 +255,6 @@ class Study:
         return all(any(r["split"] == split for r in b.rows) for b in self.backbones)
 
 
-def signed(value: float) -> str:
-    """`+1.2`, `−0.3` or `0.0`: a difference in points."""
-    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
-
-
 def classes(count: int) -> str:
     return f"{count:,} class{'' if count == 1 else 'es'}"
 

@@ -11,8 +11,9 @@ from pipeline.errors import DataError
 from pipeline.reproduce.paper import GROUPS
 from pipeline.reproduce.rows import METHODS, Row, merged
 from pipeline.results.files import json_text
-from pipeline.results.mean_std import MeanStd
+from pipeline.results.mean_std import MeanStd, difference, minus
 from pipeline.results.table import Column, Line, Table
+from pipeline.results.tables import paper_text
 
 LAMS_SHOWN = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1)
 TITLES = {
@@ -91,8 +92,24 @@ def _table(rows: Sequence[Row]) -> Table:
     lines = []
     for r in (r for r in rows if _shown(r)):
         cells = [MeanStd(r["ours"][g], r["ours_std"][g], r["n"]) for g in GROUPS]
-        less = [r.get("less_cb_of"), *(_less(r, g) for g in ("few", "all"))] if compared else []
-        lines.append(Line([r["row"], _selection(r["chosen"]), str(r["n"]), *cells, _paper(r), _apart(r), *less]))
+        less = (
+            [r.get("less_cb_of"), *(difference((r["less_cb"] or {}).get(g)) for g in ("few", "all"))]
+            if compared
+            else []
+        )
+        lines.append(
+            Line(
+                [
+                    r["row"],
+                    _selection(r["chosen"]),
+                    str(r["n"]),
+                    *cells,
+                    paper_text(r["paper"]) or "–",
+                    _apart(r),
+                    *less,
+                ]
+            )
+        )
     return Table([Column(title) for title in titles + ["less", "Few", "All"] * compared], lines)
 
 
@@ -119,24 +136,8 @@ def _selection(values: Mapping[str, Any]) -> str:
     return ", ".join(texts) or "–"
 
 
-def _paper(r: Row) -> str:
-    if not r["paper"]:
-        return "–"
-    return "/".join(f"{r['paper'][g]:g}" if g in r["paper"] else "–" for g in GROUPS)
-
-
 def _apart(r: Row) -> str:
-    if not r["difference"]:
-        return "–"
-    return "/".join("–" if d is None else f"{d:+.1f}".replace("-", "−") for d in r["difference"].values())
-
-
-def _less(r: Row, group: str) -> str:
-    value = (r["less_cb"] or {}).get(group)
-    if value is None:
-        return "–"
-    interval = "" if value["low"] is None else f" [{value['low']:.1f}, {value['high']:.1f}]"
-    return f"{value['difference']:+.1f}{interval}".replace("-", "−")
+    return "/".join("–" if d is None else minus(f"{d:+.1f}") for d in (r["difference"] or {}).values()) or "–"
 
 
 def _read(path: Path) -> list[Row]:

@@ -41,6 +41,19 @@ def minus(text: str) -> str:
     return text.replace("-", "−")
 
 
+def signed(value: float) -> str:
+    """Return `+1.2`, `−0.3` or `0.0`: a difference in points."""
+    return minus(f"{value:+.1f}") if round(value, 1) else "0.0"
+
+
+def difference(value: Mapping[str, float | None] | None) -> str:
+    """Return `+0.4 [−0.1, 0.9]`, without an interval where there is none, or a dash for an empty group."""
+    if value is None:
+        return "–"
+    point, low, high = (round(value[key] or 0.0, 1) or 0.0 for key in ("difference", "low", "high"))  # no −0.0
+    return minus(f"{point:+.1f}" + ("" if value["low"] is None else f" [{low:.1f}, {high:.1f}]"))
+
+
 def mean_std(values: Iterable[float | None]) -> MeanStd:
     """Return mean and sample standard deviation (n − 1) of the values that exist."""
     numbers = [value for value in values if value is not None]

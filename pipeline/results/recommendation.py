@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.method_names import start_name
 from pipeline.results.head_id import HeadId
-from pipeline.results.mean_std import minus
+from pipeline.results.mean_std import difference
 
 Document = Mapping[str, Any]
 REFERENCE_NAMES = {
@@ -49,7 +49,7 @@ def gain_sentence(document: Document) -> str:
     """Return how far the selected head is above the start, CB loss only and balanced logistic regression, with intervals."""
     rows = {row["against"]: row["all"] for row in (document.get("differences") or {"rows": ()})["rows"]}
     names = {"baseline": start_name(document.get("fingerprint"))} | REFERENCE_NAMES
-    parts = [f"{signed(rows[role])} over {name}" for role, name in names.items() if rows.get(role)]
+    parts = [f"{difference(rows[role])} over {name}" for role, name in names.items() if rows.get(role)]
     if not parts:
         return ""
     unclear = [name for role, name in names.items() if rows.get(role) and rows[role]["low"] <= 0 <= rows[role]["high"]]
@@ -87,10 +87,10 @@ def norm_term_sentences(document: Document) -> list[str]:
         if (first.method, second.method) == ("iwb", "cb") and pair["all"]:
             low, high = pair["all"]["low"], pair["all"]["high"]
             verdict = "adds" if low > 0 else "costs" if high < 0 else "adds nothing that can be measured:"
-            few = f", few-shot {signed(pair['few'])}" if pair.get("few") else ""
+            few = f", few-shot {difference(pair['few'])}" if pair.get("few") else ""
             return [
                 f"Beside the class-balanced loss, each at its own best setting, the norm term of IWB {verdict} "
-                f"{signed(pair['all'])}{few}."
+                f"{difference(pair['all'])}{few}."
             ]
     return []
 
@@ -100,7 +100,7 @@ def loss_sentences(document: Document) -> list[str]:
     rows = (document.get("differences") or {"rows": ()})["rows"]
     against = next((row for row in rows if row["against"] == "baseline"), None)
     lost = [
-        f"{name} classes {signed(against[group])}"
+        f"{name} classes {difference(against[group])}"
         for group, name in GROUP_NAMES.items()
         if against and against[group] and against[group]["high"] < 0
     ]
@@ -137,9 +137,3 @@ def validation_sentences(document: Document) -> list[str]:
 def listed(names: Sequence[str], most: int = 5) -> str:
     """Return the first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def signed(column: Mapping[str, float]) -> str:
-    """Return `+0.4 [−0.1, 0.9]`."""
-    point, low, high = (round(column[key], 1) or 0.0 for key in ("difference", "low", "high"))  # no −0.0
-    return minus(f"{point:+.1f} [{low:.1f}, {high:.1f}]")

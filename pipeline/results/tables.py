@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.method_names import start_name
 from pipeline.results.head_id import HeadId, chosen_text
-from pipeline.results.mean_std import measured, minus, over_rows
+from pipeline.results.mean_std import difference, measured, over_rows
 from pipeline.results.table import Column, Line, Table
 
 if TYPE_CHECKING:
@@ -101,14 +101,6 @@ def difference_cells(row: Document) -> list[str]:
     return [difference(row[column]) for column in DIFFERENCES]
 
 
-def difference(value: Mapping[str, float] | None) -> str:
-    """Return `+0.4 [−0.1, 0.9]`, or a dash for an empty group."""
-    if value is None:
-        return "–"
-    point, low, high = (round(value[key], 1) or 0.0 for key in ("difference", "low", "high"))  # no −0.0
-    return minus(f"{point:+.1f} [{low:.1f}, {high:.1f}]")
-
-
 def chosen_table(document: Document) -> Table | None:
     """Return what tuning chose for each method, on which score, of how many trials; None where nothing was tuned."""
     if not document.get("chosen"):
@@ -182,7 +174,7 @@ def ablation_tables(document: Document) -> list[Table]:
         [
             Line(
                 [row["name"], _lam(row), *(measured(row, column) for column in DIFFERENCES)]
-                + [_paper(row["paper"])] * papers
+                + [paper_text(row["paper"])] * papers
             )
             for row in rows
         ],
@@ -268,7 +260,8 @@ def _lam(row: Document) -> str:
     return "–" if row["lam"] is None else f"{row['lam']:g}" + "*" * bool(row["chosen_on"])
 
 
-def _paper(paper: Mapping[str, float]) -> str:
+def paper_text(paper: Mapping[str, float] | None) -> str:
+    """Return `71.9/54.2/35.7/54.8`, what the paper prints of many, medium, few and all; nothing where it prints none."""
     return "/".join(f"{paper[c]:g}" if c in paper else "–" for c in DIFFERENCES) if paper else ""
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.report.study import read_heads, read_study, signed
+from pipeline.report.study import read_heads, read_study
 from pipeline.results.head_id import BASELINE, HeadId
-from pipeline.results.mean_std import mean_std
+from pipeline.results.mean_std import mean_std, signed
 from tests.small_run import COUNTS, made_run
 
 
