@@ -102,9 +102,10 @@ class Diagnosis(Shown):
 
     def _extras(self) -> list[str]:
         """Each extra that is there, and how to get those that are not."""
+        image = "PIPELINE_IMAGE" in os.environ
+        install = "docker build --build-arg EXTRAS='s3 {}'" if image else "pip install 'iwb-pipeline[{}]'"
         return [
-            f"{name} missing (pip install 'iwb-pipeline[{name}]')" if missing else name
-            for name, missing in self.extras.items()
+            f"{name} missing ({install.format(name)})" if missing else name for name, missing in self.extras.items()
         ]
 
 

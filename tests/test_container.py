@@ -146,6 +146,9 @@ def test_labels_agree_with_the_project():
     assert labels[f"{one}licenses"] == PROJECT["project"]["license"]
     assert PROJECT["project"]["description"].startswith(labels[f"{one}description"].split(",")[0])
     assert "REVISION=" in of_stages("ARG")[-1]
+    for name in ("created", "source", "base.digest"):
+        argument = labels[f"{one}{name}"].strip("${}")
+        assert f"{argument}=" in of_stages("ARG")[-1], name
     assert labels[f"{one}revision"] == settings(of_stages("ENV")[-1])["PIPELINE_REVISION"] == "${REVISION}"
 
 

@@ -1,5 +1,7 @@
 """Encoder and classifier as the one module that DDP and torch.compile see."""
 
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +15,7 @@ from pipeline.backbone.build import classifier, encode
 from pipeline.backbone.weakening import FEATURES, mix
 from pipeline.config import WeakenConfig
 from pipeline.distributed import Ranks
+from pipeline.errors import ConfigError
 
 LENGTH_MOMENTUM = 0.1
 
@@ -109,6 +112,8 @@ class Parallel:
                 )
         self._call: Callable[..., Tensor] = self._module
         if mode != "none":
+            if not cuda and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+                raise ConfigError(f"backbone.compile={mode}: on a CPU it needs g++; install it, or take compile=none")
             # batches of an epoch differ by a row: two fixed shapes, each with its own kernels and CUDA graph
             self._call = torch.compile(self._module, mode=mode, dynamic=False)
 

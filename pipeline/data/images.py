@@ -12,7 +12,9 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.errors import DataError
 from pipeline.text import printable
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
+EXTENSIONS = frozenset(  # .avif is read by Pillow 11.3 or newer, and named as unreadable by an older one
+    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+)
 
 
 ORIENTATION = 0x0112  # of EXIF; nothing else in it matters here

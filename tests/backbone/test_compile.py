@@ -8,6 +8,7 @@ import torch
 
 from pipeline.backbone.train import train_backbone
 from pipeline.config import make_config
+from pipeline.errors import ConfigError
 from tests.conftest import digits_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the compiler's own
@@ -26,6 +27,7 @@ def test_two_batch_sizes_are_two_graphs_of_fixed_shape(tmp_path, monkeypatch):
         shapes.append(sorted(size for size in sizes if isinstance(size, torch.SymInt) or size in (60, 61)))
         return graph.forward
 
+    monkeypatch.setenv("CXX", "true")  # this backend calls no compiler
     real = torch.compile
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", lambda module, mode, **how: real(module, backend=traced, **how))
@@ -45,3 +47,9 @@ def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch):
         for mode in ("none", "default")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"backbone\.compile=default: on a CPU it needs g\+\+"):
+        last(tmp_path / "out", compile="default")
