@@ -112,7 +112,7 @@ class Parallel:
                 )
         self._call: Callable[..., Tensor] = self._module
         if mode != "none":
-            if not cuda and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+            if ranks.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
                 raise ConfigError(f"backbone.compile={mode}: on a CPU it needs g++; install it, or take compile=none")
             # batches of an epoch differ by a row: two fixed shapes, each with its own kernels and CUDA graph
             self._call = torch.compile(self._module, mode=mode, dynamic=False)

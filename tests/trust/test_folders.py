@@ -13,7 +13,7 @@ from pipeline.cli import invoke
 from pipeline.config import DataConfig
 from pipeline.console import Talk
 from pipeline.data import load_dataset
-from pipeline.data.images import read_image
+from pipeline.data.images import is_image_name, read_image
 from pipeline.data.names import class_names_from, split_of
 from pipeline.deploy.predict import find_images
 from pipeline.errors import ConfigError, DataError
@@ -250,3 +250,17 @@ def test_control_sequences_never_reach_a_terminal(tmp_path, capfd):
 
 def test_names_in_a_card_are_shown_as_they_are():
     assert markdown("<img src=x> [a](b) `c` | d_e") == "&lt;img src=x&gt; \\[a\\](b) \\`c\\` \\| d\\_e"
+
+
+@pytest.mark.parametrize(("ending", "kind"), [(".jfif", "JPEG"), (".JPG", "JPEG"), (".avif", "AVIF")])
+def test_rarer_endings_of_images_are_read_or_named(ending, kind, tmp_path):
+    file = tmp_path / f"a{ending}"
+    try:
+        Image.new("RGB", (8, 8), (200, 10, 10)).save(file, kind)
+    except (KeyError, OSError):  # a Pillow without AVIF
+        file.write_bytes(b"\0\0\0\x1cftypavif")
+        with pytest.raises(DataError, match=r"a\.avif: unreadable image \(not an image that Pillow knows"):
+            read_image(file)
+        return
+    assert is_image_name(file.name)
+    assert read_image(file).size == (8, 8)

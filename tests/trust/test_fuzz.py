@@ -7,14 +7,16 @@ import shutil
 import string
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cache import CacheError, open_cache
-from pipeline.cli import invoke
+from pipeline.cli import cli, invoke
 from pipeline.config import DataConfig
 from pipeline.config.plain_yaml import plain_yaml
 from pipeline.data import load_dataset
@@ -196,3 +198,44 @@ def test_random_command_lines(tmp_path_factory, command, words):
         patch.chdir(place)
         assert invoke([command, *words, *dry]) in (OK, USAGE, DATA)
     assert not list(place.iterdir())
+
+
+def typed(random, parameter) -> list[str]:
+    """Return the words of an option or an argument, with a value that may be right or wrong."""
+    kind = parameter.type
+    right = list(getattr(kind, "choices", ())) or [str(KEPT / "one"), "0.1", "1", "digits-lt"]
+    value = str(random.choice([*map(str, right), *WORDS, "0", "1e400", "a=b", "s3://x:y@z/b", "²", "a\tb"]))
+    if isinstance(parameter, click.Argument):
+        return [value]
+    return [str(random.choice(parameter.opts))] + ([] if parameter.is_flag else [value])
+
+
+@pytest.mark.slow
+def test_five_hundred_command_lines(tmp_path_factory, monkeypatch):
+    """Drawn from the commands, options and choices that there are; --dry-run, or --help where a command has none."""
+    random, place = np.random.default_rng(500), tmp_path_factory.mktemp("lines")
+    monkeypatch.chdir(place)
+    commands = [
+        (path, command)
+        for name, first in cli.commands.items()
+        for path, command in ([([name, n], c) for n, c in getattr(first, "commands", {}).items()] or [([name], first)])
+        if name not in ("doctor", "bench", "completion", "init")
+    ]
+    before, runner, codes = sorted(KEPT.rglob("*")), CliRunner(), dict.fromkeys((OK, USAGE, DATA), 0)
+    for number in range(500):
+        path, command = commands[number % len(commands)]
+        parameters = [p for p in command.params if p.name != "debug"]  # which asks for tracebacks
+        some = random.permutation(len(parameters))[: random.integers(0, 4)]
+        words = [word for i in sorted(some) for word in typed(random, parameters[i])]
+        dry = any("--dry-run" in p.opts for p in command.params)
+        stop = ["--dry-run"] if dry else [] if path[0] in ("info", "verify", "evaluate", "config") else ["--help"]
+        with runner.isolation() as streams:
+            code = invoke([*path, *words, *stop])
+        said = streams[0].getvalue() + streams[1].getvalue()
+        assert code in codes, (path, words, said.decode())
+        assert b"Traceback" not in said, (path, words)
+        codes[code] += 1
+    print(f"500 command lines: {codes}")
+    assert min(codes.values()) > 10
+    assert not list(place.iterdir())
+    assert sorted(KEPT.rglob("*")) == before
