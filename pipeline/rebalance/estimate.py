@@ -54,16 +54,16 @@ class Work:
 def product_seconds(rows: int, width: int, classes: int, device: torch.device) -> float:
     """Return the seconds of one product of all features (rows, width) with class vectors (width, classes).
 
-    The median of three products of few rows is scaled up.
+    The fastest of five products of few rows is scaled up: other work on the machine makes them slower, nothing faster.
     """
     few = max(1, min(rows, (1 << 28) // (2 * width * classes)))
     x, w = torch.ones(few, width, device=device), torch.ones(width, classes, device=device)
     times = []
-    for _ in range(4):
+    for _ in range(6):
         started = time.perf_counter()
         float((x @ w)[0, 0])  # waits for a GPU
         times.append(time.perf_counter() - started)
-    return sorted(times[1:])[1] * rows / few
+    return min(times[1:]) * rows / few
 
 
 def comparison_work(config: RebalanceConfig, share: float = 1.0, counts: np.ndarray | None = None) -> dict[str, Work]:

@@ -46,7 +46,7 @@ def test_what_takes_less_is_named_where_it_is_long():
 
 
 def test_a_product_of_few_rows_is_scaled_up(monkeypatch):
-    """Three products of 512 rows, the clock one second on at each look: 1 s for 512 rows, 1,000 s for 512,000."""
+    """Five products of 512 rows, the clock one second on at each look: 1 s for 512 rows, 1,000 s for 512,000."""
     clock = iter(range(100))
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: float(next(clock)))
     assert product_seconds(512, 512, 512, CPU) == 1.0
