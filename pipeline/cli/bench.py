@@ -4,6 +4,7 @@ from functools import partial
 
 import click
 
+from cache.files import write_durably
 from pipeline.cli.completion import stores as complete_stores
 from pipeline.cli.exit_codes import show
 from pipeline.cli.options import PATH, STORE, Command, count, device, option, out_json, shared
@@ -101,21 +102,26 @@ def heads_command(stores, more, folder, device, out, as_json, debug):
     """Measure the head that `pipeline rebalance STORE` recommends, on the test images of each store.
 
     Beside it stand scikit-learn's balanced logistic regression (C chosen on validation) and every method's row, with paired
-    intervals; the regret is what the best row on test has more.
+    intervals; the regret is what the best row on test has more. Beside the file of --out it writes the picture of all rows.
     """
     from pipeline.bench.heads import bench_heads
 
-    finish(partial(bench_heads, [*stores, *more], folder=folder, device=device), out, as_json)
+    result = finish(partial(bench_heads, [*stores, *more], folder=folder, device=device), out, as_json)
+    if out:
+        from pipeline.bench.heads_figure import heads_figure
+
+        write_durably(out.with_suffix(".png"), heads_figure(result.to_dict()))
 
 
-def finish(measure, out, as_json) -> None:
-    """Measure, print the result, and write it to the file of --out."""
+def finish(measure, out, as_json):
+    """Measure, print the result, write it to the file of --out, and return it."""
     from pipeline.console import Talk
 
     result = measure(say=Talk().say)
     if out:
         write_artefact(out, "bench", result.to_dict())
     show(result, as_json)
+    return result
 
 
 COMMANDS = (bench,)
