@@ -10,8 +10,10 @@ from sklearn.preprocessing import StandardScaler
 
 from cache import open_cache
 from pipeline.bench import heads as bench
+from pipeline.bench import heads_figure
 from pipeline.cli import invoke
 from pipeline.errors import ConfigError
+from pipeline.report.picture import png
 from tests.small_run import made_store
 
 
@@ -37,6 +39,24 @@ def test_accuracy_lead_and_regret_by_hand():
     assert [measure.met for measure in means.values()] == [None, None, True, False]
 
 
+def test_the_picture_sorts_heads_by_their_mean_and_shows_the_same_points_as_the_document(monkeypatch):
+    """Of two stores: `method` is best on both, then the recommended head, then scikit-learn's."""
+    labels, counts = np.array([0, 0, 1, 1, 2]), np.array([200, 50, 5])
+    rates = {"ours": [1, 0, 1, 1, 0.5], "scikit-learn, sklearn": [1, 1, 1, 0, 0], "method, λ = 0.3": [1, 1, 1, 1, 1]}
+    heads = [bench.MeasuredHead(name, "lr = 1", np.array(rate)) for name, rate in rates.items()]
+    stores = [bench.MeasuredStore(name, heads[0], heads[1], heads[2:], labels, counts) for name in "ab"]
+    document = {"measures": [measure.to_dict() for store in stores for measure in store.measures()]}
+    figures = []
+    monkeypatch.setattr(heads_figure, "png", lambda figure: figures.append(figure) or png(figure))
+    assert heads_figure.heads_figure(document).startswith(b"\x89PNG")
+    first, second = figures[0].axes
+    assert [axes.get_title("left") for axes in (first, second)] == ["a", "b"]
+    assert [text.get_text() for text in first.get_yticklabels()] == ["method", "ours", "scikit-learn's sklearn"]
+    (points,) = (line for line in second.lines if line.get_marker() == "o")
+    at = dict(zip(points.get_ydata(), points.get_xdata(), strict=True))
+    assert at == pytest.approx({0: 33.33, 1: 0, 2: -16.67}, abs=0.01)
+
+
 def test_stores_are_named_by_what_tells_them_apart():
     assert bench.names_of(["/p/a.zarr", "/p/digits/seed-0/features.zarr"]) == ["a", "digits/seed-0"]
     assert bench.names_of(["runs/x/features.zarr"]) == ["x"]
@@ -53,6 +73,7 @@ def test_the_command_reports_what_rebalance_and_scikit_learn_give(tmp_path, caps
     assert invoke(["bench", "heads", "--stores", *stores, "--out", str(tmp_path / "heads.json"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "heads.json").read_text())["measures"] == document["measures"]
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
     measures = {measure["name"]: measure for measure in document["measures"]}
     assert list(measures)[:6:3] == ["a, recommended", "b, recommended"]
     for name, path, result in zip("ab", stores, results, strict=True):
