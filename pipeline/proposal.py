@@ -19,7 +19,7 @@ from pipeline.data.sources import split_folders
 from pipeline.data.subset import HELD_OUT, SHARE, SMALLEST_SPLIT, held_out_sizes
 from pipeline.data.survey import ImageSurvey, survey_images
 from pipeline.errors import ConfigError, DataError
-from pipeline.paths import holds_runs, is_run
+from pipeline.paths import holds_runs, is_run, near
 from pipeline.text import Shown, wrapped
 
 FILE = "pipeline.yaml"
@@ -141,6 +141,10 @@ def propose(folder: Path) -> Proposal:
         ConfigError: the folder holds runs or a store.
         DataError: its images cannot be used.
     """
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder{near(folder)}; give a folder of images, such as {folder}/CLASS/*.jpg"
+        )
     store = (folder / "zarr.json").is_file()
     if store or is_run(folder) or holds_runs(folder):
         kind = "a feature store" if store else "a run" if is_run(folder) else "a folder of runs"

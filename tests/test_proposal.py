@@ -179,3 +179,11 @@ def test_a_folder_with_pictures_somewhere_in_it_is_no_data_set(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "docs" / "more" / "a.png")
     assert holds_images(tmp_path / "docs")
     assert not holds_images(tmp_path)
+
+
+def test_init_of_a_folder_that_is_not_there_names_it_and_no_setting(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(["init", "nowhere"]) == 3
+    message = capsys.readouterr().err
+    assert "nowhere: no such folder" in message
+    assert "data.path" not in message

@@ -44,6 +44,13 @@ from pipeline.method_names import METHODS
     multiple=True,
     help="Store of another encoder's features of the same images, put beside STORE's, each feature standardised.",
 )
+@option(
+    "--head",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Linear head of another program, .npz or .safetensors: a row of the table and a member of the ensemble.",
+)
 @setting_option("rebalance.lam", metavar="LAM")
 @setting_option("rebalance.method", metavar="NAME|FILE.py", shell_complete=methods)
 @setting_option("rebalance.views")
@@ -79,7 +86,7 @@ from pipeline.method_names import METHODS
 @processes
 @settings
 @shared
-def rebalance_command(store, config, also, out, dry_run, nproc, device, sets, as_json, debug, **options):
+def rebalance_command(store, config, also, head, out, dry_run, nproc, device, sets, as_json, debug, **options):
     """Fit the classifier on the cached features: class-balanced loss + KL(weight norms ‖ target P), many λ in one pass.
 
     STORE is a feature store, a run's folder, or the name of a configuration whose run has one. An option that is not typed
@@ -95,6 +102,9 @@ def rebalance_command(store, config, also, out, dry_run, nproc, device, sets, as
     talk, path, tree = store_and_tree(store, config, sets=sets)
     if also:
         path = _concatenated(talk, path, also)
+    if head:
+        settled = options["method"] or tree.get("rebalance", {}).get("method") or ()
+        options["method"] = [*(settled or (["iwb"] if options["lam"] else ["recommended"])), *map(str, head)]
     from pipeline.config import apply_setting, find_config, make_rebalance_config
     from pipeline.paths import results_folder
 

@@ -24,8 +24,8 @@ class RebalanceConfig(Section):
 
     method: tuple[str, ...] = Field(
         ("recommended",),
-        description="Methods to fit: names of docs/methods.md, `recommended`, `all`, or Python files that define one. "
-        "Where λ alone is given, iwb.",
+        description="Methods to fit: names of docs/methods.md, `recommended`, `all`, Python files that define one, or files of "
+        "a head. Where λ alone is given, iwb.",
     )
     lam: str = Field(
         "auto",

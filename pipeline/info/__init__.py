@@ -201,7 +201,7 @@ _FILES: dict[str, Callable[[Path], Artefact]] = {
     "config.json": lambda p: exported(p.parent) if _is_export(p.parent) else document(p),
     "zarr.json": lambda p: store(p.parent),
     "store.json": lambda p: plain_files(p.parent),
-    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".tar"), checkpoint),
+    **dict.fromkeys((".pt", ".pth", ".th", ".ckpt", ".bin", ".tar"), checkpoint),
     ".safetensors": heads,
     ".onnx": lambda p: exported(p.parent),
     ".yaml": _config,

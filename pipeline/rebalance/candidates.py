@@ -14,6 +14,7 @@ from pipeline.method_names import METHODS, RECOMMENDED, RENAMED
 from pipeline.rebalance.engine.fit import NO_PENALTY, Head, Schedule
 from pipeline.rebalance.engine.objective import Penalty, penalty, preset_cb
 from pipeline.rebalance.methods import RIVALS, Trained, methods_in
+from pipeline.rebalance.methods.external import HEAD_FILES
 from pipeline.rebalance.methods.iwb_la import iwb_la_head, iwb_la_schedule
 from pipeline.rebalance.selection import AUTO
 from pipeline.results.head_id import BASELINE, CB_ONLY, HeadId
@@ -92,7 +93,8 @@ def is_trained(head: HeadId) -> bool:
 def method_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return the methods that a configuration names, each once.
 
-    `recommended` stands for the methods of RECOMMENDED, `all` for every one, FILE.py for those it defines.
+    `recommended` stands for the methods of RECOMMENDED, `all` for every one, FILE.py for those it defines, a
+    file of a head for the method that `add_external_heads` makes of it.
 
     Raises: ConfigError: unknown name, or none.
     """
@@ -102,6 +104,8 @@ def method_names(names: Sequence[str]) -> tuple[str, ...]:
             methods += GROUPS_OF_METHODS[name]()
         elif name.endswith(".py"):
             methods += methods_in(Path(name))
+        elif name.endswith(HEAD_FILES):
+            methods.append(Path(name).stem)
         elif (method := RENAMED.get(name, name)) in METHODS:
             methods.append(method)
         else:

@@ -94,7 +94,8 @@ def compare(
     unfinished.piece("equal-norms", sweep, partial(sweep.add, [equal_norms]))
     ensemble = None
     if "ensemble" in asked:
-        ensemble = add_ensemble(sweep, [best_of[method] for method in MEMBERS])
+        members = [*MEMBERS, *(m for m in asked if isinstance(rule := RIVALS.get(m), Free) and rule.member)]
+        ensemble = add_ensemble(sweep, [best_of[method] for method in members])
         best_of["ensemble"] = ensemble
         tuned.append(_winner(ensemble, sweep, split, 1, []))
         report(f"ensemble: {chosen_text(tuned[-1])}")

@@ -17,6 +17,7 @@ from pipeline.prepared import Prepared, Write, classes_text, device_numbers, dev
 from pipeline.rebalance.candidates import candidates, count_lam, is_trained, method_names, references
 from pipeline.rebalance.estimate import FOLD_FITS, Work, comparison_work
 from pipeline.rebalance.load import has_validation, open_store
+from pipeline.rebalance.methods.external import add_external_heads
 from pipeline.rebalance.overwrite_check import refuse_other_results
 from pipeline.rebalance.tuning import is_comparison, lams_of, refuse_double_balancing, tuned_methods
 from pipeline.resources import free_memory
@@ -203,6 +204,7 @@ def plan_fit(config: RebalanceConfig, store: Cache, *, with_references: bool = T
             )
         config = config.model_copy(update={"views": "clean"})
     _refuse_too_many(config, store)
+    add_external_heads(config.method, store)
     heads = candidates(config)
     if needs_choice(config, heads) and config.select_on == "val" and not has_validation(store):
         raise ConfigError(

@@ -24,6 +24,7 @@ from pipeline.errors import DataError, Terminated
 from pipeline.killpoint import KillPoint
 from pipeline.metrics import Scores
 from pipeline.provenance import library_version
+from pipeline.rebalance.methods.external import HEAD_FILES
 from pipeline.rebalance.sweep import Sweep
 from pipeline.results.documents import PieceShape, checked
 from pipeline.results.files import header, tensor_file
@@ -45,7 +46,9 @@ class Unfinished:
 
     def __init__(self, out: Path, config: RebalanceConfig, digest: str, ranks: Ranks, report: Callable[[str], object]):
         own_methods = [
-            hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in config.method if name.endswith(".py")
+            hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            for name in config.method
+            if name.endswith((".py", *HEAD_FILES))
         ]
         parts = [
             digest,

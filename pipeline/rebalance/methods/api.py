@@ -110,12 +110,14 @@ class Free:
         solve_grid: in its place, solve_grid(stage1, samples, grid) returns the layers of several points of the grid, which
             share work; samples() may be called for several passes.
         grid: hyperparameters that are tried, those of the literature first.
+        member: its head is a member of the ensemble, where that is asked for.
     """
 
     name: str
     solve: Callable[[Stage1, Samples, Values], tuple[Tensor, Tensor]] | None = None
     grid: tuple[dict[str, Any], ...] = ({},)
     solve_grid: Callable[[Stage1, Samples, Sequence[Values]], list[tuple[Tensor, Tensor]]] | None = None
+    member: bool = False
 
     def layers(self, stage1: Stage1, samples: Samples, grid: Sequence[Values]) -> list[tuple[Tensor, Tensor]]:
         """Return the weight (C, D) and bias (C,) of each point of the grid."""
