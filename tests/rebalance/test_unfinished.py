@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, object]:
         if path.is_file() and path.name not in ("run.json",) and not path.name.endswith(".tmp"):
             files[str(path.relative_to(folder))] = path.read_bytes()
     document = json.loads((folder / "results.json").read_text())
-    for name in ("timing", "header", "out"):
+    for name in ("timing", "header", "out", "store"):  # the store by its path from the folder; its digest stays
         document.pop(name, None)
     return files | {"results.json": document}
 
