@@ -188,7 +188,8 @@ def _finish(axes: "Axes", name: str, layout: Row, traces: Sequence[Row], names: 
     x_axis, y_axis = layout.get(f"xaxis{number}"), layout[f"yaxis{number}"]
     if x_axis is not None:
         _axis(axes, "x", x_axis)
-        whole = all(isinstance(x, int) for trace in traces for x in trace["x"])
+        places = [x for trace in traces for x in trace["x"]]
+        whole = bool(places) and all(isinstance(x, int) for x in places)
         if whole and x_axis.get("type") != "log" and "tickvals" not in x_axis:
             axes.locator_params(axis="x", integer=True)
     if names:
