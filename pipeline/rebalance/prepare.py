@@ -14,7 +14,7 @@ from pipeline.distributed import Ranks, planned_ranks
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.paths import results_folder
 from pipeline.prepared import Prepared, Write, classes_text, device_numbers, device_text
-from pipeline.rebalance.candidates import candidates, count_lam, is_trained, method_names, references
+from pipeline.rebalance.candidates import candidates, count_lam, is_trained, method_names, penalty_of, references
 from pipeline.rebalance.estimate import FOLD_FITS, Work, comparison_work
 from pipeline.rebalance.load import has_validation, open_store
 from pipeline.rebalance.methods.external import add_external_heads
@@ -205,6 +205,7 @@ def plan_fit(config: RebalanceConfig, store: Cache, *, with_references: bool = T
         config = config.model_copy(update={"views": "clean"})
     _refuse_too_many(config, store)
     add_external_heads(config.method, store)
+    penalty_of(config)  # refuses a wrong switch before the first fit
     heads = candidates(config)
     if needs_choice(config, heads) and config.select_on == "val" and not has_validation(store):
         raise ConfigError(

@@ -259,7 +259,7 @@ def test_names_come_from_standard_input_and_rows_go_to_a_file(model, folder, tmp
     ("words", "code", "message"),
     [
         (["13a.jpg"], 3, "none of 1 image could be read; the first: "),
-        (["no*.png"], 3, "no such file, folder or pattern; give image files (.bmp"),
+        (["no*.png"], 3, "no such file, folder or pattern; give image files (.avif, .bmp"),
         (["00.png", "--json", "--format", "csv"], 2, "give it without --format and --out"),
         (["00.png", "--out", "labels.txt"], 2, "ends neither with .csv nor with .jsonl"),
         (["00.png", "--top-k", "0"], 2, "0 is not in the range x>=1"),

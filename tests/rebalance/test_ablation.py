@@ -15,6 +15,7 @@ import cache
 from pipeline.cli import invoke
 from pipeline.config import RebalanceConfig, find_config, load_config, make_config, read_tree, shipped_configs
 from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.paths import read_document
 from pipeline.rebalance import ablate, rebalance
 from pipeline.rebalance.candidates import penalty_of
 from pipeline.rebalance.prepare import prepare_ablation
@@ -99,7 +100,8 @@ def test_what_is_written_agrees(ablated):
     out = Path(ablated.out)
     document = json.loads((out / "ablation.json").read_text())
     assert document.pop("header")["kind"] == "ablation"
-    assert document == json.loads(json.dumps(ablated.to_dict()))
+    assert (document["out"], Path(document["store"]).is_absolute()) == (".", False)
+    assert read_document(document, out) == json.loads(json.dumps(ablated.to_dict()))
     with open(out / "table.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["name"] for line in lines] == [v["name"] for v in VARIANTS]
