@@ -128,7 +128,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if type(error).__module__.partition(".")[0] == "cache":
         return str(error), getattr(error, "exit_code", DATA)
-    if isinstance(error, MemoryError):
+    unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)
+    if isinstance(error, MemoryError) or unmapped:
         return (
             f"not enough memory{f' ({error})' if str(error) else ''}; free some, or raise the limit (ulimit -v)",
             FAILED,
@@ -143,6 +144,11 @@ def _explained(error: Exception) -> tuple[str, int]:
             errno.EEXIST: "a file is in the way: choose another --out",
         }.get(error.errno, "see --debug for where it happened")
         name = Path(str(error.filename or "file system"))
+        if error.errno == errno.EACCES and name.suffix in (".py", ".so", ".pyc"):
+            return (
+                f"{name}: {error.strerror}; this installation may not be read: ask its owner, or install it anew",
+                FAILED,
+            )
         path = name.parent if name.suffix == ".tmp" else name  # the temporary file of a durable write
         return f"{path}: {error.strerror}; {advice}", FAILED
     return (

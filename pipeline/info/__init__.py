@@ -90,6 +90,8 @@ def describe(path: Path | str) -> Artefact:
         return replace(artefact, facts={"size": size_on_disk(path), **artefact.facts})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not as this version writes it ({error!r}); expected {EXPECTED}") from error
+    except PermissionError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; change its permissions") from error
 
 
 def _shipped(path: Path) -> Artefact:

@@ -171,3 +171,31 @@ def test_no_run_is_written_among_the_images_of_any_split(inside, tmp_path):
     with pytest.raises(ConfigError, match="lies among the class folders"):
         refuse_among_images(tmp_path / inside, data)
     refuse_among_images(tmp_path / "run", data)
+
+
+def test_a_limit_of_memory_is_one_line(tmp_path):
+    words = [sys.executable, "-m", "pipeline", "train-backbone", "digits-lt", "--out", str(tmp_path / "out")]
+    script = 'ulimit -v 600000; exec "$@"'
+    done = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert done.stderr.count("Error") >= 1
+    assert "not enough memory" in done.stderr
+    assert "ulimit -v" in " ".join(done.stderr.split())
+
+
+# root without the right to open what it may not read
+UNPRIVILEGED = (
+    ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if not os.getuid() else []
+)
+
+
+@pytest.mark.skipif(bool(UNPRIVILEGED) and not shutil.which("setpriv"), reason="root, and no setpriv")
+@pytest.mark.parametrize(("name", "command", "code"), [("a.yaml", "config", USAGE), ("a.pt", "info", DATA)])
+def test_a_file_without_permission_is_not_readable_rather_than_not_there(name, command, code, tmp_path):
+    (tmp_path / name).touch(mode=0)
+    words = [*UNPRIVILEGED, sys.executable, "-m", "pipeline", command, str(tmp_path / name)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    said = " ".join(done.stderr.split())
+    assert (done.returncode, "Traceback" in said) == (code, False), said
+    assert "ermission denied" in said or "not readable" in said or "cannot be read" in said
+    assert "no such" not in said.lower()
