@@ -103,6 +103,13 @@ def rebalance_command(store, config, also, head, out, dry_run, nproc, device, se
     if also:
         path = _concatenated(talk, path, also)
     if head:
+        from pipeline.rebalance.methods.external import HEAD_FILES
+
+        if others := [str(file) for file in head if not str(file).endswith(HEAD_FILES)]:
+            raise ConfigError(
+                f"--head {others[0]}: expected a file that ends in {' or '.join(HEAD_FILES)} and holds weight (C, D), "
+                "class_names and, unless it is zero, bias; a rule of your own is given with --method FILE.py"
+            )
         settled = options["method"] or tree.get("rebalance", {}).get("method") or ()
         options["method"] = [*(settled or (["iwb"] if options["lam"] else ["recommended"])), *map(str, head)]
     from pipeline.config import apply_setting, find_config, make_rebalance_config

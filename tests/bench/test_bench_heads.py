@@ -40,7 +40,7 @@ def test_accuracy_lead_and_regret_by_hand():
 
 
 def test_the_picture_sorts_heads_by_their_mean_and_shows_the_same_points_as_the_document(monkeypatch):
-    """Of two stores: `method` is best on both, then the recommended head, then scikit-learn's."""
+    """On both stores `method` is best, the recommended head second, scikit-learn's last."""
     labels, counts = np.array([0, 0, 1, 1, 2]), np.array([200, 50, 5])
     rates = {"ours": [1, 0, 1, 1, 0.5], "scikit-learn, sklearn": [1, 1, 1, 0, 0], "method, λ = 0.3": [1, 1, 1, 1, 1]}
     heads = [bench.MeasuredHead(name, "lr = 1", np.array(rate)) for name, rate in rates.items()]

@@ -95,3 +95,10 @@ def test_a_damaged_file_and_the_name_of_a_shipped_method_are_refused(tmp_path, c
     assert invoke(["rebalance", str(store), "--head", str(tmp_path / "iwb.npz")]) == 2
     assert "rename the file" in capsys.readouterr().err
     assert open_cache(store).class_names == NAMES
+
+
+def test_a_file_of_another_kind_is_refused_with_the_endings_of_heads(tmp_path, capsys):
+    store = made_store(tmp_path / "s.zarr")
+    assert invoke(["rebalance", str(store), "--head", "README.md"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "--head README.md: expected a file that ends in .npz or .safetensors" in message
